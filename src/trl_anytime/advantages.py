@@ -1,0 +1,199 @@
+"""
+From rewards to advantages: the mathematics of Budget Relative Policy Optimization.
+
+Source: https://huggingface.co/papers/2505.13438, section 3; where the paper leaves a choice, its released
+implementation decides.
+
+Dimensions: P prompts, G thinkings per prompt (the group), M budgets, A summaries per thinking and budget.
+
+A reward of NaN marks a summary that no reward function scored. It is left out of every mean. Where all A summaries of
+a thinking at a budget are NaN, the returns that include this budget are unknown: they are left out of the group's
+mean, and their advantages are NaN, for the caller to leave out of the loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .budgets import prior_weights
+
+BASELINES = ("brpo", "v1", "v2", "none")
+SUMMARY_POLICIES = ("decoupled", "final")
+
+
+@dataclass(frozen=True)
+class Returns:
+    """
+    What each segment of each thinking earns and what it was expected to earn; every tensor has shape (P, G, M).
+
+    Segment j holds the thinking tokens b_{j-1} < t ≤ b_j, with b_0 = 0.
+
+    Args:
+        returns (`torch.Tensor`):
+            R_j = Σ_{k ≥ j} P_k r̄_k, what the segment can still change.
+        v1 (`torch.Tensor`):
+            Progress so far, V1_j = (Σ_{k<j} λ^{j-k} r̄_k / Σ_{k<j} λ^{j-k}) · Σ_{k ≥ j} P_k; 0 for the first segment.
+        v2 (`torch.Tensor`):
+            Mean of R_j over the group, 0 when G = 1.
+        brpo (`torch.Tensor`):
+            The mix V_j = (b_{j-1}/b_m) · V1_j + ((b_m - b_{j-1})/b_m) · V2_j.
+    """
+
+    returns: torch.Tensor
+    v1: torch.Tensor
+    v2: torch.Tensor
+    brpo: torch.Tensor
+
+    def baseline(self, name: str) -> torch.Tensor:
+        """The baseline called `name`, one of `"brpo"`, `"v1"`, `"v2"`, `"none"`, with shape (P, G, M)."""
+        if name not in BASELINES:
+            raise ValueError(f"`baseline` must be one of {BASELINES}, got {name!r}.")
+        return torch.zeros_like(self.returns) if name == "none" else getattr(self, name)
+
+
+def segment_returns(
+    rewards: torch.Tensor, budgets: Sequence[int], prior: str | Sequence[float], progress_decay: float = 0.5
+) -> Returns:
+    """
+    Return and baselines of every segment; see [`Returns`] for the formulas.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+        prior (`str` or `Sequence[float]`):
+            Weights of the budgets, see [`prior_weights`].
+        progress_decay (`float`, *optional*, defaults to `0.5`):
+            λ in (0, 1], how fast earlier rewards lose weight in V1.
+
+    Returns:
+        [`Returns`]
+    """
+    if not 0 < progress_decay <= 1:
+        raise ValueError(f"`progress_decay` must lie in (0, 1], got {progress_decay}.")
+    P_M = prior_weights(prior, budgets).to(rewards)
+    num_budgets = len(budgets)
+    if rewards.dim() != 4 or rewards.size(2) != num_budgets:
+        raise ValueError(f"`rewards` must have shape (P, G, M, A) with M = {num_budgets}, got {tuple(rewards.shape)}.")
+    mean_PGM = rewards.nanmean(dim=3)
+
+    def from_here_on(x):  # Σ_{k ≥ j}
+        return x.flip(-1).cumsum(-1).flip(-1)
+
+    # A budget of weight 0 adds nothing to the return, not even its NaN
+    returns_PGM = from_here_on(torch.where(P_M > 0, P_M * mean_PGM, 0.0))
+
+    step = torch.arange(num_budgets, device=rewards.device)
+    distance_MM = step[:, None] - step[None, :]  # j - k
+    decay_MM = torch.where(distance_MM > 0, progress_decay ** distance_MM.clamp(min=0), 0.0).to(rewards)
+    progress_PGM = mean_PGM.nan_to_num() @ decay_MM.T
+    weight_PGM = mean_PGM.isfinite().to(rewards) @ decay_MM.T
+    v1_PGM = torch.where(weight_PGM > 0, progress_PGM / weight_PGM, 0.0) * from_here_on(P_M)
+
+    group_mean_PGM = returns_PGM.nanmean(dim=1, keepdim=True).expand_as(returns_PGM)
+    v2_PGM = group_mean_PGM if rewards.size(1) > 1 else torch.zeros_like(returns_PGM)
+
+    thought_M = torch.tensor([0, *budgets[:-1]], device=rewards.device) / budgets[-1]  # b_{j-1} / b_m
+    return Returns(returns=returns_PGM, v1=v1_PGM, v2=v2_PGM, brpo=thought_M * v1_PGM + (1 - thought_M) * v2_PGM)
+
+
+def thinking_advantages(
+    rewards: torch.Tensor,
+    budgets: Sequence[int],
+    prior: str | Sequence[float],
+    baseline: str = "brpo",
+    progress_decay: float = 0.5,
+) -> torch.Tensor:
+    """
+    Advantage A_j = R_j - V_j of every thinking token of segment j, b_{j-1} < t ≤ b_j; no division by a deviation.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+        prior (`str` or `Sequence[float]`):
+            Weights of the budgets, see [`prior_weights`].
+        baseline (`str`, *optional*, defaults to `"brpo"`):
+            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0).
+        progress_decay (`float`, *optional*, defaults to `0.5`):
+            λ in (0, 1], how fast earlier rewards lose weight in V1.
+
+    Returns:
+        `torch.Tensor`: shape (P, G, M). A segment past the end of its thinking has a value but no tokens.
+    """
+    segments = segment_returns(rewards, budgets, prior, progress_decay)
+    return segments.returns - segments.baseline(baseline)
+
+
+def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = "decoupled") -> torch.Tensor:
+    """
+    Advantage of every summary's tokens; it does not depend on the prior.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+        cuts (`torch.Tensor`):
+            Shape (P, G, M), the thinking tokens that the summaries of each budget saw. Budgets with the same cut share
+            a context, and so a baseline.
+        policy (`str`, *optional*, defaults to `"decoupled"`):
+            `"decoupled"`: reward minus the mean reward of all summaries drawn from the same cut of the same thinking,
+            or, when A = 1, minus the group's mean at that budget. `"final"`: the same for the last summary of each
+            thinking, 0 for all others.
+
+    Returns:
+        `torch.Tensor`: shape (P, G, M, A).
+    """
+    if policy not in SUMMARY_POLICIES:
+        raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {policy!r}.")
+    if rewards.size(3) == 1:
+        baseline = rewards.nanmean(dim=1, keepdim=True)
+    else:
+        same_cut_PGMM = (cuts.unsqueeze(-1) == cuts.unsqueeze(-2)).to(rewards)
+        total_PGM = (same_cut_PGMM @ rewards.nansum(dim=3).unsqueeze(-1)).squeeze(-1)
+        count_PGM = (same_cut_PGMM @ rewards.isfinite().sum(dim=3).to(rewards).unsqueeze(-1)).squeeze(-1)
+        baseline = (total_PGM / count_PGM).unsqueeze(-1)
+    advantages = rewards - baseline
+    if policy == "final":
+        final = torch.zeros_like(advantages)
+        final[:, :, -1, -1] = advantages[:, :, -1, -1]
+        return final
+    return advantages
+
+
+def baseline_diagnostics(segments: Returns, live: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """
+    How well each baseline predicts the returns, per segment (the paper's variance analysis).
+
+    Args:
+        segments ([`Returns`]):
+            Returns and baselines of a batch.
+        live (`torch.Tensor`):
+            Bool of shape (P, G, M), True where the segment has tokens.
+
+    Returns:
+        `dict`: `{"variance_ratio" | "correlation": {"v1" | "v2" | "brpo": tensor of shape (M,)}}` with
+        Var[R - V] / Var[R] and Corr[V, R] over the live segments; NaN where a variance is zero.
+    """
+
+    def mean(x_PGM):
+        return torch.where(live, x_PGM, 0.0).sum(dim=(0, 1)) / live.sum(dim=(0, 1))
+
+    def covariance(x_PGM, y_PGM):
+        return mean((x_PGM - mean(x_PGM)) * (y_PGM - mean(y_PGM)))
+
+    def positive(x_M, total_M):  # a variance of rounding errors is no variance
+        return torch.where(x_M > 1e-10 * total_M.clamp(min=1e-10), x_M, torch.nan)
+
+    live = live & segments.returns.isfinite()
+    R = segments.returns.nan_to_num()
+    var_R = positive(covariance(R, R), mean(R**2))
+    diagnostics: dict[str, dict[str, torch.Tensor]] = {"variance_ratio": {}, "correlation": {}}
+    for name in ("v1", "v2", "brpo"):
+        V = segments.baseline(name).nan_to_num()
+        var_V = positive(covariance(V, V), mean(V**2))
+        diagnostics["variance_ratio"][name] = covariance(R - V, R - V) / var_R
+        diagnostics["correlation"][name] = covariance(V, R) / (var_V * var_R).sqrt()
+    return diagnostics

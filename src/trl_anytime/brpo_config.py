@@ -1,0 +1,231 @@
+"""Settings of the [`BRPOTrainer`]: what BRPO adds to TRL's [`~trl.GRPOConfig`], and what it sets differently."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trl import GRPOConfig
+
+from .advantages import BASELINES, SUMMARY_POLICIES
+from .budgets import check_budgets, prior_weights
+
+if TYPE_CHECKING:
+    Prior = str | list[float]
+else:
+    Prior = str  # HfArgumentParser takes `str | list[float]` for a list of floats, and `--prior linear` would fail
+
+# Inherited settings that have no meaning for packed rollouts: (name, the only value allowed, why, what to do instead)
+_FIXED_SETTINGS = (
+    (
+        "scale_rewards",
+        "none",
+        "BRPO's advantages are not divided by a standard deviation",
+        "remove it, or train with TRL's GRPOTrainer",
+    ),
+    (
+        "multi_objective_aggregation",
+        "sum_then_normalize",
+        "rewards are summed per summary before the advantages are computed",
+        "use `reward_weights` to balance the reward functions",
+    ),
+    (
+        "importance_sampling_level",
+        "token",
+        "a packed rollout is a tree, over which a sequence-level ratio is not defined",
+        "use 'token'",
+    ),
+    (
+        "mask_truncated_completions",
+        False,
+        "truncated thinkings are what BRPO learns from, and summaries that are clipped have their own reward",
+        "raise `max_summary_length` if too many summaries are clipped (`summary/clipped_ratio`)",
+    ),
+    (
+        "off_policy_mask_threshold",
+        None,
+        "it drops whole sequences by one sequence-level statistic, and a packed rollout is a tree",
+        "use the token-level `vllm_importance_sampling_mode`",
+    ),
+    (
+        "vllm_structured_outputs_regex",
+        None,
+        "it would constrain the thinking as well as the summaries",
+        "put the wanted form into `answer_bridge` and the reward",
+    ),
+)
+_SEQUENCE_LOSSES = ("luspo", "vespo")
+# Keys of `generation_kwargs` that the two generation phases set themselves
+_OWN_GENERATION_KEYS = ("eos_token_id", "max_length", "max_new_tokens", "max_tokens", "n", "stop_token_ids")
+
+
+@dataclass
+class BRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`BRPOTrainer`].
+
+    Holds only what Budget Relative Policy Optimization adds to [`~trl.GRPOConfig`] or sets differently; the defaults
+    are those of the paper (https://huggingface.co/papers/2505.13438). All other settings are inherited, among them
+    `num_generations` (8), `learning_rate` (1e-6), `temperature` (1.0), `beta` (0) and `epsilon` (0.2), whose defaults
+    in TRL are the paper's.
+
+    Parameters:
+        > Parameters that control budgets and summaries
+
+        budgets (`list[int]`, *optional*, defaults to `[2000, 4000, 6000, 8000]`):
+            Thinking budgets b_1 < … < b_m in tokens. Thinking is sampled up to the last one.
+        prior (`str`, *optional*, defaults to `"uniform"`):
+            Weight of each budget in the objective: `"uniform"`, `"linear"` (proportional to the budget), `"base"`
+            (only the last budget counts), or, in Python and YAML, a list of one non-negative weight per budget.
+        num_summaries (`int`, *optional*, defaults to `4`):
+            Summaries A per thinking and budget during training. Evaluation draws one.
+        max_summary_length (`int`, *optional*, defaults to `118`):
+            Most tokens sampled for one summary.
+        eval_budgets (`list[int]`, *optional*):
+            Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`.
+
+        > Parameters that control the advantages
+
+        baseline (`str`, *optional*, defaults to `"brpo"`):
+            Baseline of the thinking's advantage: `"brpo"` (V), `"v1"` (progress so far), `"v2"` (the group's mean, as
+            in GRPO) or `"none"`.
+        progress_decay (`float`, *optional*, defaults to `0.5`):
+            λ in (0, 1]: how fast the rewards of earlier budgets lose weight in V1.
+        summary_policy (`str`, *optional*, defaults to `"decoupled"`):
+            `"decoupled"` trains every summary by its own advantage, `"final"` only the last one of each thinking.
+
+        > Parameters that control what is spliced into a thinking
+
+        think_end (`str`, *optional*):
+            Text that ends the thinking. Found from the chat template and the vocabulary if not set.
+        truncation_bridge (`str`, *optional*):
+            Text that closes a thinking that is cut, with `think_end` exactly once. Defaults to Qwen's own for ChatML
+            templates and to the one released with the paper (`"...\n\n...\n\n</think>"`) for all others.
+        answer_bridge (`str`, *optional*):
+            Text that opens each summary. Defaults to `"\n\n**Final Answer**\n"`.
+
+        > Parameters that are set differently from GRPO
+
+        max_completion_length (`int`, *optional*):
+            Constant that the `dr_grpo` loss divides by, in tokens. It limits no generation here: `budgets` and
+            `max_summary_length` do. Defaults to the longest possible packed rollout,
+            b_m + m · A · (bridge + `max_summary_length`).
+        loss_type (`str`, *optional*, defaults to `"dr_grpo"`):
+            See [`~trl.GRPOConfig`]. The sequence-level losses `"luspo"` and `"vespo"` are refused.
+        scale_rewards (`str`, *optional*, defaults to `"none"`):
+            Fixed: advantages are not divided by a standard deviation.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            See [`~trl.GRPOConfig`]. The sequence-level modes are refused.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS
+
+    # Parameters that control budgets and summaries
+    budgets: list[int] = field(
+        default_factory=lambda: [2000, 4000, 6000, 8000],
+        metadata={"help": "Thinking budgets in tokens, strictly increasing. Thinking is sampled up to the last one."},
+    )
+    prior: Prior = field(
+        default="uniform",
+        metadata={
+            "help": "Weight of each budget in the objective: 'uniform', 'linear', 'base', or (in Python and YAML) a "
+            "list of one non-negative weight per budget."
+        },
+    )
+    num_summaries: int = field(
+        default=4, metadata={"help": "Summaries per thinking and budget during training. Evaluation draws one."}
+    )
+    max_summary_length: int = field(default=118, metadata={"help": "Most tokens sampled for one summary."})
+    eval_budgets: list[int] | None = field(
+        default=None, metadata={"help": "Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`."}
+    )
+
+    # Parameters that control the advantages
+    baseline: str = field(
+        default="brpo",
+        metadata={"help": "Baseline of the thinking's advantage.", "choices": list(BASELINES)},
+    )
+    progress_decay: float = field(
+        default=0.5,
+        metadata={"help": "How fast the rewards of earlier budgets lose weight in the baseline V1, in (0, 1]."},
+    )
+    summary_policy: str = field(
+        default="decoupled",
+        metadata={
+            "help": "'decoupled' trains every summary by its own advantage, 'final' only the last of each thinking.",
+            "choices": list(SUMMARY_POLICIES),
+        },
+    )
+
+    # Parameters that control what is spliced into a thinking
+    think_end: str | None = field(
+        default=None,
+        metadata={"help": "Text that ends the thinking. Found from chat template and vocabulary if not set."},
+    )
+    truncation_bridge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that closes a thinking that is cut, with `think_end` exactly once. By family of chat "
+            "template if not set."
+        },
+    )
+    answer_bridge: str | None = field(
+        default=None,
+        metadata={"help": r"Text that opens each summary. Defaults to '\n\n**Final Answer**\n'."},
+    )
+
+    # Parameters that are set differently from GRPO
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Constant that the dr_grpo loss divides by, in tokens; limits no generation. Defaults to the "
+            "longest possible packed rollout."
+        },
+    )
+    loss_type: str = field(
+        default="dr_grpo",
+        metadata={"help": "Loss formulation, see GRPOConfig. The sequence-level 'luspo' and 'vespo' are refused."},
+    )
+    scale_rewards: str = field(
+        default="none", metadata={"help": "Fixed to 'none': advantages are not divided by a standard deviation."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "'token_truncate' or 'token_mask'. The sequence-level modes are refused."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        self.budgets = check_budgets(self.budgets)
+        self.eval_budgets = check_budgets(self.eval_budgets or self.budgets, "eval_budgets")
+        prior_weights(self.prior, self.budgets)  # raises if they do not fit
+        for name in ("num_summaries", "max_summary_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
+        if self.summary_policy not in SUMMARY_POLICIES:
+            raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
+        if not 0 < self.progress_decay <= 1:
+            raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
+
+        for name, allowed, reason, instead in _FIXED_SETTINGS:
+            if getattr(self, name) != allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no meaning in BRPO: {reason}. Instead, {instead}."
+                )
+        if self.loss_type in _SEQUENCE_LOSSES:
+            raise ValueError(
+                f"`loss_type={self.loss_type!r}` weighs whole sequences, and a packed rollout is a tree. Use "
+                "'dr_grpo' (the paper's) or another token-level loss."
+            )
+        if self.vllm_importance_sampling_mode not in ("token_truncate", "token_mask"):
+            raise ValueError(
+                f"`vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}` takes one ratio per "
+                "sequence, and a packed rollout is a tree. Use 'token_truncate' or 'token_mask'."
+            )
+        own = sorted(set(self.generation_kwargs or ()) & set(_OWN_GENERATION_KEYS))
+        if own:
+            raise ValueError(
+                f"`generation_kwargs` must not set {own}: thinkings end at the last budget and summaries at "
+                "`max_summary_length`."
+            )

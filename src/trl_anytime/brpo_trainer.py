@@ -1,0 +1,588 @@
+"""The [`BRPOTrainer`]: Budget Relative Policy Optimization as thin overrides of TRL's [`~trl.GRPOTrainer`]."""
+
+import dataclasses
+import textwrap
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, ProcessorMixin
+from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id
+
+from .advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
+from .attention import check_tree_attention, enable_tree_attention, forward_packed
+from .brpo_config import BRPOConfig
+from .budgets import prior_weights
+from .markers import ThinkingMarkers, find_markers
+from .reward_guard import RewardGuard
+from .rewards import MathReward
+from .rollout import Rollout, Thinking
+from .tree import PackedRollouts
+
+# TRL's metrics that look at the end of a packed row, where they only meet its last summary
+_METRICS_OF_PLAIN_ROWS = (
+    "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """
+    What one generation batch gathers on its way through TRL's `_generate_and_score_completions`.
+
+    N rollouts on this rank, W ranks, M budgets, A summaries, F reward functions.
+    """
+
+    budgets: list[int]
+    prior: str | list[float]
+    num_summaries: int
+    num_generations: int
+    rollouts: list[Rollout] = dataclasses.field(default_factory=list)
+    rewards_per_func: torch.Tensor | None = None  # (W·N, M, A, F), of all ranks
+    rewards: torch.Tensor | None = None  # (W·N, M, A), weighted sum; NaN where no function scored the summary
+    extra_logs: dict[str, list] = dataclasses.field(default_factory=dict)  # from `log_extra`, one value per budget
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+
+
+class BRPOTrainer(GRPOTrainer):
+    """
+    Trainer for Budget Relative Policy Optimization (BRPO), https://huggingface.co/papers/2505.13438.
+
+    Each sampled thinking is cut at several token budgets; at each cut the model summarises its best answer; every
+    summary is verified. The thinking is trained for the rewards of all budgets that it can still reach, the summaries
+    for their own. A rollout trains as one packed row with tree attention (see `trl_anytime.tree`).
+
+    What changes in [`~trl.GRPOTrainer`]; the rest is inherited:
+
+    - `__init__`: checks, markers, tree attention.
+    - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
+    - `_calculate_rewards`: reward functions are called once per summary.
+    - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
+    - `training_step`: measures the time of the update.
+    - `create_model_card`: says at which budgets the model was trained.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_anytime import BRPOConfig, BRPOTrainer
+
+    >>> dataset = load_dataset("agentica-org/DeepScaleR-Preview-Dataset", split="train")
+    >>> dataset = dataset.map(lambda x: {"prompt": [{"role": "user", "content": x["problem"]}]})
+    >>> trainer = BRPOTrainer("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", BRPOConfig("anytime"), dataset)
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Reasoning model to be trained, see [`~trl.GRPOTrainer`].
+        args ([`BRPOConfig`], *optional*):
+            Settings. Defaults to those of the paper.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Must have a column `"prompt"` (conversational or text), and what the reward functions need: `"answer"` or
+            `"solution"` for the default.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            See [`~trl.GRPOTrainer`]. Defaults to [`~trl_anytime.rewards.MathReward`]. Each is called once per summary:
+            the completion is the summary, and the argument `well_formed` says, per summary, whether the thinking was
+            ended exactly once.
+        **kwargs:
+            The other arguments of [`~trl.GRPOTrainer`], by keyword: `eval_dataset`, `processing_class`,
+            `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`. `tools`,
+            `rollout_func` and `environment_factory` are refused.
+
+    Raises:
+        `ValueError`: If settings, prompts, answers or model do not fit the method; the message says what to set.
+    """
+
+    _tag_names = ["trl", "brpo", "anytime-reasoning"]
+    _name = "BRPO"
+    _paper = {
+        "title": "Optimizing Anytime Reasoning via Budget Relative Policy Optimization",
+        "id": "2505.13438",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{qi2025optimizing,
+                title        = {{Optimizing Anytime Reasoning via Budget Relative Policy Optimization}},
+                author       = {Penghui Qi and Zichen Liu and Tianyu Pang and Chao Du and Wee Sun Lee and Min Lin},
+                year         = 2025,
+                booktitle    = {Advances in Neural Information Processing Systems},
+                eprint       = {arXiv:2505.13438},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: BRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        *,
+        reward_funcs: Any = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = BRPOConfig(f"{model_name.split('/')[-1]}-BRPO")
+        _check_arguments(args, train_dataset, kwargs)
+        reward_funcs = MathReward() if reward_funcs is None else reward_funcs
+        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+        for reward_func in reward_funcs:
+            if isinstance(reward_func, MathReward):
+                train_dataset, kwargs["eval_dataset"] = (
+                    _check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
+                )
+
+        # What is in flight while TRL's methods run around ours: the generation batch, and the rows of a forward pass
+        self._batch: _Batch | None = None
+        self._packed: PackedRollouts | None = None
+        self._rollout_seconds = 0.0
+        self._update_seconds = 0.0
+
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                "BRPO trains on text: pass a tokenizer as `processing_class`, not a multimodal processor."
+            )
+        self.rollout_func = self._roll_out
+        self.markers = self._find_markers()
+        self.reward_funcs = [
+            dataclasses.replace(func, answer_bridge=self.markers.answer_bridge)
+            if isinstance(func, MathReward)
+            else func
+            for func in self.reward_funcs
+        ]
+        self._check_context(self._longest_prompts())
+        if args.max_completion_length is None:
+            branch = self.markers.max_bridge_length + args.max_summary_length
+            self.max_completion_length = args.budgets[-1] + len(args.budgets) * args.num_summaries * branch
+
+        for trained_or_reference in filter(None, (self.model, self.ref_model)):
+            enable_tree_attention(self.accelerator.unwrap_model(trained_or_reference))
+        # Sharded parameters are not at hand before training starts
+        if not self.is_fsdp_enabled and not (self.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3):
+            check_tree_attention(self.model)
+
+    # Set-up
+
+    def _find_markers(self) -> ThinkingMarkers:
+        """Markers and bridges, from the first prompt as the model will see it."""
+        prompt = next(iter(self.train_dataset))["prompt"]
+        generation_prompt = None
+        if is_conversational({"prompt": prompt}):
+            if self._tokenizer.chat_template is None:
+                raise ValueError(
+                    "The prompts are conversational but the tokenizer has no chat template: set "
+                    "`processing_class.chat_template`, or pass prompts as text."
+                )
+            render = {"conversation": prompt, "tokenize": False, **self.chat_template_kwargs}
+            without = self._tokenizer.apply_chat_template(**render, add_generation_prompt=False)
+            prompt = self._tokenizer.apply_chat_template(**render, add_generation_prompt=True)
+            # What the template added for the answer; some templates add it always
+            generation_prompt = prompt.removeprefix(without) if prompt.startswith(without) and prompt != without else None
+        return find_markers(
+            self._tokenizer,
+            prompt,
+            generation_prompt,
+            think_end=self.args.think_end,
+            truncation_bridge=self.args.truncation_bridge,
+            answer_bridge=self.args.answer_bridge,
+        )
+
+    def _longest_prompts(self, count: int = 16) -> list[list[int]]:
+        """The longest prompts of the training data as token ids; of a stream, the first."""
+        if isinstance(self.train_dataset, IterableDataset):
+            prompts = [example["prompt"] for example in self.train_dataset.take(1)]
+        else:
+            prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))[-count:]
+        return self._tokenize_prompts(prompts)[0]
+
+    def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(ids) for ids in prompt_ids)
+        thinking = max(self.args.budgets[-1], self.args.eval_budgets[-1])
+        needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
+        if context is not None and needed > context:
+            raise ValueError(
+                f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
+                f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
+                f"tokens, more than the model's context of {context}. Lower `budgets`, `eval_budgets` or "
+                "`max_summary_length`, or drop the longest prompts."
+            )
+
+    # Rollout: think, cut, bridge, summarise
+
+    def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        """TRL's `rollout_func` hook: one packed rollout for each prompt of this rank."""
+        batch = self._batch
+        assert batch is not None
+        prompt_ids = self._tokenize_prompts(prompts)[0]
+        self._check_context(prompt_ids)
+
+        with self._timed("thinking"), self._sampling(batch.budgets[-1], self.markers.think_end_ids):
+            sampled, thinking_logps = self._generate_single_turn(prompt_ids, None, {}, batch.num_generations)
+        thinkings = [Thinking.of(ids, self.markers, self.eos_token_ids) for ids in sampled]
+
+        cuts = [[thinking.cut(budget, self.markers) for budget in batch.budgets] for thinking in thinkings]
+        contexts = [
+            [*prompt_ids[i], *thinking.token_ids[: cuts[i][j][0]], *cuts[i][j][1]]
+            for j in range(len(batch.budgets))
+            for i, thinking in enumerate(thinkings)
+        ]
+        with self._timed("summarising"), self._sampling(self.args.max_summary_length):
+            summaries, summary_logps = self._summarise(contexts, batch.num_summaries)
+
+        def of_rollout(i, values):  # from (budget, rollout, summary) to M × A
+            starts = ((j * len(prompts) + i) * batch.num_summaries for j in range(len(batch.budgets)))
+            return [values[start : start + batch.num_summaries] for start in starts]
+
+        batch.rollouts = [
+            Rollout(
+                ids, thinking, [cut for cut, _ in cuts[i]], [bridge for _, bridge in cuts[i]], of_rollout(i, summaries)
+            )
+            for i, (ids, thinking) in enumerate(zip(prompt_ids, thinkings, strict=True))
+        ]
+        self._packed = PackedRollouts.pack(
+            [rollout.thinking.token_ids for rollout in batch.rollouts],
+            [rollout.cuts for rollout in batch.rollouts],
+            [rollout.bridges for rollout in batch.rollouts],
+            [rollout.summaries for rollout in batch.rollouts],
+        )
+        trained = self._packed.trained()
+        logprobs = None
+        if thinking_logps is not None:
+            logprobs = [
+                _pack_logprobs(rollout, thinking_logps[i], of_rollout(i, summary_logps))
+                for i, rollout in enumerate(batch.rollouts)
+            ]
+        lengths = self._packed.lengths.tolist()
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [ids[:n].tolist() for ids, n in zip(self._packed.token_ids, lengths, strict=True)],
+            "env_mask": [mask[:n].int().tolist() for mask, n in zip(trained, lengths, strict=True)],
+            "logprobs": logprobs,
+        }
+
+    def _summarise(self, contexts: list[list[int]], num_summaries: int) -> tuple[list, list | None]:
+        """`num_summaries` continuations of each context, adjacent."""
+        rows = [context for context in contexts for _ in range(num_summaries)]
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return self._generate_single_turn(rows, None, {}, num_summaries)
+        # `generate()` holds the whole batch in memory: no more rows at a time than the thinking phase had. The
+        # contexts are ordered by budget, so rows of similar length meet.
+        num_rows = len(contexts) // len(self._batch.budgets)
+        summaries = []
+        for start in range(0, len(rows), num_rows):
+            summaries += self._generate_single_turn(rows[start : start + num_rows], None, {}, num_summaries)[0]
+        return summaries, None
+
+    @contextmanager
+    def _sampling(self, max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Iterator[None]:
+        """Sampling settings of one generation phase, for all of TRL's backends."""
+        # A marker of several tokens cannot stop the sampling: what follows it is dropped afterwards
+        stop_ids = list(stop_ids) if len(stop_ids) == 1 else []
+        eos_token_ids = self.eos_token_ids
+        self.eos_token_ids = [*eos_token_ids, *stop_ids]
+        if self.use_vllm:
+            engine = self.vllm_generation
+            saved = engine.max_completion_length, engine.generation_kwargs
+            engine.max_completion_length = max_new_tokens
+            if stop_ids:
+                engine.generation_kwargs = {**engine.generation_kwargs, "stop_token_ids": stop_ids}
+        else:
+            saved = self.generation_config.max_new_tokens, self.generation_config.eos_token_id
+            self.generation_config.max_new_tokens = max_new_tokens
+            self.generation_config.eos_token_id = self.eos_token_ids
+        try:
+            yield
+        finally:
+            self.eos_token_ids = eos_token_ids
+            if self.use_vllm:
+                engine.max_completion_length, engine.generation_kwargs = saved
+            else:
+                self.generation_config.max_new_tokens, self.generation_config.eos_token_id = saved
+
+    # Rewards and advantages
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        batch = self._batch
+        num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
+        per_rollout = num_budgets * num_summaries
+        summary_ids = [ids for rollout in batch.rollouts for of_budget in rollout.summaries for ids in of_budget]
+        well_formed = [
+            formed for rollout in batch.rollouts for row in rollout.well_formed(self.markers) for formed in row
+        ]
+        texts = self._tokenizer.batch_decode(summary_ids, skip_special_tokens=True)
+        if is_conversational({"prompt": prompts[0]}):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        rows = [{**inputs[i // per_rollout], "well_formed": formed} for i, formed in enumerate(well_formed)]
+        prompts = [prompts[i // per_rollout] for i in range(len(rows))]
+        guard, reward_funcs = RewardGuard(), self.reward_funcs
+        self.reward_funcs = [
+            guard.guard(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
+        ]
+        try:
+            with self._timed("grading"):
+                rewards_per_func = super()._calculate_rewards(rows, prompts, texts, summary_ids)
+        finally:
+            self.reward_funcs = reward_funcs
+        guard.raise_on_all_ranks()
+
+        # TRL's completions table gets one row per budget, for which the first summary stands
+        batch.extra_logs = {name: values[::num_summaries] for name, values in self._pending_extra_logs.items()}
+        self._pending_extra_logs.clear()
+        batch.rewards_per_func = rewards_per_func.view(-1, num_budgets, num_summaries, len(reward_funcs))
+        unscored = batch.rewards_per_func.isnan().all(dim=-1)
+        weighted = batch.rewards_per_func * self.reward_weights.to(rewards_per_func)
+        batch.rewards = weighted.nansum(dim=-1).masked_fill(unscored, torch.nan)
+        # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, per function
+        weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
+        mean_NMF = batch.rewards_per_func.nanmean(dim=2)
+        return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        start = time.perf_counter()
+        self._batch = batch = self._new_batch(mode)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            packed = self._packed
+        finally:
+            self._batch = self._packed = None
+
+        # Groups may be split across ranks, so advantages are computed for all and this rank's are kept
+        cuts = self.accelerator.gather(packed.cuts.to(self.accelerator.device))
+        num_budgets = len(batch.budgets)
+        grouped = (-1, batch.num_generations, num_budgets)
+        rewards_PGMA, cuts_PGM = batch.rewards.view(*grouped, batch.num_summaries), cuts.view(grouped)
+        segments = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
+        thinking = segments.returns - segments.baseline(self.args.baseline)
+        summary = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
+        # Unknown where a summary could not be scored: no signal, counted in `anytime/unscored_ratio`
+        thinking = thinking.reshape(-1, num_budgets).nan_to_num()
+        summary = summary.reshape(-1, num_budgets, batch.num_summaries).nan_to_num()
+
+        first = self.accelerator.process_index * len(inputs)
+        local = slice(first, first + len(inputs))
+        packed = dataclasses.replace(
+            packed,
+            token_ids=output["completion_ids"],
+            cuts=cuts[local],
+            spans=packed.spans.to(self.accelerator.device),
+        )
+        output["advantages"] = packed.token_advantages(thinking[local], summary[local], batch.budgets)
+        output["cuts"], output["spans"] = packed.cuts, packed.spans
+
+        self._log_rollouts(mode, batch, packed, output["advantages"])
+        live = torch.nn.functional.pad(cuts_PGM[..., :-1], (1, 0)) < cuts_PGM[..., -1:]
+        self._log_baselines(mode, batch, segments, live)
+        if self.log_completions:
+            self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
+        self._rollout_seconds = time.perf_counter() - start
+        for name in ("thinking", "summarising", "grading", "scoring"):
+            self._metrics[mode][f"time/{name}"].append(batch.seconds[name])
+        return output
+
+    def _new_batch(self, mode: str) -> _Batch:
+        if mode == "train":
+            return _Batch(self.args.budgets, self.args.prior, self.args.num_summaries, self.num_generations)
+        # Evaluation estimates the plain curve: every budget counts alike, one summary each
+        return _Batch(self.args.eval_budgets, "uniform", 1, self.num_generations_eval)
+
+    # Packed rows in TRL's forward passes
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        packed = PackedRollouts(
+            token_ids=input_ids[:, -logits_to_keep:],
+            cuts=self._packed.cuts.to(input_ids.device),
+            spans=self._packed.spans.to(input_ids.device),
+        )
+        first = 0
+
+        def packed_model(input_ids, **model_inputs):  # TRL calls it for one chunk of rows after the other
+            nonlocal first
+            rows = packed[first : first + len(input_ids)]
+            first += len(input_ids)
+            return forward_packed(model, rows, input_ids, **model_inputs)
+
+        with self._timed("scoring"):
+            return super()._get_per_token_logps_and_entropies(
+                packed_model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+            )
+
+    def _compute_loss(self, model, inputs):
+        self._packed = PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._packed = None
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        start = time.perf_counter()
+        self._rollout_seconds = 0.0
+        output = super().training_step(model, inputs, num_items_in_batch)
+        self._update_seconds += time.perf_counter() - start - self._rollout_seconds
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["time/updating"].append(self._update_seconds)
+            self._update_seconds = 0.0
+        return output
+
+    # Logging
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent inside to the generation batch in flight, if there is one."""
+        start = time.perf_counter()
+        yield
+        if self._batch is not None:
+            self._batch.seconds[phase] += time.perf_counter() - start
+
+    def _log_rollouts(self, mode: str, batch: _Batch, packed: PackedRollouts, advantages: torch.Tensor) -> None:
+        """Rewards, formats and lengths of all ranks, one value per rollout so that averages weigh rollouts alike."""
+        metrics = self._metrics[mode]
+        for name in _METRICS_OF_PLAIN_ROWS:
+            metrics.pop(name)
+        max_length = self.args.max_summary_length
+        per_rollout = torch.stack(
+            [
+                packed.thinking_lengths.float(),
+                torch.tensor(
+                    [float(rollout.thinking.finished) for rollout in batch.rollouts], device=packed.cuts.device
+                ),
+                (advantages == 0).all(dim=1).float(),
+            ],
+            dim=1,
+        )
+        per_summary = torch.tensor(
+            [
+                [
+                    [
+                        (len(ids), len(ids) == max_length and ids[-1] not in self.eos_token_ids, formed)
+                        for ids, formed in zip(*of_budget, strict=True)
+                    ]
+                    for of_budget in zip(rollout.summaries, rollout.well_formed(self.markers), strict=True)
+                ]
+                for rollout in batch.rollouts
+            ],
+            dtype=torch.float32,
+            device=packed.cuts.device,
+        )
+        length, finished, no_advantage = self.accelerator.gather(per_rollout).unbind(dim=1)
+        summary_length, clipped, formed = self.accelerator.gather(per_summary).unbind(dim=3)
+        reward_NM = batch.rewards.nanmean(dim=2)
+        for j, budget in enumerate(batch.budgets):
+            metrics[f"anytime/reward@{budget}"].extend(reward_NM[:, j].tolist())
+            metrics[f"anytime/formatted@{budget}"].extend(formed[:, j].mean(dim=1).tolist())
+        metrics["anytime/auc"].extend(reward_NM.mean(dim=1).tolist())
+        metrics["anytime/no_advantage_ratio"].extend(no_advantage.tolist())
+        metrics["anytime/unscored_ratio"].extend(batch.rewards.isnan().float().mean(dim=(1, 2)).tolist())
+        metrics["thinking/mean_length"].extend(length.tolist())
+        metrics["thinking/finished_ratio"].extend(finished.tolist())
+        metrics["summary/mean_length"].extend(summary_length.mean(dim=(1, 2)).tolist())
+        metrics["summary/clipped_ratio"].extend(clipped.mean(dim=(1, 2)).tolist())
+
+    def _log_baselines(self, mode: str, batch: _Batch, segments: Returns, live: torch.Tensor) -> None:
+        """The paper's diagnostics: Var[R - V] / Var[R] and Corr[V, R] of each baseline and segment."""
+        for statistic, by_baseline in baseline_diagnostics(segments, live).items():
+            for name, values in by_baseline.items():
+                for budget, value in zip(batch.budgets, values.tolist(), strict=True):
+                    self._metrics[mode][f"baseline/{statistic}/{name}@{budget}"].append(value)
+
+    def _log_table(self, batch: _Batch, prompts: list, thinking: torch.Tensor, summary: torch.Tensor) -> None:
+        """Replace TRL's rows, which hold packed ids, by one row per rollout and budget with its first summary."""
+        rows = []
+        for prompt, rollout in zip(prompts, batch.rollouts, strict=True):
+            texts = self._tokenizer.batch_decode([summaries[0] for summaries in rollout.summaries])
+            for budget, cut, text in zip(batch.budgets, rollout.cuts, texts, strict=True):
+                thought = self._tokenizer.decode(rollout.thinking.token_ids[:cut])
+                rows.append((prompt, text, budget, textwrap.shorten(thought, 400, placeholder=" [...]")))
+        prompts, completions, budgets, thoughts = zip(*gather_object(rows), strict=True)
+        extra = {"budget": budgets, "thinking": thoughts, "thinking_advantage": thinking.flatten().tolist()}
+        for column in sorted(set(gather_object(list(batch.extra_logs)))):
+            extra[column] = gather_object(batch.extra_logs.get(column, [None] * len(rows)))
+        rewards = batch.rewards_per_func[:, :, 0].flatten(0, 1)
+        self._logs.update(
+            prompt=deque(prompts),
+            completion=deque(completions),
+            rewards=defaultdict(
+                deque, {name: deque(rewards[:, f].tolist()) for f, name in enumerate(self.reward_func_names)}
+            ),
+            advantages=deque(summary[:, :, 0].flatten().tolist()),
+            extra=defaultdict(deque, {column: deque(values) for column, values in extra.items()}),
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        tokens = self.args.budgets[-1] + self.markers.max_bridge_length + self.args.max_summary_length
+        budgets = ", ".join(
+            f"{budget} ({weight:.3g})"
+            for budget, weight in zip(
+                self.args.budgets, prior_weights(self.args.prior, self.args.budgets).tolist(), strict=True
+            )
+        )
+        section = (
+            "### Thinking budgets\n\n"
+            f"Trained to answer after thinking for {budgets} tokens (weight of each in the objective). A thinking "
+            f"that is cut is followed by `{self.markers.truncation_bridge!r}` and every thinking by "
+            f"`{self.markers.answer_bridge!r}`.\n\n"
+        )
+        # TRL's quick start stops a thinking model after 128 tokens
+        card = path.read_text().replace("max_new_tokens=128", f"max_new_tokens={tokens}")
+        path.write_text(card.replace("### Framework versions", section + "### Framework versions"))
+
+
+def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+    if not isinstance(args, BRPOConfig):
+        if isinstance(args, GRPOConfig):
+            raise ValueError("`args` is a `GRPOConfig`: use `trl_anytime.BRPOConfig`, which takes the same settings.")
+        raise ValueError(
+            f"The second argument is `args`, a `BRPOConfig`, got {type(args).__name__}. Reward functions are passed "
+            "by keyword: `BRPOTrainer(model, args, train_dataset, reward_funcs=...)`."
+        )
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if kwargs.get(name):
+            raise ValueError(f"`{name}` is not supported: BRPO has its own rollout, a single thinking that is cut.")
+    if getattr(kwargs.get("peft_config"), "is_prompt_learning", False):
+        raise ValueError(
+            "Prompt learning (prefix, prompt and p-tuning) is not supported: its virtual tokens are not part of the "
+            "packed rows. Use LoRA."
+        )
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required.")
+    for column in ("image", "images"):
+        if column in (train_dataset.column_names or ()):
+            raise ValueError(
+                f"The dataset has a column '{column}': BRPO trains on text. Drop it with `remove_columns`."
+            )
+    if "prompt" not in (train_dataset.column_names or ("prompt",)):
+        raise ValueError(f"The dataset needs a column 'prompt', it has {train_dataset.column_names}.")
+
+
+def _check_answers(reward: MathReward, dataset: Any) -> Any:
+    if isinstance(dataset, dict):
+        return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
+    return None if dataset is None else reward.check_dataset(dataset)
+
+
+def _pack_logprobs(rollout: Rollout, thinking: list[float], summaries: list[list[list[float]]]) -> list[float]:
+    """Sampling log-probabilities in packed order; bridges were not sampled and get 0, which the loss mask hides."""
+    packed = list(thinking[: len(rollout.thinking.token_ids)])
+    for bridge, of_budget in zip(rollout.bridges, summaries, strict=True):
+        for logprobs in of_budget:
+            packed += [0.0] * len(bridge) + list(logprobs)
+    return packed

@@ -1,0 +1,89 @@
+"""
+Thinking budgets, the prior over them, and where a thinking is cut.
+
+Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, https://huggingface.co/papers/2505.13438.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
+    """
+    Return `budgets` as a list of ints.
+
+    Args:
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+        name (`str`, *optional*, defaults to `"budgets"`):
+            Name of the setting, for the error.
+
+    Raises:
+        `ValueError`: If `budgets` is empty or not strictly increasing positive ints.
+    """
+    values = list(budgets)
+    are_ints = all(isinstance(b, int) and not isinstance(b, bool) for b in values)
+    if not values or not are_ints or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"`{name}` must be strictly increasing positive ints (thinking tokens), such as [2000, 4000, 6000, 8000], "
+            f"got {values}."
+        )
+    return values
+
+
+def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch.Tensor:
+    """
+    Probability P_j of each budget: the weight of its accuracy in the objective J = E[Σ_j P_j r(x, z_{≤ b_j})].
+
+    Args:
+        prior (`str` or `Sequence[float]`):
+            `"uniform"` (P_j = 1/m), `"linear"` (P_j ∝ b_j), `"base"` (P_m = 1, all others 0), or m non-negative
+            weights, which are normalised.
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+
+    Returns:
+        `torch.Tensor`: float32 of shape (M,) that sums to 1.
+
+    Raises:
+        `ValueError`: If `prior` is an unknown name, or weights of the wrong length, negative, not finite or all zero.
+    """
+    if isinstance(prior, str):
+        if prior == "uniform":
+            weights = torch.ones(len(budgets))
+        elif prior == "linear":
+            weights = torch.tensor([float(b) for b in budgets])
+        elif prior == "base":
+            weights = torch.zeros(len(budgets))
+            weights[-1] = 1.0
+        else:
+            raise ValueError(f"`prior` must be 'uniform', 'linear', 'base' or a list of weights, got {prior!r}.")
+        return weights / weights.sum()
+
+    weights = torch.tensor([float(w) for w in prior])
+    if len(weights) != len(budgets):
+        raise ValueError(
+            f"`prior` has {len(weights)} weights but there are {len(budgets)} budgets ({list(budgets)}): give one "
+            "weight per budget."
+        )
+    if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+        raise ValueError(f"The weights of `prior` must be finite, non-negative and not all zero, got {list(prior)}.")
+    return weights / weights.sum()
+
+
+def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
+    """
+    Where each thinking is cut, c_j = min(b_j, |z|).
+
+    Args:
+        thinking_lengths (`torch.Tensor`):
+            Shape (...), |z| in tokens.
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+
+    Returns:
+        `torch.Tensor`: int64 of shape (..., M), in tokens. Budgets beyond the end of a thinking share its last cut.
+    """
+    limits = torch.tensor(list(budgets), device=thinking_lengths.device)
+    return torch.minimum(thinking_lengths.unsqueeze(-1), limits)

@@ -1,0 +1,72 @@
+"""What reward functions return, checked: a mistake on one rank becomes the same clear error on all ranks."""
+
+import math
+from typing import Any
+
+from accelerate.utils import gather_object
+from torch import nn
+from trl.trainer.utils import is_async_callable
+
+
+class RewardGuard:
+    """
+    Guards one call of all reward functions.
+
+    A guarded function never raises, so that every rank reaches TRL's gathering of the rewards; [`raise_on_all_ranks`]
+    reports afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._errors: list[str] = []
+        self._exception: Exception | None = None
+
+    def guard(self, reward_func: Any, name: str) -> Any:
+        """`reward_func` with its result checked; reward models are returned as they are."""
+        if isinstance(reward_func, nn.Module):
+            return reward_func
+        if is_async_callable(reward_func):
+
+            async def guarded_async(prompts, **kwargs):
+                try:
+                    return self._checked(await reward_func(prompts=prompts, **kwargs), prompts)
+                except Exception as error:  # whatever it is, it must reach all ranks
+                    return self._failed(error, prompts, name)
+
+            return guarded_async
+
+        def guarded(prompts, **kwargs):
+            try:
+                return self._checked(reward_func(prompts=prompts, **kwargs), prompts)
+            except Exception as error:
+                return self._failed(error, prompts, name)
+
+        return guarded
+
+    @staticmethod
+    def _checked(rewards: Any, prompts: list) -> list[float | None]:
+        rewards = list(rewards)
+        if len(rewards) != len(prompts):
+            raise ValueError(f"it returned {len(rewards)} rewards for {len(prompts)} summaries, one each was expected")
+        for row, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise ValueError(
+                    f"it returned {float(reward)} in row {row}, for the prompt {str(prompts[row])[:200]!r}. Return "
+                    "None where it does not apply to a summary"
+                )
+        return rewards
+
+    def _failed(self, error: Exception, prompts: list, name: str) -> list[float | None]:
+        self._errors.append(f"Reward function `{name}` failed: {type(error).__name__}: {error}.")
+        self._exception = error
+        return [0.0] * len(prompts)
+
+    def raise_on_all_ranks(self) -> None:
+        """
+        Collective: if a guarded function failed on any rank, raise on every rank.
+
+        Raises:
+            `ValueError`: Names the function, and the row where there is one.
+        """
+        errors = gather_object(self._errors)
+        if errors:
+            raise ValueError("\n".join(dict.fromkeys(errors))) from self._exception

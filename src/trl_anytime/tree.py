@@ -1,0 +1,159 @@
+"""
+Rollouts packed into one row each: the thinking, then every summary as a branch that leaves it at its cut.
+
+Dimensions: R rollouts, M budgets, A summaries per budget, T packed tokens (the longest rollout of the batch).
+
+A rollout with thinking z1 … z4, cut after 2 and after 4 tokens (budgets 2 and 4), two summaries each, where b are
+bridge tokens (inserted) and s summary tokens (sampled). The prompt stands before it and is seen by every token.
+
+```txt
+index        0  1  2  3 | 4  5 | 6  7  8 | 9 10 |11 12
+token       z1 z2 z3 z4 | b  s | b  s  s | b  s | b  s
+position     0  1  2  3 | 2  3 | 2  3  4 | 4  5 | 4  5   after the prompt; restarts at the cut
+trained      1  1  1  1 | 0  1 | 0  1  1 | 0  1 | 0  1
+sees z1 z2   .  .  x  x | x  x | x  x  x | x  x | x  x   as well as the earlier tokens of its own branch, and itself
+sees z3 z4   .  .  .  . | .  . | .  .  . | x  x | x  x
+```
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedRollouts:
+    """
+    R packed rollouts: [thinking][branch 1] … [branch M·A], a branch being a bridge and a summary, ordered by budget.
+
+    All coordinates count tokens from the first thinking token.
+
+    Args:
+        token_ids (`torch.Tensor`):
+            int64 of shape (R, T), right-padded.
+        cuts (`torch.Tensor`):
+            int64 of shape (R, M), thinking tokens that the branches of each budget see.
+        spans (`torch.Tensor`):
+            int64 of shape (R, M, A, 3): start of the bridge, start of the summary, end of the summary. A bridge has at
+            least one token, so that the left neighbour of every trained token is also its predecessor.
+    """
+
+    token_ids: torch.Tensor
+    cuts: torch.Tensor
+    spans: torch.Tensor
+
+    @classmethod
+    def pack(
+        cls,
+        thinkings: Sequence[Sequence[int]],
+        cuts: Sequence[Sequence[int]],
+        bridges: Sequence[Sequence[Sequence[int]]],
+        summaries: Sequence[Sequence[Sequence[Sequence[int]]]],
+        pad_token_id: int = 0,
+    ) -> "PackedRollouts":
+        """
+        Pack rollouts given as token ids.
+
+        Args:
+            thinkings (`Sequence[Sequence[int]]`):
+                R thinkings.
+            cuts (`Sequence[Sequence[int]]`):
+                R × M cuts in tokens, c_1 ≤ … ≤ c_M ≤ |z|.
+            bridges (`Sequence[Sequence[Sequence[int]]]`):
+                R × M bridges.
+            summaries (`Sequence[Sequence[Sequence[Sequence[int]]]]`):
+                R × M × A summaries.
+            pad_token_id (`int`, *optional*, defaults to `0`):
+                Filler on the right of the shorter rollouts.
+        """
+        rows, spans = [], []
+        for thinking, row_bridges, row_summaries in zip(thinkings, bridges, summaries, strict=True):
+            row, row_spans = list(thinking), []
+            for bridge, budget_summaries in zip(row_bridges, row_summaries, strict=True):
+                assert len(bridge) > 0, "a bridge has at least one token"
+                for summary in budget_summaries:
+                    start = len(row)
+                    row.extend(bridge)
+                    row.extend(summary)
+                    row_spans.append((start, start + len(bridge), len(row)))
+            rows.append(torch.tensor(row))
+            spans.append(row_spans)
+        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        cuts_RM = torch.tensor(cuts)
+        return cls(token_ids, cuts_RM, torch.tensor(spans).view(*cuts_RM.shape, -1, 3))
+
+    def __getitem__(self, rows: slice) -> "PackedRollouts":
+        return PackedRollouts(self.token_ids[rows], self.cuts[rows], self.spans[rows])
+
+    @property
+    def thinking_lengths(self) -> torch.Tensor:
+        """|z| in tokens, shape (R,)."""
+        return self.spans[:, 0, 0, 0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Packed tokens, shape (R,)."""
+        return self.spans[:, -1, -1, 2]
+
+    def indices(self) -> torch.Tensor:
+        """Index of each token, shape (R, T)."""
+        return torch.arange(self.token_ids.size(1), device=self.token_ids.device).expand_as(self.token_ids)
+
+    def branches(self) -> torch.Tensor:
+        """Branch j·A + a of each token, -1 for thinking, shape (R, T); padding counts to the last branch."""
+        starts = self.spans[..., 0].flatten(1).contiguous()
+        return torch.searchsorted(starts, self.indices().contiguous(), right=True) - 1
+
+    def positions(self) -> torch.Tensor:
+        """Position of each token after the prompt, shape (R, T): a branch goes on from its cut."""
+        branch_RT = self.branches()
+        num_summaries = self.spans.size(2)
+        cut_RT = self.cuts.gather(1, branch_RT.clamp(min=0) // num_summaries)
+        start_RT = self.spans[..., 0].flatten(1).gather(1, branch_RT.clamp(min=0))
+        return torch.where(branch_RT < 0, self.indices(), cut_RT + self.indices() - start_RT)
+
+    def trained(self) -> torch.Tensor:
+        """Bool of shape (R, T), True for the tokens that the policy sampled: thinking and summaries, not bridges."""
+        branch_RT = self.branches()
+        summary_start_RT = self.spans[..., 1].flatten(1).gather(1, branch_RT.clamp(min=0))
+        sampled_RT = (branch_RT < 0) | (self.indices() >= summary_start_RT)
+        return sampled_RT & (self.indices() < self.lengths[:, None])
+
+    def visible(self) -> torch.Tensor:
+        """
+        What each token may see, as a dense mask for tests and drawings; training never builds it.
+
+        Returns:
+            `torch.Tensor`: bool of shape (R, T, T), True where query token t sees key token s.
+        """
+        index_RT, branch_RT = self.indices(), self.branches()
+        query, key = index_RT[:, :, None], index_RT[:, None, :]
+        cut_RT = self.cuts.gather(1, branch_RT.clamp(min=0) // self.spans.size(2))
+        limit_RT = torch.where(branch_RT < 0, index_RT + 1, cut_RT)  # thinking tokens below it are seen
+        sees_thinking = (branch_RT[:, None, :] < 0) & (key < limit_RT[:, :, None])
+        sees_own_branch = (branch_RT[:, :, None] == branch_RT[:, None, :]) & (key <= query)
+        real_RT = index_RT < self.lengths[:, None]
+        return (sees_thinking | sees_own_branch) & real_RT[:, None, :] & real_RT[:, :, None]
+
+    def token_advantages(self, thinking: torch.Tensor, summary: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
+        """
+        Spread advantages over the tokens that they train.
+
+        Args:
+            thinking (`torch.Tensor`):
+                Shape (R, M), one advantage per thinking segment b_{j-1} < t ≤ b_j.
+            summary (`torch.Tensor`):
+                Shape (R, M, A), one advantage per summary.
+            budgets (`Sequence[int]`):
+                Thinking budgets b_1 < … < b_m in tokens.
+
+        Returns:
+            `torch.Tensor`: shape (R, T), 0 on bridges and padding.
+        """
+        branch_RT = self.branches()
+        limits = torch.tensor(list(budgets), device=branch_RT.device)
+        segment_RT = torch.searchsorted(limits, self.indices().contiguous(), right=True).clamp(max=len(budgets) - 1)
+        of_summary = summary.flatten(1).gather(1, branch_RT.clamp(min=0))
+        of_thinking = thinking.gather(1, segment_RT)
+        return torch.where(branch_RT < 0, of_thinking, of_summary) * self.trained()

@@ -1,0 +1,564 @@
+import math
+import os
+import statistics
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_anytime import BRPOTrainer
+from trl_anytime.advantages import summary_advantages, thinking_advantages
+from trl_anytime.rewards import MathReward
+
+
+def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):
+    arguments = {
+        name: settings.pop(name)
+        for name in ("reward_funcs", "train_dataset", "eval_dataset", "peft_config", "processing_class", "callbacks")
+        if name in settings
+    }
+    return trainer_class(
+        model or make_model(),
+        make_config(tmp_path, **settings),
+        **{
+            "train_dataset": make_dataset(),
+            "reward_funcs": parity_reward,
+            "processing_class": make_tokenizer(),
+            **arguments,
+        },
+    )
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every optimiser step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+class Recorder(BRPOTrainer):
+    """Keeps what was rolled out, and scored batches."""
+
+    def __init__(self, *args, **kwargs):
+        self.rolled, self.scored = [], []
+        super().__init__(*args, **kwargs)
+
+    def _roll_out(self, prompts, trainer):
+        output = super()._roll_out(prompts, trainer)
+        self.rolled.append((output, self._batch, torch.get_rng_state()))
+        return output
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.scored.append(output)
+        return output
+
+
+# The special case that is GRPO
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {},
+        {"num_iterations": 2, "max_steps": 4},
+        {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4, "max_steps": 8},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 4},
+    ],
+    ids=["on-policy", "two iterations", "old policy", "accumulation"],
+)
+def test_one_budget_one_summary_is_grpo(tmp_path, steps):
+    """Same rollouts, same loss and gradients as TRL's trainer, also against an old policy."""
+    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", **steps}
+    gradients = Gradients()
+    ours = make_trainer(
+        tmp_path,
+        Recorder,
+        budgets=[9],
+        num_summaries=1,
+        summary_policy="final",
+        baseline="v2",
+        callbacks=[gradients],
+        **settings,
+    )
+    ours.train()
+    rolled = iter(ours.rolled)
+
+    def replay(prompts, trainer):
+        output, batch, rng_state = next(rolled)
+        torch.set_rng_state(rng_state)  # TRL shuffles the batch
+        rewards = parity_reward(None, [rollout.summaries[0][0] for rollout in batch.rollouts])
+        return {**output, "recorded_reward": rewards}
+
+    theirs_gradients = Gradients()
+    config = ours.args.to_dict()
+    known = {name for name, f in GRPOConfig.__dataclass_fields__.items() if f.init}
+    keep = {name: value for name, value in config.items() if name in known and name != "generation_batch_size"}
+    keep |= {"max_completion_length": ours.max_completion_length, "accelerator_config": None, "use_cpu": True}
+    theirs = GRPOTrainer(
+        make_model(),
+        lambda recorded_reward, **kwargs: recorded_reward,
+        GRPOConfig(**keep),
+        train_dataset=make_dataset(),
+        processing_class=make_tokenizer(),
+        rollout_func=replay,
+        callbacks=[theirs_gradients],
+    )
+    theirs.train()
+
+    assert len(gradients.steps) == len(theirs_gradients.steps) == ours.args.max_steps
+    assert any(abs(log["loss"]) > 1e-4 for log in ours.state.log_history if "loss" in log)
+    for log, their_log in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        for name in ("loss", "grad_norm", "reward", "reward_std", "entropy", "clip_ratio/region_mean"):
+            # float32 rounding: the attention sums in another order
+            if name in their_log:
+                assert log[name] == pytest.approx(their_log[name], abs=2e-6, rel=1e-4), name
+    for step, their_step in zip(gradients.steps, theirs_gradients.steps, strict=True):
+        largest = max(gradient.abs().max() for gradient in their_step.values())
+        assert largest > 0
+        for name, gradient in their_step.items():
+            # A step's rounding moves the weights, and with them the next gradients
+            assert (step[name] - gradient).abs().max() <= 5e-5 * largest, name
+
+
+# What reaches the loss
+
+
+def test_advantages_of_every_token(tmp_path):
+    """The batch that TRL trains on: recomputed from the rollouts and rewards, rollout by rollout."""
+    trainer = make_trainer(tmp_path, Recorder, prior="linear", max_steps=1)
+    trainer.train()
+    (_, batch, _), scored = trainer.rolled[0], trainer.scored[0]
+    rewards = torch.tensor(
+        [
+            [[parity_reward(None, [ids])[0] for ids in of_budget] for of_budget in rollout.summaries]
+            for rollout in batch.rollouts
+        ]
+    )
+    cuts = torch.tensor([rollout.cuts for rollout in batch.rollouts])
+    thinking = thinking_advantages(rewards.view(2, 4, 3, 2), [3, 6, 9], "linear").view(8, 3)
+    summary = summary_advantages(rewards.view(2, 4, 3, 2), cuts.view(2, 4, 3)).view(8, 3, 2)
+    assert thinking.abs().max() > 0 and summary.abs().max() > 0
+    for i, rollout in enumerate(batch.rollouts):
+        expected, ids, mask = [], [], []
+        for t, token in enumerate(rollout.thinking.token_ids):
+            expected.append(thinking[i, t // 3].item())
+            ids.append(token)
+            mask.append(1)
+        for j in range(3):
+            for a in range(2):
+                bridge, tokens = rollout.bridges[j], rollout.summaries[j][a]
+                expected += [0.0] * len(bridge) + [summary[i, j, a].item()] * len(tokens)
+                ids += [*bridge, *tokens]
+                mask += [0] * len(bridge) + [1] * len(tokens)
+        assert scored["completion_ids"][i, : len(ids)].tolist() == ids
+        assert scored["tool_mask"][i, : len(ids)].tolist() == mask
+        assert scored["completion_mask"][i].sum() == len(ids)
+        torch.testing.assert_close(scored["advantages"][i, : len(ids)], torch.tensor(expected))
+        assert scored["advantages"][i, len(ids) :].abs().sum() == 0
+
+
+def test_the_loss_divides_by_the_longest_packed_rollout(tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert trainer.max_completion_length == 9 + 3 * 2 * (3 + 4)  # bridges "so </think> answer"
+    assert make_trainer(tmp_path, max_completion_length=500).max_completion_length == 500
+
+
+def test_summaries_continue_their_own_cut(tmp_path):
+    """A model that copies: the reward sees, and the bridge follows, exactly the cut thinking."""
+    trainer = make_trainer(tmp_path, Recorder, max_steps=1)
+    contexts = []
+    generate = trainer._generate_single_turn
+
+    def spy(prompt_ids, *args):
+        completions = generate(prompt_ids, *args)
+        contexts.extend(zip(prompt_ids, completions[0], strict=True))
+        return completions
+
+    trainer._generate_single_turn = spy
+    trainer.train()
+    batch = trainer.rolled[0][1]
+    thoughts, summarised = contexts[:8], contexts[8:]
+    assert len(summarised) == 8 * 3 * 2
+    expected = []
+    for rollout, (prompt, thinking) in zip(batch.rollouts, thoughts, strict=True):
+        assert rollout.thinking.token_ids == thinking
+        for j, budget in enumerate([3, 6, 9]):
+            cut, bridge = rollout.thinking.cut(budget, trainer.markers)
+            for ids in rollout.summaries[j]:
+                expected.append(([*prompt, *thinking[:cut], *bridge], ids))
+    assert sorted(summarised) == sorted(expected)
+    assert all(1 <= len(rollout.thinking.token_ids) <= 9 for rollout in batch.rollouts)
+    assert all(1 <= len(ids) <= 4 for rollout in batch.rollouts for row in rollout.summaries for ids in row)
+
+
+def test_sampling_settings_are_restored(tmp_path):
+    trainer = make_trainer(tmp_path)
+    config = trainer.generation_config.to_dict()
+    eos_token_ids = list(trainer.eos_token_ids)
+    with pytest.raises(RuntimeError), trainer._sampling(5, (7,)):
+        assert trainer.generation_config.max_new_tokens == 5
+        assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [*eos_token_ids, 7]
+        raise RuntimeError
+    assert trainer.generation_config.to_dict() == config
+    assert trainer.eos_token_ids == eos_token_ids
+
+
+# Rewards
+
+
+def test_reward_functions_see_summaries(tmp_path):
+    calls = []
+
+    def spy(prompts, completions, completion_ids, answer, well_formed, trainer_state, **kwargs):
+        calls.append((prompts, completions, completion_ids, answer, well_formed))
+        return parity_reward(completions, completion_ids)
+
+    async def constant(prompts, **kwargs):
+        return [1.0] * len(prompts)
+
+    trainer = make_trainer(
+        tmp_path, Recorder, reward_funcs=[spy, constant], reward_weights=[1.0, 0.5], max_steps=1, log_completions=True
+    )
+    trainer.train()
+    (prompts, completions, completion_ids, answer, well_formed), batch = calls[0], trainer.rolled[0][1]
+    assert len(calls) == 1 and len(prompts) == 8 * 3 * 2
+    flat = [ids for rollout in batch.rollouts for row in rollout.summaries for ids in row]
+    assert completion_ids == flat
+    decode = trainer.processing_class.decode
+    assert [c[0]["content"] for c in completions] == [decode(ids, skip_special_tokens=True) for ids in flat]
+    assert answer == [a for a in answer[::6] for _ in range(6)] and len(set(answer)) == 2
+    assert well_formed == [f for r in batch.rollouts for row in r.well_formed(trainer.markers) for f in row]
+    log = trainer.state.log_history[0]
+    assert log["rewards/constant/mean"] == 1.0
+    assert log["reward"] == pytest.approx(log["rewards/spy/mean"] + 0.5)
+    mean = statistics.mean(parity_reward(None, completion_ids))
+    assert log["anytime/auc"] == pytest.approx(mean + 0.5)
+
+
+def test_none_leaves_a_summary_out(tmp_path):
+    def sometimes(completion_ids, **kwargs):
+        return [None if sum(ids) % 3 == 0 else parity_reward(None, [ids])[0] for ids in completion_ids]
+
+    trainer = make_trainer(tmp_path, Recorder, reward_funcs=sometimes)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0 < log["anytime/unscored_ratio"] < 1
+    assert math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])
+    assert torch.isfinite(trainer.scored[0]["advantages"]).all()
+    # No reward anywhere: no gradient, no crash
+    trainer = make_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [None] * len(prompts))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["anytime/unscored_ratio"], log["anytime/no_advantage_ratio"], log["grad_norm"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: [1.0] * (n - 1), "`bad` failed: .*47 rewards for 48 summaries"),
+        (lambda n: [1.0] * (n - 2) + [math.nan, 1.0], "`bad` failed: .*returned nan in row 46, for the prompt"),
+        (lambda n: [math.inf] + [1.0] * (n - 1), "`bad` failed: .*returned inf in row 0"),
+        (lambda n: 1 / 0, "`bad` failed: ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_bad_rewards(tmp_path, returned, message, is_async):
+    def bad(prompts, **kwargs):
+        return returned(len(prompts))
+
+    sync = bad
+    if is_async:
+
+        async def bad(prompts, **kwargs):
+            return sync(prompts)
+
+    trainer = make_trainer(tmp_path, reward_funcs=[parity_reward, bad])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.reward_funcs[1] is bad  # unwrapped again
+
+
+def test_reward_models(tmp_path):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    trainer = BRPOTrainer(
+        make_model(),
+        make_config(tmp_path, max_steps=1),
+        make_dataset(),
+        reward_funcs=[AutoModelForSequenceClassification.from_config(config)],
+        reward_processing_classes=tokenizer,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["anytime/auc"])
+
+
+# Run-time edges
+
+
+def sampling(**bias):
+    """A model that (nearly) always or never samples a word, by the bias of an LM head."""
+    model = make_model()
+    head = torch.nn.Linear(32, 20)
+    head.weight = model.lm_head.weight
+    head.bias = torch.nn.Parameter(torch.zeros(20), requires_grad=False)
+    for word, value in bias.items():
+        head.bias.data[make_tokenizer().convert_tokens_to_ids({"end": "</think>", "eos": "<|im_end|>"}[word])] = value
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bias", "finished", "length"),
+    [({"end": 50.0}, 1.0, 1.0), ({"end": -50.0, "eos": -50.0}, 0.0, 9.0), ({"eos": 50.0, "end": -50.0}, 0.0, 1.0)],
+    ids=["finished at once", "all cut", "all abandoned"],
+)
+def test_extreme_thinkings(tmp_path, bias, finished, length):
+    trainer = make_trainer(tmp_path, model=sampling(**bias), reward_funcs=parity_reward)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["thinking/finished_ratio"], log["thinking/mean_length"]) == (finished, length)
+    assert math.isfinite(log["loss"])
+    if "eos" in bias and bias["eos"] > 0:
+        assert log["anytime/formatted@3"] == 0
+
+
+def test_equal_rewards_teach_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [1.0] * len(prompts), baseline="v2")
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["anytime/no_advantage_ratio"] == 1
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_empty_thinkings(tmp_path):
+    """A backend that returns no thinking at all."""
+    trainer = make_trainer(tmp_path)
+    generate = trainer._generate_single_turn
+
+    def no_thinking(prompt_ids, images, fields, num_generations):
+        if trainer.generation_config.max_new_tokens == 9:
+            return [[] for _ in prompt_ids], None
+        return generate(prompt_ids, images, fields, num_generations)
+
+    trainer._generate_single_turn = no_thinking
+    trainer.train()
+    assert trainer.state.log_history[0]["thinking/mean_length"] == 0
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+# Variants that are TRL's
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "beta": 0.1},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"loss_type": "dapo", "top_entropy_quantile": 0.5, "pad_to_multiple_of": 8},
+        {"loss_type": "grpo", "entropy_coef": 0.01},
+        {"bf16": True},
+        {"train_dataset": IterableDataset.from_generator(lambda: iter(make_dataset()))},
+        {"train_dataset": Dataset.from_dict({"prompt": ["1 2 <think>", "3 <think>"], "answer": ["1", "2"]})},
+    ],
+    ids=["lora and kl", "checkpointing", "reentrant", "dapo", "entropy bonus", "bf16", "streaming", "plain prompts"],
+)
+def test_variants_train(tmp_path, settings):
+    if settings.get("gradient_checkpointing") is None:
+        settings = {"gradient_checkpointing": False, **settings}
+    trainer = make_trainer(tmp_path, **settings)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+# Evaluation
+
+
+def test_evaluation_by_hand(tmp_path):
+    """Mean over all samples, not over batches: 5 prompts in batches of 2."""
+    trainer = make_trainer(
+        tmp_path,
+        Recorder,
+        eval_dataset=make_dataset(5),
+        eval_budgets=[2, 4],
+        num_generations_eval=1,
+        per_device_eval_batch_size=2,
+    )
+    metrics = trainer.evaluate()
+    rewards = [
+        [parity_reward(None, row)[0] for row in rollout.summaries]
+        for _, batch, _ in trainer.rolled
+        for rollout in batch.rollouts
+    ]
+    assert len(rewards) == 5 and all(len(row) == 2 for row in rewards)
+    for j, budget in enumerate([2, 4]):
+        expected = statistics.mean(row[j] for row in rewards)
+        assert metrics[f"eval_anytime/reward@{budget}"] == pytest.approx(expected)
+    assert metrics["eval_anytime/auc"] == pytest.approx(statistics.mean(sum(row) / 2 for row in rewards))
+    assert metrics["eval_reward"] == pytest.approx(metrics["eval_anytime/auc"], abs=0.2)  # TRL's mean over batches
+    assert not any(key.endswith("@3") for key in metrics)
+    # One thinking serves all budgets
+    assert all(len(r.cuts) == 2 and len(r.summaries[0]) == 1 for _, b, _ in trainer.rolled for r in b.rollouts)
+
+
+# Logging
+
+
+def test_metrics(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2, steps_per_generation=2, per_device_train_batch_size=4)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    names = {"anytime/auc", "anytime/no_advantage_ratio", "anytime/unscored_ratio"}
+    names |= {f"anytime/{kind}@{b}" for kind in ("reward", "formatted") for b in (3, 6, 9)}
+    names |= {"thinking/mean_length", "thinking/finished_ratio", "summary/mean_length", "summary/clipped_ratio"}
+    names |= {f"time/{phase}" for phase in ("thinking", "summarising", "grading", "scoring", "updating")}
+    names |= {
+        f"baseline/{statistic}/{baseline}@{b}"
+        for statistic in ("variance_ratio", "correlation")
+        for baseline in ("v1", "v2", "brpo")
+        for b in (3, 6, 9)
+    }
+    names |= {"reward", "reward_std", "num_tokens", "completions/mean_length", "entropy", "step_time"}
+    assert names <= set(log)
+    assert "completions/clipped_ratio" not in log
+    assert all(log[f"time/{phase}"] > 0 for phase in ("thinking", "summarising", "grading", "scoring", "updating"))
+
+
+def test_completions_table(tmp_path):
+    def logging_reward(completion_ids, log_extra, **kwargs):
+        log_extra("length", [len(ids) for ids in completion_ids])
+        return parity_reward(None, completion_ids)
+
+    trainer = make_trainer(tmp_path, Recorder, reward_funcs=logging_reward, max_steps=1, log_completions=True)
+    trainer.train()
+    table = pd.read_parquet(next((tmp_path / "completions").iterdir()))
+    batch, decode = trainer.rolled[0][1], trainer.processing_class.decode
+    assert len(table) == 8 * 3
+    rows = table.to_dict("records")
+    for i, rollout in enumerate(batch.rollouts):
+        for j, row in enumerate(rows[3 * i : 3 * i + 3]):
+            first = rollout.summaries[j][0]
+            assert row["budget"] == [3, 6, 9][j]
+            assert row["thinking"] == decode(rollout.thinking.token_ids[: rollout.cuts[j]])
+            assert row["completion"] == decode(first)
+            assert row["logging_reward"] == parity_reward(None, [first])[0]
+            assert row["length"] == len(first)
+    assert {"prompt", "advantage", "thinking_advantage", "step"} <= set(table)
+
+
+def test_model_card(tmp_path):
+    trainer = make_trainer(tmp_path, prior="linear")
+    trainer.create_model_card(model_name="anytime")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"trl", "brpo"} <= set(card.data.tags)
+    assert "This model was trained with BRPO" in card.text and "2505.13438" in card.text
+    assert "3 (0.167), 6 (0.333), 9 (0.5) tokens" in card.text
+    assert f"max_new_tokens={9 + 3 + 4}" in card.text and "max_new_tokens=128" not in card.text
+
+
+# Checkpoints
+
+
+def test_checkpoints_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    assert os.path.exists(tmp_path / "checkpoint-1" / "model.safetensors")
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+
+
+# Bad input at construction
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budgets": [100, 250]}, "more than the model's context of 256. Lower `budgets`"),
+        ({"eval_budgets": [250]}, "more than the model's context of 256"),
+        ({"think_end": "</end>", "truncation_bridge": "</end>"}, "cannot encode '</end>'"),
+        ({"truncation_bridge": "so"}, "`truncation_bridge` must contain the end-of-thinking marker"),
+        ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "Use LoRA"),
+        ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "needs a column 'prompt', it has"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "BRPO trains on text"),
+        ({"train_dataset": None}, "`train_dataset` is required"),
+    ],
+)
+def test_bad_arguments(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_other_rollouts_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+        BRPOTrainer(make_model(), make_config(tmp_path), make_dataset(), **{name: [print]})
+
+
+def test_arguments_in_the_order_of_trl(tmp_path):
+    with pytest.raises(ValueError, match="Reward functions are passed by keyword"):
+        BRPOTrainer(make_model(), parity_reward, make_config(tmp_path))
+    config = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match="use `trl_anytime.BRPOConfig`"):
+        BRPOTrainer(make_model(), config, make_dataset())
+
+
+def test_closed_thinking_is_refused(tmp_path):
+    closed = "{{ messages[0].content }} {% if not enable_thinking %}</think>{% endif %}"
+    with pytest.raises(ValueError, match=r"set `chat_template_kwargs=\{'enable_thinking': True\}`"):
+        make_trainer(tmp_path, processing_class=make_tokenizer(closed))
+    make_trainer(tmp_path, processing_class=make_tokenizer(closed), chat_template_kwargs={"enable_thinking": True})
+
+
+def test_no_chat_template(tmp_path):
+    with pytest.raises(ValueError, match="no chat template"):
+        make_trainer(tmp_path, processing_class=make_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize("answers", [["1", "2", None], [1.0, 2.0, math.nan], ["1", "2", ""]])
+def test_missing_answers_name_the_row(tmp_path, answers):
+    dataset = Dataset.from_dict({"prompt": ["1", "2", "3"], "answer": answers})
+    with pytest.raises(ValueError, match="row 2"):
+        make_trainer(tmp_path, reward_funcs=MathReward(), train_dataset=dataset)
+    with pytest.raises(ValueError, match="row 2"):
+        make_trainer(tmp_path, reward_funcs=[MathReward()], eval_dataset={"a": dataset})
+
+
+def test_the_default_reward_is_the_maths_verifier(tmp_path):
+    words = ("\\boxed{1}", "\\boxed{2}")
+    tokenizer = make_tokenizer(extra_words=words)
+    model = make_model(vocab_size=22)
+    trainer = BRPOTrainer(model, make_config(tmp_path, max_steps=1), make_dataset(), processing_class=tokenizer)
+    (reward,) = trainer.reward_funcs
+    assert isinstance(reward, MathReward) and reward.answer_bridge == "answer"
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["anytime/auc"] < 1

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from trl_anytime.budgets import check_budgets, prior_weights, thinking_cuts
+
+
+@pytest.mark.parametrize(
+    ("prior", "weights"),
+    [
+        ("uniform", [0.25, 0.25, 0.25, 0.25]),
+        ("linear", [0.1, 0.2, 0.3, 0.4]),  # 100, 200, 300, 400 of 1000
+        ("base", [0.0, 0.0, 0.0, 1.0]),
+        ([1, 0, 2, 1], [0.25, 0.0, 0.5, 0.25]),
+    ],
+)
+def test_prior_weights(prior, weights):
+    torch.testing.assert_close(prior_weights(prior, [100, 200, 300, 400]), torch.tensor(weights))
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ("quadratic", "'uniform', 'linear', 'base' or a list"),
+        ([0.5, 0.5, 0.0], "3 weights but there are 2 budgets"),
+        ([1.5, -0.5], "non-negative"),
+        ([0.0, 0.0], "not all zero"),
+        ([float("nan"), 1.0], "finite"),
+    ],
+)
+def test_bad_priors(prior, message):
+    with pytest.raises(ValueError, match=message):
+        prior_weights(prior, [100, 200])
+
+
+@pytest.mark.parametrize("budgets", [[], [0, 5], [5, 5], [8, 4], [-1], [1.5, 3], [True, 2], ["4"]])
+def test_bad_budgets(budgets):
+    with pytest.raises(ValueError, match="`eval_budgets` must be strictly increasing positive ints"):
+        check_budgets(budgets, "eval_budgets")
+
+
+def test_budgets_beyond_the_end_share_the_last_cut():
+    cuts = thinking_cuts(torch.tensor([0, 2, 3, 9]), [3, 6])
+    assert cuts.tolist() == [[0, 0], [2, 2], [3, 3], [3, 6]]

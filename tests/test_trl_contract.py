@@ -1,0 +1,124 @@
+"""Every private member of TRL that the trainer overrides, calls or sets, held to what it relies on."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import trl
+from trl import GRPOTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import add_fused_lm_head
+
+import trl_anytime.brpo_trainer
+from trl_anytime import BRPOTrainer
+
+# Overridden methods and the parameters they are called with
+OVERRIDDEN = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+}
+# Called methods
+CALLED = {
+    "_generate_single_turn": [
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "_tokenize_prompts": ["self", "prompts"],
+}
+# Attributes that TRL sets in `__init__` and that we read or set
+ATTRIBUTES = {"_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer"}
+CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
+OWN = {
+    "_batch",
+    "_check_context",
+    "_find_markers",
+    "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
+    "_log_baselines",
+    "_log_rollouts",
+    "_log_table",
+    "_longest_prompts",
+    "_new_batch",
+    "_packed",
+    "_roll_out",
+    "_rollout_seconds",
+    "_sampling",
+    "_summarise",
+    "_timed",
+    "_update_seconds",
+}
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_private_members_are_all_listed():
+    """A private member that is used but not listed here fails the test."""
+    tree = ast.parse(Path(trl_anytime.brpo_trainer.__file__).read_text())
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and (
+            (isinstance(node.value, ast.Name) and node.value.id == "self")
+            or (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")
+        )
+    }
+    assert used == (ATTRIBUTES | OWN | set(CALLED) | {name for name in OVERRIDDEN if name[0] == "_"})
+
+
+def test_overridden_and_called_methods():
+    for name, expected in (OVERRIDDEN | CALLED).items():
+        assert parameters(getattr(GRPOTrainer, name)) == expected, name
+
+
+def test_scoring_method():
+    expected = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert parameters(GRPOTrainer._get_per_token_logps_and_entropies)[:6] == expected
+    # It hands the model exactly these arguments, which `forward_packed` understands
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert 'model_inputs = {"input_ids": input_ids_batch, "attention_mask": attention_mask_batch}' in source
+    assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in source
+    assert "outputs.log_probs[:, -logits_to_keep:]" in source
+    assert parameters(add_fused_lm_head)[0] == "model"
+
+
+def test_attributes():
+    source = inspect.getsource(GRPOTrainer)
+    for name in ATTRIBUTES:
+        assert f"self.{name}" in source or name == "_step", name
+    for name in CLASS_ATTRIBUTES:
+        assert hasattr(GRPOTrainer, name)
+    for name in ("eos_token_ids", "generation_config", "rollout_func", "max_completion_length", "reward_func_names"):
+        assert f"self.{name} = " in source, name
+    for name in ("max_completion_length", "generation_kwargs"):
+        assert f"self.{name} = " in inspect.getsource(VLLMGeneration.__init__), name
+    assert "stop_token_ids" not in inspect.getsource(VLLMGeneration)  # nothing that ours would overwrite
+
+
+def test_rollout_hook():
+    source = inspect.getsource(GRPOTrainer._generate)
+    assert "output = self.rollout_func(prompts, self)" in source
+    assert 'required_keys = {"prompt_ids", "completion_ids", "logprobs"}' in source
+    assert 'tool_mask = extra_fields.pop("env_mask", None)' in source
+
+
+def test_the_docstring_names_every_override():
+    overridden = {
+        name for name, member in vars(BRPOTrainer).items() if inspect.isfunction(member) and hasattr(GRPOTrainer, name)
+    }
+    documented = BRPOTrainer.__doc__.split("What changes")[1].split("Example:")[0]
+    assert {name for name in overridden if f"`{name}`" not in documented} == set()
+
+
+def test_supported_versions():
+    assert trl.__version__.split(".")[:2] in (["1", "15"], ["1", "16"])
