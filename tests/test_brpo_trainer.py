@@ -547,16 +547,15 @@ def test_no_chat_template(tmp_path):
 @pytest.mark.parametrize("answers", [["1", "2", None], [1.0, 2.0, math.nan], ["1", "2", ""]])
 def test_missing_answers_name_the_row(tmp_path, answers):
     dataset = Dataset.from_dict({"prompt": ["1", "2", "3"], "answer": answers})
-    with pytest.raises(ValueError, match="row 2"):
+    with pytest.raises(ValueError, match="Row 2"):
         make_trainer(tmp_path, reward_funcs=MathReward(), train_dataset=dataset)
-    with pytest.raises(ValueError, match="row 2"):
+    with pytest.raises(ValueError, match="Row 2"):
         make_trainer(tmp_path, reward_funcs=[MathReward()], eval_dataset={"a": dataset})
 
 
 def test_the_default_reward_is_the_maths_verifier(tmp_path):
-    words = ("\\boxed{1}", "\\boxed{2}")
-    tokenizer = make_tokenizer(extra_words=words)
-    model = make_model(vocab_size=22)
+    tokenizer = make_tokenizer(extra_words=tuple(f"\\boxed{{{digit}}}" for digit in range(10)))
+    model = make_model(vocab_size=30)
     trainer = BRPOTrainer(model, make_config(tmp_path, max_steps=1), make_dataset(), processing_class=tokenizer)
     (reward,) = trainer.reward_funcs
     assert isinstance(reward, MathReward) and reward.answer_bridge == "answer"

@@ -40,12 +40,11 @@ OWN = {
     "_check_context",
     "_find_markers",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
-    "_log_baselines",
-    "_log_rollouts",
     "_log_table",
     "_longest_prompts",
     "_new_batch",
     "_packed",
+    "_packed_rows",
     "_roll_out",
     "_rollout_seconds",
     "_sampling",

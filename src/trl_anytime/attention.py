@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -26,6 +26,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .tree import PackedRollouts
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # True while packed rows go through a model. Only mask creation and the guard below read it: what a layer computes,
 # also when gradient checkpointing repeats it later, depends on its arguments alone.
@@ -178,7 +181,7 @@ def tree_attention_forward(
 
     assert attention_mask is None, "mask creation is off for packed rows"
     _refuse_unknown(module, tree, kwargs)
-    attend = partial(
+    attend_tree = partial(
         scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=key.size(1) != query.size(1)
     )
 
@@ -186,10 +189,10 @@ def tree_attention_forward(
         return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
 
     trunk = (x[:, :, : tree.trunk] for x in (query, key, value))
-    outputs = [attend(*trunk, is_causal=True)]
+    outputs = [attend_tree(*trunk, is_causal=True)]
     for branches in tree.budgets:
         keys, values = (torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value))
-        outputs.append(attend(take(query, branches.index), keys, values, attn_mask=branches.mask))
+        outputs.append(attend_tree(take(query, branches.index), keys, values, attn_mask=branches.mask))
     return take(torch.cat(outputs, dim=2), tree.source).transpose(1, 2).contiguous(), None
 
 
@@ -215,14 +218,14 @@ def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
     return None if _packed_forward.get() else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
 
 
-def enable_tree_attention(model: PreTrainedModel) -> None:
+def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
     """
     Let `model` take packed rows (`tree=layout`). `generate()` and plain forward passes keep the attention they had.
 
     Raises:
         `ValueError`: If the model does not take a registered attention function.
     """
-    model = model.get_base_model() if is_peft_model(model) else model
+    model = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
     base = model.config._attn_implementation
     # transformers treats names that contain these words specially
     name = "tree_over_" + re.sub("sdpa|flash|flex", lambda word: word[0][::-1], base)
@@ -316,7 +319,7 @@ def check_tree_attention(model: PreTrainedModel, tolerance: float | None = None)
     if tolerance is None:
         tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary: int = model.config.get_text_config().vocab_size
 
     def sample(length):
         return torch.randint(vocabulary, (length,), generator=generator).tolist()

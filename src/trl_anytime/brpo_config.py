@@ -196,7 +196,9 @@ class BRPOConfig(GRPOConfig):
         super().__post_init__()
 
         self.budgets = check_budgets(self.budgets)
-        self.eval_budgets = check_budgets(self.eval_budgets or self.budgets, "eval_budgets")
+        self.eval_budgets = check_budgets(
+            self.budgets if self.eval_budgets is None else self.eval_budgets, "eval_budgets"
+        )
         prior_weights(self.prior, self.budgets)  # raises if they do not fit
         for name in ("num_summaries", "max_summary_length"):
             if getattr(self, name) < 1:

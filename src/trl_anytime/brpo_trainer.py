@@ -1,11 +1,12 @@
 """The [`BRPOTrainer`]: Budget Relative Policy Optimization as thin overrides of TRL's [`~trl.GRPOTrainer`]."""
 
-import dataclasses
 import textwrap
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
+from .advantages import segment_returns, summary_advantages
 from .attention import check_tree_attention, enable_tree_attention, forward_packed
 from .brpo_config import BRPOConfig
+from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
 from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
@@ -36,10 +38,10 @@ _METRICS_OF_PLAIN_ROWS = (
 )
 
 
-@dataclasses.dataclass
+@dataclass
 class _Batch:
     """
-    What one generation batch gathers on its way through TRL's `_generate_and_score_completions`.
+    One generation batch on its way through TRL's `_generate_and_score_completions`: settings, then what is collected.
 
     N rollouts on this rank, W ranks, M budgets, A summaries, F reward functions.
     """
@@ -48,11 +50,13 @@ class _Batch:
     prior: str | list[float]
     num_summaries: int
     num_generations: int
-    rollouts: list[Rollout] = dataclasses.field(default_factory=list)
-    rewards_per_func: torch.Tensor | None = None  # (W·N, M, A, F), of all ranks
-    rewards: torch.Tensor | None = None  # (W·N, M, A), weighted sum; NaN where no function scored the summary
-    extra_logs: dict[str, list] = dataclasses.field(default_factory=dict)  # from `log_extra`, one value per budget
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    rollouts: list[Rollout] = field(default_factory=list)  # N
+    rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A, F)
+    rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A), NaN where none scored it
+    extra_logs: dict[str, list] = field(
+        default_factory=dict
+    )  # from reward functions, one value per rollout and budget
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class BRPOTrainer(GRPOTrainer):
@@ -104,6 +108,14 @@ class BRPOTrainer(GRPOTrainer):
     Raises:
         `ValueError`: If settings, prompts, answers or model do not fit the method; the message says what to set.
     """
+
+    # Narrower than declared by the base class
+    args: BRPOConfig
+    model: PreTrainedModel
+    train_dataset: Dataset | IterableDataset
+    chat_template_kwargs: dict[str, Any]
+    num_generations: int
+    num_generations_eval: int
 
     _tag_names = ["trl", "brpo", "anytime-reasoning"]
     _name = "BRPO"
@@ -157,9 +169,7 @@ class BRPOTrainer(GRPOTrainer):
         self.rollout_func = self._roll_out
         self.markers = self._find_markers()
         self.reward_funcs = [
-            dataclasses.replace(func, answer_bridge=self.markers.answer_bridge)
-            if isinstance(func, MathReward)
-            else func
+            replace(func, answer_bridge=self.markers.answer_bridge) if isinstance(func, MathReward) else func
             for func in self.reward_funcs
         ]
         self._check_context(self._longest_prompts())
@@ -170,7 +180,9 @@ class BRPOTrainer(GRPOTrainer):
         for trained_or_reference in filter(None, (self.model, self.ref_model)):
             enable_tree_attention(self.accelerator.unwrap_model(trained_or_reference))
         # Sharded parameters are not at hand before training starts
-        if not self.is_fsdp_enabled and not (self.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3):
+        if not self.is_fsdp_enabled and not (
+            self.is_deepspeed_enabled and getattr(args.deepspeed_plugin, "zero_stage", 0) == 3
+        ):
             check_tree_attention(self.model)
 
     # Set-up
@@ -185,11 +197,12 @@ class BRPOTrainer(GRPOTrainer):
                     "The prompts are conversational but the tokenizer has no chat template: set "
                     "`processing_class.chat_template`, or pass prompts as text."
                 )
-            render = {"conversation": prompt, "tokenize": False, **self.chat_template_kwargs}
-            without = self._tokenizer.apply_chat_template(**render, add_generation_prompt=False)
-            prompt = self._tokenizer.apply_chat_template(**render, add_generation_prompt=True)
+            render = partial(self._tokenizer.apply_chat_template, prompt, tokenize=False, **self.chat_template_kwargs)
+            without, prompt = render(add_generation_prompt=False), render(add_generation_prompt=True)
             # What the template added for the answer; some templates add it always
-            generation_prompt = prompt.removeprefix(without) if prompt.startswith(without) and prompt != without else None
+            generation_prompt = (
+                prompt.removeprefix(without) if prompt.startswith(without) and prompt != without else None
+            )
         return find_markers(
             self._tokenizer,
             prompt,
@@ -210,7 +223,7 @@ class BRPOTrainer(GRPOTrainer):
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
-        thinking = max(self.args.budgets[-1], self.args.eval_budgets[-1])
+        thinking = max(self.args.budgets + (self.args.eval_budgets or []))
         needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
         if context is not None and needed > context:
             raise ValueError(
@@ -240,7 +253,7 @@ class BRPOTrainer(GRPOTrainer):
             for i, thinking in enumerate(thinkings)
         ]
         with self._timed("summarising"), self._sampling(self.args.max_summary_length):
-            summaries, summary_logps = self._summarise(contexts, batch.num_summaries)
+            summaries, summary_logps = self._summarise(contexts, batch)
 
         def of_rollout(i, values):  # from (budget, rollout, summary) to M × A
             starts = ((j * len(prompts) + i) * batch.num_summaries for j in range(len(batch.budgets)))
@@ -273,17 +286,17 @@ class BRPOTrainer(GRPOTrainer):
             "logprobs": logprobs,
         }
 
-    def _summarise(self, contexts: list[list[int]], num_summaries: int) -> tuple[list, list | None]:
-        """`num_summaries` continuations of each context, adjacent."""
-        rows = [context for context in contexts for _ in range(num_summaries)]
+    def _summarise(self, contexts: list[list[int]], batch: _Batch) -> tuple[list, list | None]:
+        """A continuations of each context, adjacent."""
+        rows = [context for context in contexts for _ in range(batch.num_summaries)]
         if self.use_vllm or self.use_transformers_continuous_batching:
-            return self._generate_single_turn(rows, None, {}, num_summaries)
+            return self._generate_single_turn(rows, None, {}, batch.num_summaries)
         # `generate()` holds the whole batch in memory: no more rows at a time than the thinking phase had. The
         # contexts are ordered by budget, so rows of similar length meet.
-        num_rows = len(contexts) // len(self._batch.budgets)
+        num_rows = len(contexts) // len(batch.budgets)
         summaries = []
         for start in range(0, len(rows), num_rows):
-            summaries += self._generate_single_turn(rows[start : start + num_rows], None, {}, num_summaries)[0]
+            summaries += self._generate_single_turn(rows[start : start + num_rows], None, {}, batch.num_summaries)[0]
         return summaries, None
 
     @contextmanager
@@ -316,6 +329,7 @@ class BRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         batch = self._batch
+        assert batch is not None
         num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
         per_rollout = num_budgets * num_summaries
         summary_ids = [ids for rollout in batch.rollouts for of_budget in rollout.summaries for ids in of_budget]
@@ -356,59 +370,68 @@ class BRPOTrainer(GRPOTrainer):
         self._batch = batch = self._new_batch(mode)
         try:
             output = super()._generate_and_score_completions(inputs)
-            packed = self._packed
+            packed = self._packed_rows(output["completion_ids"])
         finally:
             self._batch = self._packed = None
 
-        # Groups may be split across ranks, so advantages are computed for all and this rank's are kept
-        cuts = self.accelerator.gather(packed.cuts.to(self.accelerator.device))
+        # A group may be split across ranks: advantages are computed for all rollouts, and those of this rank kept
         num_budgets = len(batch.budgets)
         grouped = (-1, batch.num_generations, num_budgets)
-        rewards_PGMA, cuts_PGM = batch.rewards.view(*grouped, batch.num_summaries), cuts.view(grouped)
+        rewards_PGMA = batch.rewards.view(*grouped, batch.num_summaries)
+        cuts_PGM = self.accelerator.gather(packed.cuts).view(grouped)
         segments = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
-        thinking = segments.returns - segments.baseline(self.args.baseline)
-        summary = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
-        # Unknown where a summary could not be scored: no signal, counted in `anytime/unscored_ratio`
-        thinking = thinking.reshape(-1, num_budgets).nan_to_num()
-        summary = summary.reshape(-1, num_budgets, batch.num_summaries).nan_to_num()
-
+        thinking_PGM = segments.returns - segments.baseline(self.args.baseline)
+        summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
+        # Unknown where summaries could not be scored: no signal, counted in `anytime/unscored_ratio`
+        thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
+        summary = summary_PGMA.reshape(-1, num_budgets, batch.num_summaries).nan_to_num()
         first = self.accelerator.process_index * len(inputs)
         local = slice(first, first + len(inputs))
-        packed = dataclasses.replace(
-            packed,
-            token_ids=output["completion_ids"],
-            cuts=cuts[local],
-            spans=packed.spans.to(self.accelerator.device),
-        )
         output["advantages"] = packed.token_advantages(thinking[local], summary[local], batch.budgets)
         output["cuts"], output["spans"] = packed.cuts, packed.spans
 
-        self._log_rollouts(mode, batch, packed, output["advantages"])
-        live = torch.nn.functional.pad(cuts_PGM[..., :-1], (1, 0)) < cuts_PGM[..., -1:]
-        self._log_baselines(mode, batch, segments, live)
+        for name in _METRICS_OF_PLAIN_ROWS:
+            self._metrics[mode].pop(name)
+        metrics = {
+            **reward_metrics(batch.rewards, batch.budgets),
+            **rollout_metrics(
+                batch.rollouts,
+                output["advantages"],
+                batch.budgets,
+                self.markers,
+                self.eos_token_ids,
+                self.args.max_summary_length,
+                self.accelerator.gather,
+            ),
+            **baseline_metrics(segments, cuts_PGM, batch.budgets),
+            **{f"time/{phase}": [batch.seconds[phase]] for phase in ("thinking", "summarising", "grading", "scoring")},
+        }
+        for name, values in metrics.items():
+            self._metrics[mode][name].extend(values)
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         self._rollout_seconds = time.perf_counter() - start
-        for name in ("thinking", "summarising", "grading", "scoring"):
-            self._metrics[mode][f"time/{name}"].append(batch.seconds[name])
         return output
 
     def _new_batch(self, mode: str) -> _Batch:
+        args = self.args
         if mode == "train":
-            return _Batch(self.args.budgets, self.args.prior, self.args.num_summaries, self.num_generations)
+            return _Batch(args.budgets, args.prior, args.num_summaries, self.num_generations)
         # Evaluation estimates the plain curve: every budget counts alike, one summary each
-        return _Batch(self.args.eval_budgets, "uniform", 1, self.num_generations_eval)
+        return _Batch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval)
 
     # Packed rows in TRL's forward passes
+
+    def _packed_rows(self, completion_ids: torch.Tensor) -> PackedRollouts:
+        """The rollouts in flight, as TRL has padded them and on the device where it has put them."""
+        assert self._packed is not None
+        device = completion_ids.device
+        return PackedRollouts(completion_ids, self._packed.cuts.to(device), self._packed.spans.to(device))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        packed = PackedRollouts(
-            token_ids=input_ids[:, -logits_to_keep:],
-            cuts=self._packed.cuts.to(input_ids.device),
-            spans=self._packed.spans.to(input_ids.device),
-        )
+        packed = self._packed_rows(input_ids[:, -logits_to_keep:])
         first = 0
 
         def packed_model(input_ids, **model_inputs):  # TRL calls it for one chunk of rows after the other
@@ -429,7 +452,7 @@ class BRPOTrainer(GRPOTrainer):
         finally:
             self._packed = None
 
-    def training_step(self, model, inputs, num_items_in_batch):
+    def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         self._rollout_seconds = 0.0
         output = super().training_step(model, inputs, num_items_in_batch)
@@ -449,85 +472,26 @@ class BRPOTrainer(GRPOTrainer):
         if self._batch is not None:
             self._batch.seconds[phase] += time.perf_counter() - start
 
-    def _log_rollouts(self, mode: str, batch: _Batch, packed: PackedRollouts, advantages: torch.Tensor) -> None:
-        """Rewards, formats and lengths of all ranks, one value per rollout so that averages weigh rollouts alike."""
-        metrics = self._metrics[mode]
-        for name in _METRICS_OF_PLAIN_ROWS:
-            metrics.pop(name)
-        max_length = self.args.max_summary_length
-        per_rollout = torch.stack(
-            [
-                packed.thinking_lengths.float(),
-                torch.tensor(
-                    [float(rollout.thinking.finished) for rollout in batch.rollouts], device=packed.cuts.device
-                ),
-                (advantages == 0).all(dim=1).float(),
-            ],
-            dim=1,
-        )
-        per_summary = torch.tensor(
-            [
-                [
-                    [
-                        (len(ids), len(ids) == max_length and ids[-1] not in self.eos_token_ids, formed)
-                        for ids, formed in zip(*of_budget, strict=True)
-                    ]
-                    for of_budget in zip(rollout.summaries, rollout.well_formed(self.markers), strict=True)
-                ]
-                for rollout in batch.rollouts
-            ],
-            dtype=torch.float32,
-            device=packed.cuts.device,
-        )
-        length, finished, no_advantage = self.accelerator.gather(per_rollout).unbind(dim=1)
-        summary_length, clipped, formed = self.accelerator.gather(per_summary).unbind(dim=3)
-        reward_NM = batch.rewards.nanmean(dim=2)
-        for j, budget in enumerate(batch.budgets):
-            metrics[f"anytime/reward@{budget}"].extend(reward_NM[:, j].tolist())
-            metrics[f"anytime/formatted@{budget}"].extend(formed[:, j].mean(dim=1).tolist())
-        metrics["anytime/auc"].extend(reward_NM.mean(dim=1).tolist())
-        metrics["anytime/no_advantage_ratio"].extend(no_advantage.tolist())
-        metrics["anytime/unscored_ratio"].extend(batch.rewards.isnan().float().mean(dim=(1, 2)).tolist())
-        metrics["thinking/mean_length"].extend(length.tolist())
-        metrics["thinking/finished_ratio"].extend(finished.tolist())
-        metrics["summary/mean_length"].extend(summary_length.mean(dim=(1, 2)).tolist())
-        metrics["summary/clipped_ratio"].extend(clipped.mean(dim=(1, 2)).tolist())
-
-    def _log_baselines(self, mode: str, batch: _Batch, segments: Returns, live: torch.Tensor) -> None:
-        """The paper's diagnostics: Var[R - V] / Var[R] and Corr[V, R] of each baseline and segment."""
-        for statistic, by_baseline in baseline_diagnostics(segments, live).items():
-            for name, values in by_baseline.items():
-                for budget, value in zip(batch.budgets, values.tolist(), strict=True):
-                    self._metrics[mode][f"baseline/{statistic}/{name}@{budget}"].append(value)
-
     def _log_table(self, batch: _Batch, prompts: list, thinking: torch.Tensor, summary: torch.Tensor) -> None:
         """Replace TRL's rows, which hold packed ids, by one row per rollout and budget with its first summary."""
-        rows = []
-        for prompt, rollout in zip(prompts, batch.rollouts, strict=True):
-            texts = self._tokenizer.batch_decode([summaries[0] for summaries in rollout.summaries])
-            for budget, cut, text in zip(batch.budgets, rollout.cuts, texts, strict=True):
-                thought = self._tokenizer.decode(rollout.thinking.token_ids[:cut])
-                rows.append((prompt, text, budget, textwrap.shorten(thought, 400, placeholder=" [...]")))
-        prompts, completions, budgets, thoughts = zip(*gather_object(rows), strict=True)
-        extra = {"budget": budgets, "thinking": thoughts, "thinking_advantage": thinking.flatten().tolist()}
-        for column in sorted(set(gather_object(list(batch.extra_logs)))):
-            extra[column] = gather_object(batch.extra_logs.get(column, [None] * len(rows)))
-        rewards = batch.rewards_per_func[:, :, 0].flatten(0, 1)
-        self._logs.update(
-            prompt=deque(prompts),
-            completion=deque(completions),
-            rewards=defaultdict(
-                deque, {name: deque(rewards[:, f].tolist()) for f, name in enumerate(self.reward_func_names)}
-            ),
-            advantages=deque(summary[:, :, 0].flatten().tolist()),
-            extra=defaultdict(deque, {column: deque(values) for column, values in extra.items()}),
-        )
+        rows = gather_object(completion_rows(prompts, batch.rollouts, batch.budgets, self._tokenizer))
+        extra = {name: deque(row[name] for row in rows) for name in ("budget", "thinking")}
+        extra["thinking_advantage"] = deque(thinking.flatten().tolist())
+        for name in sorted(set(gather_object(list(batch.extra_logs)))):  # the same order on all ranks
+            local = batch.extra_logs.get(name, [None] * (len(rows) // self.accelerator.num_processes))
+            extra[name] = deque(gather_object(local))
+        rewards = batch.rewards_per_func[:, :, 0].flatten(0, 1).T.tolist()
+        self._logs["prompt"] = deque(row["prompt"] for row in rows)
+        self._logs["completion"] = deque(row["completion"] for row in rows)
+        self._logs["rewards"] = defaultdict(deque, zip(self.reward_func_names, map(deque, rewards), strict=True))
+        self._logs["advantages"] = deque(summary[:, :, 0].flatten().tolist())
+        self._logs["extra"] = defaultdict(deque, extra)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(str(self.args.output_dir)) / "README.md"
         tokens = self.args.budgets[-1] + self.markers.max_bridge_length + self.args.max_summary_length
         budgets = ", ".join(
             f"{budget} ({weight:.3g})"

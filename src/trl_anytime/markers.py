@@ -192,10 +192,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tupl
         return ()
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     # Word-level tokenizers do not keep spaces, which is no loss
-    decoded = "".join(tokenizer.decode(token_ids).split())
-    if not token_ids or tokenizer.unk_token_id in token_ids or decoded != "".join(text.split()):
+    decoded = str(tokenizer.decode(token_ids))
+    if not token_ids or tokenizer.unk_token_id in token_ids or "".join(decoded.split()) != "".join(text.split()):
         raise ValueError(
-            f"The tokenizer cannot encode {text!r}: it comes back as {tokenizer.decode(token_ids)!r}. Set `{setting}` "
+            f"The tokenizer cannot encode {text!r}: it comes back as {decoded!r}. Set `{setting}` "
             "to a text that the tokenizer knows, or add the marker to its vocabulary."
         )
     return tuple(token_ids)
