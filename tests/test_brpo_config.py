@@ -33,6 +33,7 @@ def test_defaults_are_the_papers():
         ({"max_summary_length": 0}, "`max_summary_length` must be at least 1"),
         ({"baseline": "group"}, "`baseline` must be one of"),
         ({"summary_policy": "all"}, "`summary_policy` must be one of"),
+        ({"tree_attention": "flex"}, "`tree_attention` must be one of"),
         ({"progress_decay": 1.5}, "`progress_decay` must lie"),
         ({"scale_rewards": "group"}, "`scale_rewards='group'` has no meaning in BRPO"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "use `reward_weights`"),

@@ -399,6 +399,55 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
 
 
+# Packed or separate rows
+
+
+def test_separate_rows_train_the_same(tmp_path):
+    weights, logs = [], []
+    for mode in ("tree", "rows"):
+        trainer = make_trainer(
+            tmp_path,
+            tree_attention=mode,
+            num_iterations=2,
+            optim="sgd",
+            learning_rate=1.0,
+            gradient_checkpointing=False,
+        )
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
+        logs.append(trainer.state.log_history)
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+    for tree, rows in zip(*logs, strict=True):
+        for name in {"loss", "grad_norm", "entropy"} & set(tree):
+            assert tree[name] == pytest.approx(rows[name], abs=1e-5, rel=1e-4), name
+
+
+def hybrid_model():
+    return make_model("lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+
+
+def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="trl_anytime.brpo_trainer"):
+        trainer = make_trainer(tmp_path, model=hybrid_model())
+    # 9 + 2 · (3 + 6 + 9 + 3 · 7) tokens against 9 + 6 · 7
+    (warning,) = [record.getMessage() for record in caplog.records if "packed rollouts" in record.getMessage()]
+    assert "it has layers of type conv" in warning and "up to 1.7 times as many tokens" in warning
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    with pytest.raises(ValueError, match="type conv. Set `tree_attention='auto'`"):
+        make_trainer(tmp_path, model=hybrid_model(), tree_attention="tree")
+
+
+def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("trl_anytime.brpo_trainer.measured_objection", lambda model: "it is odd")
+    with caplog.at_level("WARNING", logger="trl_anytime.brpo_trainer"):
+        trainer = make_trainer(tmp_path)
+    assert "cannot train on packed rollouts: it is odd" in caplog.text
+    assert trainer.model.config._attn_implementation == "sdpa"
+    trainer.train()
+
+
 # Evaluation
 
 

@@ -38,7 +38,9 @@ CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 OWN = {
     "_batch",
     "_check_context",
+    "_choose_forward",
     "_find_markers",
+    "_forward",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
     "_log_table",
     "_longest_prompts",

@@ -10,7 +10,6 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 
 from trl_anytime import BRPOTrainer
 
-
 RANK = int(os.environ["RANK"])
 
 

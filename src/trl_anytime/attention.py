@@ -5,8 +5,7 @@ A registered attention function carries it. Prompt and thinking (the trunk) are 
 one budget are one call over [trunk up to the cut | these branches]; no object of size L × L exists. The layout travels
 as the model's keyword argument `tree`. A forward pass without it takes the attention that the model had before.
 
-Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, D head size, Q branch tokens of one
-budget, K keys that they see.
+Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, D head size, Q queries, K keys.
 """
 
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import is_peft_model
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # also when gradient checkpointing repeats it later, depends on its arguments alone.
 _packed_forward: ContextVar[bool] = ContextVar("packed_forward", default=False)
 
+# Queries per block where scores are computed in blocks: large enough to keep a core busy, small beside a row
+_BLOCK = 256
+
 # Arguments that models hand to their attention and that do not change what it computes
 _HARMLESS_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
 
@@ -46,6 +49,8 @@ class BudgetBranches:
     Args:
         index (`torch.Tensor`):
             int64 of shape (R, Q), where the branch tokens stand in their row; filled up with 0.
+        positions (`torch.Tensor`):
+            int64 of shape (R, Q), their positions.
         trunk (`int`):
             The keys are the first `trunk` tokens of the row, then the branch tokens.
         mask (`torch.Tensor`):
@@ -53,6 +58,7 @@ class BudgetBranches:
     """
 
     index: torch.Tensor
+    positions: torch.Tensor
     trunk: int
     mask: torch.Tensor
 
@@ -98,6 +104,7 @@ class TreeLayout:
         trunk = int((packed.thinking_lengths + prompt_lengths).amax())
 
         branch_RT = packed.branches()
+        positions_RT = packed.positions() + prompt_lengths[:, None]
         budgets = []
         for j, (width, budget_trunk) in enumerate(zip(*sizes, strict=True)):
             step_Q = torch.arange(width, device=branch_RT.device)
@@ -108,7 +115,8 @@ class TreeLayout:
             sees_branch = (branch_RQ[:, :, None] == branch_RQ[:, None, :]) & (step_Q[:, None] >= step_Q[None, :])
             mask_RQK = torch.cat([sees_trunk.expand(-1, width, -1), sees_branch & real_RQ[:, None, :]], dim=2)
             index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], 0)
-            budgets.append(BudgetBranches(index_RQ, budget_trunk, mask_RQK.unsqueeze(1)))
+            positions_RQ = positions_RT.gather(1, packed_RQ)
+            budgets.append(BudgetBranches(index_RQ, positions_RQ, budget_trunk, mask_RQK.unsqueeze(1)))
 
         # Where the outputs of each budget begin in [trunk | budget 1 | … | budget M]
         offsets_M = torch.tensor([0, *sizes[0][:-1]], device=branch_RT.device).cumsum(0) + trunk
@@ -116,7 +124,6 @@ class TreeLayout:
         index_RT = packed.indices()
         of_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
         source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], of_branch_RT)
-        positions_RT = packed.positions() + prompt_lengths[:, None]
         padding_RT = index_RT >= packed.lengths[:, None]
 
         index_L = torch.arange(row_length, device=branch_RT.device)
@@ -142,6 +149,9 @@ def tree_attention_forward(
     tree: TreeLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
@@ -162,6 +172,12 @@ def tree_attention_forward(
             Factor of the scores.
         dropout (`float`, *optional*, defaults to `0.0`):
             Attention dropout.
+        sliding_window (`int`, *optional*):
+            A token sees only keys less than this many positions before it.
+        softcap (`float`, *optional*):
+            Scores are capped to ± this value by a tanh.
+        s_aux (`torch.Tensor`, *optional*):
+            Shape (H,), a score per head that takes part in the softmax and attends to nothing (an attention sink).
 
     Returns:
         `tuple`: output of shape (R, L, H, D) and the attention weights, if the base returns them.
@@ -176,24 +192,121 @@ def tree_attention_forward(
                 f"{type(module).__name__} did not receive the keyword argument `tree`: this model does not hand its "
                 "keyword arguments down to the attention layers, so it cannot train on packed rollouts."
             )
-        attend = _base_attention(module, base)
-        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        # Only what the layer gave: the base knows its own defaults
+        given = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: argument for name, argument in given.items() if argument is not None}
+        base_attention = _base_attention(module, base)
+        return base_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     assert attention_mask is None, "mask creation is off for packed rows"
-    _refuse_unknown(module, tree, kwargs)
-    attend_tree = partial(
-        scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=key.size(1) != query.size(1)
-    )
+    _refuse_unknown(module, sliding_window, kwargs)
+    if softcap is None and s_aux is None:
+        attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
+    else:
+        attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
 
     def take(x_RHLD, index_RQ):
         return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
 
-    trunk = (x[:, :, : tree.trunk] for x in (query, key, value))
-    outputs = [attend_tree(*trunk, is_causal=True)]
+    trunk = [x[:, :, : tree.trunk] for x in (query, key, value)]
+    outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
     for branches in tree.budgets:
+        mask = branches.mask
+        if sliding_window is not None:
+            trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)
+            positions_RK = torch.cat([trunk_positions, branches.positions], dim=1)
+            near_RQK = branches.positions[:, :, None] - positions_RK[:, None, :] < sliding_window
+            mask = mask & near_RQK.unsqueeze(1)
         keys, values = (torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value))
-        outputs.append(attend_tree(take(query, branches.index), keys, values, attn_mask=branches.mask))
+        outputs.append(attend(take(query, branches.index), keys, values, mask))
     return take(torch.cat(outputs, dim=2), tree.source).transpose(1, 2).contiguous(), None
+
+
+def _attend_trunk(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention; with a window in bands, each of which sees no more than itself and the window before it."""
+    length = query.size(2)
+    if sliding_window is None or sliding_window >= length:
+        return attend(query, key, value, None)
+    outputs = []
+    step = max(sliding_window, _BLOCK)
+    for start in range(0, length, step):
+        end, first = min(start + step, length), max(start - sliding_window + 1, 0)
+        queries = torch.arange(start, end, device=query.device)[:, None]
+        keys = torch.arange(first, end, device=query.device)
+        band = (keys <= queries) & (queries - keys < sliding_window)
+        outputs.append(attend(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], band[None, None]))
+    return torch.cat(outputs, dim=2)
+
+
+def _repeat_heads(x_RHKD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x_RHKD if x_RHKD.size(1) == num_heads else x_RHKD.repeat_interleave(num_heads // x_RHKD.size(1), dim=1)
+
+
+def _attend_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """One call of torch's fused attention, causal without a mask."""
+    if mask is not None:  # with a mask, the fused kernels want as many key heads as query heads
+        key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.size(1) != query.size(1),
+    )
+
+
+def _attend_in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Capped scores and attention sinks, which torch's fused attention lacks: blocks of queries, scores recomputed."""
+    key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+
+    def attend_block(query, key, value, mask, sinks):
+        scores = query @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            sink_scores = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink_scores], dim=3)
+        weights = scores.softmax(dim=3, dtype=torch.float32).to(query.dtype)[..., : key.size(2)]
+        return torch.nn.functional.dropout(weights, dropout) @ value
+
+    outputs = []
+    for start in range(0, query.size(2), _BLOCK):
+        end = min(start + _BLOCK, query.size(2))
+        if mask is None:
+            num_keys = end
+            block_mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)[None, None]
+        else:
+            num_keys, block_mask = key.size(2), mask[:, :, start:end]
+        block = query[:, :, start:end], key[:, :, :num_keys], value[:, :, :num_keys], block_mask, sinks
+        outputs.append(checkpoint(attend_block, *block, use_reentrant=False))
+    return torch.cat(outputs, dim=2)
 
 
 def _base_attention(module: torch.nn.Module, base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
@@ -203,15 +316,15 @@ def _base_attention(module: torch.nn.Module, base: str) -> Callable[..., tuple[t
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
-def _refuse_unknown(module: torch.nn.Module, tree: TreeLayout, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(module: torch.nn.Module, sliding_window: int | None, kwargs: dict[str, Any]) -> None:
     for name, argument in kwargs.items():
-        harmless = name in _HARMLESS_ARGUMENTS or argument is None
-        if name == "sliding_window" and not harmless:
-            harmless = int(tree.position_ids.max()) < argument  # the whole row lies within the window
-        if not harmless:
+        if name not in _HARMLESS_ARGUMENTS and argument is not None:
             raise ValueError(
                 f"{type(module).__name__} attends with {name}={argument!r}, which tree attention does not support."
             )
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise ValueError(f"{type(module).__name__} does not tell its attention function the width of its window.")
 
 
 def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
@@ -250,7 +363,7 @@ def forward_packed(
     packed: PackedRollouts,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    labels: torch.Tensor | None = None,
+    labels: torch.Tensor,
     **kwargs: Any,
 ) -> Any:
     """
@@ -265,93 +378,39 @@ def forward_packed(
             int64 of shape (R, L).
         attention_mask (`torch.Tensor`):
             int64 of shape (R, L), 0 on padding.
-        labels (`torch.Tensor`, *optional*):
-            int64 of shape (R, L), as for a causal language model with a fused LM head; only tokens that the policy
-            sampled keep theirs.
+        labels (`torch.Tensor`):
+            int64 of shape (R, L); only tokens that the policy sampled keep theirs.
 
     Returns:
-        The model's output, its per-token fields aligned with `input_ids`: with labels `log_probs` and `entropy` of
-        shape (R, L - 1), without them `logits` of shape (R, L, V).
+        The model's output, with `log_probs` and `entropy` of shape (R, L - 1) aligned with `input_ids`. Its `aux_loss`
+        counts each token of a packed row once, as TRL's does for a plain row.
     """
     num_tokens = input_ids.size(1)
     prompt_width = num_tokens - packed.token_ids.size(1)
     prompt_lengths = attention_mask[:, :prompt_width].sum(dim=1)
-    padding_R1 = prompt_width - prompt_lengths[:, None]
-    index_L = torch.arange(num_tokens, device=input_ids.device)
-    # With the padding at the end, all rows begin at index 0 and the trunks are one causal call without a mask
-    to_left_RL = (index_L + padding_R1) % num_tokens
-    if labels is not None:
-        untrained_RL = torch.nn.functional.pad(~packed.trained(), (prompt_width, 0), value=True)
-        kwargs["labels"] = labels.masked_fill(untrained_RL, -100).gather(1, to_left_RL)
+    untrained_RL = torch.nn.functional.pad(~packed.trained(), (prompt_width, 0), value=True)
+    labels = labels.masked_fill(untrained_RL, -100)
 
-    layout = TreeLayout.of(packed, prompt_lengths, num_tokens)
+    # With the padding at the end, all rows begin at index 0 and the trunks are one causal call without a mask. Beyond
+    # `length` there is only padding: TRL pads to the longest row of the generation batch, which may not be here.
+    length = int((packed.lengths + prompt_lengths).amax())
+    index_L = torch.arange(num_tokens, device=input_ids.device)
+    padding_R1 = prompt_width - prompt_lengths[:, None]
+    to_left = (index_L[:length] + padding_R1) % num_tokens
+    layout = TreeLayout.of(packed, prompt_lengths, length)
     with _packed_rows():
         outputs = model(
-            input_ids=input_ids.gather(1, to_left_RL),
-            attention_mask=attention_mask.gather(1, to_left_RL),
+            input_ids=input_ids.gather(1, to_left),
+            attention_mask=attention_mask.gather(1, to_left),
             position_ids=layout.position_ids,
+            labels=labels.gather(1, to_left),
             tree=layout,
             **kwargs,
         )
 
-    for name in ("log_probs", "entropy", "logits"):
+    to_right = (index_L[:-1] - padding_R1) % (num_tokens - 1)
+    for name in ("log_probs", "entropy"):
         field = getattr(outputs, name, None)
         if field is not None:
-            back = (index_L[: field.size(1)] - padding_R1) % field.size(1)
-            outputs[name] = field[torch.arange(len(field), device=field.device)[:, None], back]
+            outputs[name] = torch.nn.functional.pad(field, (0, num_tokens - length)).gather(1, to_right)
     return outputs
-
-
-def check_tree_attention(model: PreTrainedModel, tolerance: float | None = None) -> None:
-    """
-    Compare a tiny packed rollout with separate rows on the real model.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A model with tree attention.
-        tolerance (`float`, *optional*):
-            Largest difference of a log-probability that passes. Defaults to 1e-3 in float32, where a wrong layout is
-            off by 0.1 and more on a trained model, and to 0.3 in half precision.
-
-    Raises:
-        `ValueError`: If they differ, as they do on models that mix tokens by other means than attention.
-    """
-    if tolerance is None:
-        tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
-    generator = torch.Generator().manual_seed(0)
-    vocabulary: int = model.config.get_text_config().vocab_size
-
-    def sample(length):
-        return torch.randint(vocabulary, (length,), generator=generator).tolist()
-
-    prompt, thinking, cuts = sample(5), sample(7), [3, 7]
-    bridges = [sample(2), sample(1)]
-    summaries = [[sample(2), sample(1)], [sample(1), sample(3)]]
-    packed = PackedRollouts.pack([thinking], [cuts], [bridges], [summaries])
-    packed = PackedRollouts(*(x.to(model.device) for x in (packed.token_ids, packed.cuts, packed.spans)))
-    row = torch.cat([torch.tensor([prompt], device=model.device), packed.token_ids], dim=1)
-
-    training = model.training
-    model.eval()  # dropout would differ
-    try:
-        with torch.no_grad():
-            outputs = forward_packed(model, packed, row, torch.ones_like(row), use_cache=False)
-            tree = outputs.logits[0].float().log_softmax(-1)
-            worst = 0.0
-            for (start, _, end), (j, a) in zip(
-                packed.spans[0].flatten(0, 1).tolist(), [(0, 0), (0, 1), (1, 0), (1, 1)], strict=True
-            ):
-                separate = [*prompt, *thinking[: cuts[j]], *bridges[j], *summaries[j][a]]
-                logits = model(torch.tensor([separate], device=model.device), use_cache=False).logits[0]
-                seen = len(prompt) + cuts[j]
-                branch = tree[len(prompt) + start : len(prompt) + end]
-                both = torch.cat([tree[:seen], branch])
-                worst = max(worst, (both - logits.float().log_softmax(-1)).abs().max().item())
-    finally:
-        model.train(training)
-    if not worst <= tolerance:  # catches NaN
-        raise ValueError(
-            f"{type(model).__name__} cannot train on packed rollouts: on a small example its log-probabilities differ "
-            f"by {worst:.2g} from those of separate rows (tolerance {tolerance:.2g}). Models that mix tokens by other "
-            "means than attention (recurrent and hybrid models) are not supported."
-        )

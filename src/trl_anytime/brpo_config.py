@@ -52,6 +52,7 @@ _FIXED_SETTINGS = (
         "put the wanted form into `answer_bridge` and the reward",
     ),
 )
+TREE_ATTENTION = ("auto", "tree", "rows")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
 _OWN_GENERATION_KEYS = ("eos_token_id", "max_length", "max_new_tokens", "max_tokens", "n", "stop_token_ids")
@@ -91,6 +92,13 @@ class BRPOConfig(GRPOConfig):
             λ in (0, 1]: how fast the rewards of earlier budgets lose weight in V1.
         summary_policy (`str`, *optional*, defaults to `"decoupled"`):
             `"decoupled"` trains every summary by its own advantage, `"final"` only the last one of each thinking.
+
+        > Parameters that control how a rollout is computed
+
+        tree_attention (`str`, *optional*, defaults to `"auto"`):
+            `"tree"` computes a rollout as one packed row with tree attention, `"rows"` as one row per summary, at
+            several times the cost and with the same result. `"auto"` takes the first if the model passes a check of
+            its structure and a comparison on a small example, else the second, with a warning that says why.
 
         > Parameters that control what is spliced into a thinking
 
@@ -155,6 +163,16 @@ class BRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control how a rollout is computed
+    tree_attention: str = field(
+        default="auto",
+        metadata={
+            "help": "'tree' computes a rollout as one packed row with tree attention, 'rows' as one row per summary, "
+            "'auto' takes the first where the model allows it and says so where it does not.",
+            "choices": list(TREE_ATTENTION),
+        },
+    )
+
     # Parameters that control what is spliced into a thinking
     think_end: str | None = field(
         default=None,
@@ -207,6 +225,8 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
         if self.summary_policy not in SUMMARY_POLICIES:
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
+        if self.tree_attention not in TREE_ATTENTION:
+            raise ValueError(f"`tree_attention` must be one of {TREE_ATTENTION}, got {self.tree_attention!r}.")
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
 

@@ -3,7 +3,7 @@
 import textwrap
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
+from .admission import measured_objection, structural_objection
 from .advantages import segment_returns, summary_advantages
-from .attention import check_tree_attention, enable_tree_attention, forward_packed
+from .attention import enable_tree_attention, forward_packed
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
@@ -27,7 +29,10 @@ from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
 from .rewards import MathReward
 from .rollout import Rollout, Thinking
+from .separate_rows import forward_rows
 from .tree import PackedRollouts
+
+logger = get_logger(__name__)
 
 # TRL's metrics that look at the end of a packed row, where they only meet its last summary
 _METRICS_OF_PLAIN_ROWS = (
@@ -177,13 +182,7 @@ class BRPOTrainer(GRPOTrainer):
             branch = self.markers.max_bridge_length + args.max_summary_length
             self.max_completion_length = args.budgets[-1] + len(args.budgets) * args.num_summaries * branch
 
-        for trained_or_reference in filter(None, (self.model, self.ref_model)):
-            enable_tree_attention(self.accelerator.unwrap_model(trained_or_reference))
-        # Sharded parameters are not at hand before training starts
-        if not self.is_fsdp_enabled and not (
-            self.is_deepspeed_enabled and getattr(args.deepspeed_plugin, "zero_stage", 0) == 3
-        ):
-            check_tree_attention(self.model)
+        self._forward = self._choose_forward()
 
     # Set-up
 
@@ -232,6 +231,39 @@ class BRPOTrainer(GRPOTrainer):
                 f"tokens, more than the model's context of {context}. Lower `budgets`, `eval_budgets` or "
                 "`max_summary_length`, or drop the longest prompts."
             )
+
+    def _choose_forward(self) -> Callable[..., Any]:
+        """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""
+        mode = self.args.tree_attention
+        if mode == "rows":
+            return forward_rows
+        model = self.accelerator.unwrap_model(self.model)
+        base_model = model.get_base_model() if is_peft_model(model) else model
+        objection = structural_objection(base_model)
+        if objection is None:
+            plain_attention = base_model.config._attn_implementation
+            enable_tree_attention(base_model)
+            # Sharded parameters are not at hand before training starts
+            is_sharded = self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+            objection = None if is_sharded else measured_objection(model)
+            if objection is None:
+                if self.ref_model is not None:
+                    enable_tree_attention(self.accelerator.unwrap_model(self.ref_model))
+                return forward_packed
+            base_model.set_attn_implementation(plain_attention)
+
+        branch = self.markers.max_bridge_length + self.args.max_summary_length
+        budgets, num_summaries = self.args.budgets, self.args.num_summaries
+        packed = budgets[-1] + len(budgets) * num_summaries * branch
+        separate = budgets[-1] + num_summaries * sum(budget + branch for budget in budgets)
+        message = f"{type(base_model).__name__} cannot train on packed rollouts: {objection}."
+        if mode == "tree":
+            raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
+        logger.warning(
+            f"{message} It trains on separate rows, one for each summary, which forward up to {separate / packed:.1f} "
+            "times as many tokens."
+        )
+        return forward_rows
 
     # Rollout: think, cut, bridge, summarise
 
@@ -438,7 +470,7 @@ class BRPOTrainer(GRPOTrainer):
             nonlocal first
             rows = packed[first : first + len(input_ids)]
             first += len(input_ids)
-            return forward_packed(model, rows, input_ids, **model_inputs)
+            return self._forward(model, rows, input_ids, **model_inputs)
 
         with self._timed("scoring"):
             return super()._get_per_token_logps_and_entropies(
