@@ -27,7 +27,7 @@ from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rol
 from .budgets import prior_weights
 from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
-from .rewards import MathReward
+from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout, Thinking
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
@@ -154,7 +154,7 @@ class BRPOTrainer(GRPOTrainer):
         reward_funcs = MathReward() if reward_funcs is None else reward_funcs
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         for reward_func in reward_funcs:
-            if isinstance(reward_func, MathReward):
+            if isinstance(reward_func, AnswerReward):
                 train_dataset, kwargs["eval_dataset"] = (
                     _check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
                 )
@@ -174,7 +174,9 @@ class BRPOTrainer(GRPOTrainer):
         self.rollout_func = self._roll_out
         self.markers = self._find_markers()
         self.reward_funcs = [
-            replace(func, answer_bridge=self.markers.answer_bridge) if isinstance(func, MathReward) else func
+            replace(func, answer_bridge=self.markers.answer_bridge)
+            if isinstance(func, AnswerReward | FormatReward)
+            else func
             for func in self.reward_funcs
         ]
         self._check_context(self._longest_prompts())
@@ -569,7 +571,7 @@ def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> N
         raise ValueError(f"The dataset needs a column 'prompt', it has {train_dataset.column_names}.")
 
 
-def _check_answers(reward: MathReward, dataset: Any) -> Any:
+def _check_answers(reward: AnswerReward, dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
     return None if dataset is None else reward.check_dataset(dataset)

@@ -1,0 +1,61 @@
+"""Where the answer stands in a completion: thinking markers, final-answer paragraphs, boxes. Pure string functions."""
+
+import re
+from typing import Any
+
+# Braces as TeX counts them: an escaped character (`\{`, `\\`) is none, `\boxed{` opens a box, others open a group.
+_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_BLANK_LINES = re.compile(r"\n[ \t\r]*\n")
+
+
+def completion_text(completion: Any) -> str:
+    """Text of a completion in either of TRL's forms.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A string, or a conversation whose last message is the model's.
+
+    Returns:
+        `str`: The text; the text parts joined if the content is a list of parts, `""` if there is no content.
+    """
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last complete `\boxed{...}`, `None` without one. Linear in the length of the text."""
+    if "\\boxed" not in text:
+        return None
+    open_groups: list[int | None] = []  # start of the content for a box, None for any other group
+    best: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            open_groups.append(match.end())
+        elif match[0] == "{":
+            open_groups.append(None)
+        elif match[0] == "}" and open_groups:
+            start = open_groups.pop()
+            if start is not None and (best is None or start > best[0]):
+                best = (start, match.start())
+    return None if best is None else text[best[0] : best[1]]
+
+
+def answer_paragraph(summary: str, answer_bridge: str) -> str:
+    """First paragraph of `answer_bridge + summary` that starts with the final-answer text, `""` without one."""
+    marker = answer_bridge.strip()
+    for paragraph in _BLANK_LINES.split(answer_bridge + summary):
+        if paragraph.strip().startswith(marker) and (marker or paragraph.strip()):
+            return paragraph
+    return ""
+
+
+def after_thinking(text: str, end_of_thinking: str | None) -> str | None:
+    """The part of a whole completion that follows the thinking, `None` if the marker is not there exactly once."""
+    if not end_of_thinking:
+        return text
+    parts = text.split(end_of_thinking)
+    return parts[1] if len(parts) == 2 else None

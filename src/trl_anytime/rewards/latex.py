@@ -1,0 +1,233 @@
+r"""One spelling for each answer: clean up LaTeX as models and data sets write it, without judging what it means.
+
+`normalize` maps the many spellings of one formula to one; `tokens` compares formulas without their white space. Both
+are plain string functions, make a fixed number of passes, and never raise.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+_UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—‐‑﹣", "-"),
+        **dict.fromkeys("×✕", r"\times "),
+        **dict.fromkeys("·⋅∙•", r"\cdot "),
+        **dict.fromkeys("‘’′", "'"),
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+        **{
+            "⁰": "^0",
+            "¹": "^1",
+            "²": "^2",
+            "³": "^3",
+            "⁴": "^4",
+            "⁵": "^5",
+            "⁶": "^6",
+            "⁷": "^7",
+            "⁸": "^8",
+            "⁹": "^9",
+        },
+        **{
+            "₀": "_0",
+            "₁": "_1",
+            "₂": "_2",
+            "₃": "_3",
+            "₄": "_4",
+            "₅": "_5",
+            "₆": "_6",
+            "₇": "_7",
+            "₈": "_8",
+            "₉": "_9",
+        },
+        **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
+        **{"π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda "},
+        **{"μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "δ": r"\delta "},
+        **{"∞": r"\infty ", "°": r"^\circ ", "√": " sqrt", "±": r"\pm ", "∓": r"\mp ", "÷": "/", "⁄": "/", "∕": "/"},
+        **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx "},
+        **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∖": r"\setminus "},
+        **{"⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "＄": "$", "€": r"\euro ", "£": r"\pound "},
+    }
+)
+
+_END = r"(?![A-Za-z])"  # a control word ends where its letters end
+
+_GAP = (
+    r"(?:\\[ ,;:!]|[\s,]){0,4}"  # a comma and spaces before `and`; bounded, or a thousand commas take quadratic time
+)
+
+# Order matters: each step sees what the ones above it left.
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (r"[\x00-\x08\x0e-\x1f\x7f]", " "),
+        (r"\\\\(?:\[[^\[\]]*\])?", r"\\cr "),  # a line break of a matrix
+        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _END + r"\s*\.?", ""),
+        (
+            r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|centering)" + _END,
+            " ",
+        ),
+        (r"\\(?:color|textcolor)\s*\{[^{}]*\}", ""),
+        (r"\\(?:hspace|vspace|phantom|hphantom|label|tag)\*?\s*\{[^{}]*\}", " "),
+        (r"\\[dtc]frac" + _END, r"\\frac"),
+        (r"\\[dt]binom" + _END, r"\\binom"),
+        (r"\\(?:leq|leqslant|leqq)" + _END, r"\\le "),
+        (r"\\(?:geq|geqslant|geqq)" + _END, r"\\ge "),
+        (r"\\neq" + _END, r"\\ne "),
+        (r"\\lt" + _END, "<"),
+        (r"\\gt" + _END, ">"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\lbrace" + _END, r"\\{"),
+        (r"\\rbrace" + _END, r"\\}"),
+        (r"\\lbrack" + _END, "["),
+        (r"\\rbrack" + _END, "]"),
+        (r"\\(?:lparen|langle)" + _END, "("),
+        (r"\\(?:rparen|rangle)" + _END, ")"),
+        (r"\\(?:lvert|rvert|vert)" + _END, "|"),
+        (r"\\(?:simeq|thickapprox)" + _END, r"\\approx "),
+        (r"\\(?:varnothing|empty)" + _END, r"\\emptyset "),
+        (r"\\(?:degrees?|textdegree)" + _END, r"^\\circ "),
+        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*([RQZNC])\s*\}?" + _END, r"\\mathbb{\1}"),
+        (r"\\reals" + _END, r"\\mathbb{R}"),
+        (r"\\operatorname\*?\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\s*\}", r"\\\1\2 "),
+        (r"\\(?:mathrm|text)\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infinity)\s*\}", r"\\\1\2 "),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|mathcal)\s*\{\s*([A-Za-z0-9])\s*\}", r" \1"),
+        (r"\\(?:boldsymbol|bm|mathbf|underline|fbox|boxed|ensuremath)\s*(?=\{)", " "),
+        (
+            r"\\(?:text(?:bf|it|rm|sf|tt|normal|sc|up|md)|mbox|hbox|math(?:rm|bf|it|sf|tt)|emph|operatorname\*?)\s*\{",
+            r"\\text{",
+        ),
+        # Inside \text{}, a number, a choice, a variable (no unit: m, g, s, h, l) or nothing is what it is without.
+        (r"\\text\s*\{\s*((?:\(\s*[A-Za-z]\s*\))|[A-Z][.)]?|[a-fi-knopqrt-z]|[-+\d., ]*\d|)\s*\}", r" \1 "),
+        (r"\\text\s*\{\s*(?:approximately|approx\.?|about|roughly)\s*\}", r"\\approx "),
+        (rf"(?<![A-Za-z\\{{])(?:approximately|about|roughly){_END}", r"\\approx "),
+        (rf"{_GAP}(?:\\text\s*\{{[\s,;]*or[\s,]*\}}|(?<![A-Za-z\\{{])or{_END}|\\(?:lor|vee){_END})", r"\\lor "),
+        (rf"{_GAP}(?:\\text\s*\{{[\s,;]*and[\s,]*\}}|(?<![A-Za-z\\{{])and{_END})", ","),
+        # Thousands: {,} and thin spaces between digits; `,\!` as the MATH data set writes it.
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\[!,;:]|\\[!,;:>])\s*(?:\\[!,;:]\s*)*(?=\d{3}(?!\d))", ""),
+        (r"\\[,;:!> \n\t]|~|\\(?:quad|qquad|space|enspace|thinspace|nobreakspace)" + _END, " "),
+        (r"\\(?:percent)" + _END + r"|\\%|\bper\s?cent\b|\\text\s*\{\s*(?:%|percent)\s*\}", "%"),
+        (r"\\\$|\\text\s*\{\s*\$\s*\}", r"\\dollar "),
+        (r"\$", " "),
+        (r"\\(?:times|cdot|ast)" + _END, "*"),
+        (r"\\div" + _END, "/"),
+        (r"\*\*", "^"),
+        *(
+            (rf"(?<=\d)\s*(?:\\text\s*\{{\s*{word}\s*\}}|{word}{_END})", f"*10^{{{power}}} ")
+            for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
+        ),
+        # Formulas in plain text.
+        (r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z])(sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|infinity|infty)(?![A-Za-z])", r"\\\1 "),
+        (r"\\infinity" + _END, r"\\infty "),
+        (r"(?<![A-Za-z\\])inf(?![A-Za-z])", r"\\infty "),
+        (r"(?<!\\)\{\s*\}", ""),
+        (r"(?<![\d.])\.(?=\d|\\overline)", "0."),
+        (r"(?<=\d)\.(?!\d)(?!\s*\\(?:overline|dot|bar))", ""),
+        (r"\s+", " "),
+    ]
+]
+
+_MACRO = re.compile(r"\\(frac|sqrt|binom)(?![A-Za-z])\s*")
+_ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
+_CONTROL_WORD = re.compile(r"\\[A-Za-z]+\s*|\\.", re.DOTALL)
+_BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
+_PARTNER = {"}": "{", ")": "("}
+_OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
+TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\S", re.DOTALL)
+PLAIN = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\\frac\{[0-9]+\}\{[0-9]+\})")  # most answers, normal as they are
+_MAX_DEPTH = 50  # of fractions in fractions; far beyond what an answer holds, far below Python's recursion limit
+
+
+@lru_cache(maxsize=512)  # a group's answers share their gold, and often each other
+def normalize(text: str) -> str:
+    r"""The one spelling of a formula that the rest of this package works on.
+
+    Fractions, roots and binomials get explicit braces, spacing and sizing commands go, `\times`, `\cdot` and Unicode
+    signs become ASCII ones, digits are joined across thousands separators, text commands become `\text`.
+    """
+    text = text.strip()
+    if PLAIN.fullmatch(text):
+        return text
+    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    if "\\begin" not in text:
+        text = text.replace("\\\\", "\\")  # `\\\\frac`: a formula that was escaped twice
+    text = _unwrap(text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _OVER.sub(lambda m: rf"\{'frac' if m[2] == 'over' else 'binom'}{{{m[1]}}}{{{m[3]}}}", text)
+    return _explicit_arguments(text).strip(" .,;:")
+
+
+def _unwrap(text: str) -> str:
+    r"""Strip Markdown's bold and the math delimiters `$`, `\(`, `\[` around a whole answer."""
+    text = text.strip()
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
+            text = text[len(opening) : -len(closing)].strip()
+    return text
+
+
+def _explicit_arguments(text: str) -> str:
+    r"""Write the arguments of `\frac`, `\sqrt` and `\binom` in braces, by TeX's rule: a group or a single token.
+
+    `\sqrt(3)` is not TeX, but models write it, so parentheses count as a group too.
+    """
+    closing = _closing_brackets(text)
+
+    def write(start: int, end: int, depth: int) -> str:
+        pieces = []
+        while match := _MACRO.search(text, start, end):
+            pieces.append(text[start : match.start()])
+            written, start = write_macro(match, end, depth)
+            pieces.append(written)
+        return "".join(pieces) + text[start:end]
+
+    def write_macro(match: re.Match[str], end: int, depth: int) -> tuple[str, int]:
+        written, position = "\\" + match[1], match.end()
+        if match[1] == "sqrt" and text[position : position + 1] == "[":
+            index_end = text.find("]", position, end) + 1
+            written, position = written + text[position:index_end], max(position, index_end)
+        for _ in range(_ARGUMENTS[match[1]]):
+            argument, position = write_argument(position, end, depth + 1)
+            written += "{" + argument + "}"
+        return written, position
+
+    def write_argument(position: int, end: int, depth: int) -> tuple[str, int]:
+        while position < end and text[position] == " ":
+            position += 1
+        if position >= end or depth > _MAX_DEPTH:
+            return "", position
+        if text[position] in "{(" and (group_end := closing.get(position, end)) < end:
+            return write(position + 1, group_end, depth).strip(), group_end + 1
+        if match := _MACRO.match(text, position, end):
+            return write_macro(match, end, depth)
+        if match := _CONTROL_WORD.match(text, position, end):
+            return match[0].strip(), match.end()
+        return text[position], position + 1
+
+    return write(0, len(text), 0)
+
+
+def _closing_brackets(text: str) -> dict[int, int]:
+    """Where each `{` and `(` closes, by where it opens; escaped brackets do not count."""
+    closing = {}
+    open_brackets: list[tuple[str, int]] = []
+    for match in _BRACKET.finditer(text):
+        if match[0] in "{(":
+            open_brackets.append((match[0], match.start()))
+        elif match[0] in "})" and open_brackets and open_brackets[-1][0] == _PARTNER[match[0]]:
+            closing[open_brackets.pop()[1]] = match.start()
+    return closing
+
+
+def tokens(text: str) -> tuple[str, ...]:
+    """Tokens of a normalised formula without white space and without braces around a single token."""
+    out: list[str] = []
+    for token in TOKEN.findall(text):
+        if token == "}" and len(out) >= 2 and out[-2] == "{":
+            out[-2:] = [out[-1]]
+        else:
+            out.append(token)
+    return tuple(out)

@@ -1,0 +1,351 @@
+"""The worker pool under faults injected into real workers, and from every place that a reward may be called from."""
+
+import asyncio
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from trl_anytime.rewards import MathReward, grade_answers, pool
+from trl_anytime.rewards.pool import PoolSettings, WorkerPool, default_workers
+
+TESTS = Path(__file__).parent
+SETTINGS = PoolSettings(
+    workers=2, cpu_limit=0.5, hard_limit=4.0, batch_limit=60.0, memory_limit=512, tasks_per_worker=50
+)
+# What a fault counts as: the soft CPU limit and what Python notices itself are timeouts of a worker that lives on.
+FAULTS = {
+    "kill": "dead",
+    "exit": "dead",
+    "segfault": "dead",
+    "closeoutput": "dead",
+    "stuckinC": "timeout",
+    "sleep": "timeout",
+    "stop": "timeout",
+    "spin": "timeout",
+    "memory": "timeout",
+    "recursion": "different",
+    "raise": "different",
+    "print": "different",
+}
+ORDINARY = [
+    (r"2\sqrt{2}", r"\sqrt{8}"),
+    ("x+1", "1+x"),
+    (r"\sqrt{2}", r"\sqrt{3}"),
+    ("x", "y"),
+    (r"\pi", r"\frac{2\pi}{2}"),
+]
+ORDINARY_OUTCOMES = ["equal", "equal", "different", "different", "equal"]
+
+
+@pytest.fixture
+def faulty_workers(monkeypatch):
+    monkeypatch.setattr(pool, "_WORKER_MODULE", "rewards_faulty_worker")
+    monkeypatch.syspath_prepend(TESTS)
+
+
+@pytest.fixture
+def workers(faulty_workers):
+    made = WorkerPool(SETTINGS)
+    yield made
+    made.close()
+
+
+def wait_for_end(pid: int, seconds: float = 30.0) -> bool:
+    """Whether a process, which need not be a child of this one, ends in time."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], seconds)[0])
+    finally:
+        os.close(handle)
+
+
+def pids(made: WorkerPool) -> list[int]:
+    return [worker.process.pid for worker in made._workers]
+
+
+def test_a_fault_costs_one_answer(workers):
+    pairs, expected = [], []
+    faults = iter(FAULTS)
+    for number in range(200):
+        pairs.append(ORDINARY[number % 5])
+        expected.append(ORDINARY_OUTCOMES[number % 5])
+        if number % 16 == 10:
+            fault = next(faults)
+            pairs.append(("2", f"fault_{{{fault}}}+x"))
+            expected.append(FAULTS[fault])
+    assert next(faults, None) is None  # each of them was committed
+    outcomes = workers.grade(pairs)
+    wrong = {pair: outcome for pair, outcome, right in zip(pairs, outcomes, expected, strict=True) if outcome != right}
+    assert not wrong
+    assert len(pids(workers)) <= SETTINGS.workers
+
+
+def test_all_workers_hang_and_the_pool_goes_on(workers):
+    hanging = [("2", f"fault_{{sleep}}+{letter}") for letter in "abcd"]
+    assert workers.grade([*hanging, *ORDINARY]) == ["timeout"] * 4 + ORDINARY_OUTCOMES
+
+
+def test_a_worker_killed_between_calls_is_replaced(workers):
+    workers.grade(ORDINARY)
+    for pid in pids(workers):
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for_end(pid)
+    assert workers.grade(ORDINARY) == ORDINARY_OUTCOMES
+
+
+def test_workers_are_replaced_after_their_number_of_tasks(faulty_workers):
+    made = WorkerPool(PoolSettings(1, 2.0, 10.0, 60.0, 512, tasks_per_worker=3))
+    assert made.grade(ORDINARY * 2) == ORDINARY_OUTCOMES * 2  # ten tasks: four workers
+    assert made._workers[0].tasks_done == 1
+    made.close()
+
+
+def test_batch_limit(faulty_workers):
+    made = WorkerPool(PoolSettings(1, 5.0, 100.0, 5.0, 512, 100))
+    outcomes = made.grade([*ORDINARY, ("2", "fault_{sleep}"), *ORDINARY])
+    # What was graded before the limit counts, the rest is late.
+    assert outcomes == ORDINARY_OUTCOMES + ["timeout"] * 6
+    assert made.grade(ORDINARY) == ORDINARY_OUTCOMES
+    made.close()
+
+
+def test_a_pool_that_cannot_start_raises(monkeypatch):
+    monkeypatch.setattr(pool, "_WORKER_MODULE", "trl_anytime.rewards.no_such_module")
+    with pytest.raises(RuntimeError, match="keep failing.*ended with code 1 while starting"):
+        WorkerPool(SETTINGS).grade(ORDINARY)
+
+
+def test_a_pool_that_fails_its_self_test_raises(monkeypatch, tmp_path):
+    (tmp_path / "wrong_worker.py").write_text(
+        "from trl_anytime.rewards import worker\nworker._grade = lambda *arguments: 'equal'\nworker.main()\n"
+    )
+    monkeypatch.setattr(pool, "_WORKER_MODULE", "wrong_worker")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="failed its self-test.*equal.*equal"):
+        WorkerPool(SETTINGS).grade(ORDINARY)
+
+
+def test_a_pool_without_memory_raises():
+    with pytest.raises(RuntimeError, match="keep failing"):
+        WorkerPool(PoolSettings(1, 2.0, 10.0, 60.0, memory_limit=60, tasks_per_worker=10)).grade(ORDINARY)
+
+
+def test_an_exception_in_the_caller_leaves_no_busy_worker(workers, monkeypatch):
+    workers.grade(ORDINARY)
+    before = pids(workers)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            workers.grade(ORDINARY)
+    assert all(wait_for_end(pid) for pid in before if pid not in pids(workers))
+    assert workers.grade(ORDINARY) == ORDINARY_OUTCOMES  # no answer is taken for another's
+
+
+def test_the_parser_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "__import__('os').system('touch F')"
+    answers = [code, f"${code}$", rf"\text{{{code}}}", f"{code}+1", code.replace("'", '"'), r"\sqrt{" + code + "}"]
+    assert grade_answers(answers, ["2"] * 6) == [0.0] * 6
+    reward = MathReward(end_of_thinking=None)
+    assert reward([""] * 2, [rf"\boxed{{{code}}}", code], answer=["2"] * 2) == [0.0] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_share_the_pool():
+    answers, golds = [answer for _, answer in ORDINARY], [gold for gold, _ in ORDINARY]
+    scores: dict[int, list[float]] = {}
+
+    def work(number: int) -> None:
+        scores[number] = grade_answers(answers, golds)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scores == dict.fromkeys(range(4), [1.0, 1.0, 0.0, 0.0, 1.0])
+
+
+def test_a_process_ends_while_a_thread_is_grading(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    lines = HANGING_SCRIPT.replace("FAULT", "sleep").splitlines()
+    script = "\n".join(
+        ["import threading", *lines[:-1], f"threading.Thread(target=lambda: {lines[-1]}, daemon=True).start()"]
+        + ["import sys", "sys.stdin.read()"]
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment(REWARDS_TEST_FIFO=str(fifo)), stdin=subprocess.PIPE
+    )
+    worker = int(fifo.read_text())
+    parent.communicate(timeout=30)  # ends its input, and with it the main thread
+    assert parent.returncode == 0
+    assert wait_for_end(worker)
+
+
+def test_asyncio():
+    async def main():
+        loop = asyncio.get_running_loop()
+        inside = grade_answers([r"\sqrt8"], [r"2\sqrt2"])
+        threads = [loop.run_in_executor(None, grade_answers, [r"\sqrt8"], [r"2\sqrt2"]) for _ in range(3)]
+        return inside, await asyncio.gather(*threads)
+
+    assert asyncio.run(main()) == ([1.0], [[1.0]] * 3)
+
+
+def grade_in_child(connection) -> None:
+    connection.send((grade_answers([r"\sqrt8"], [r"2\sqrt2"]), list(pool._pools)))
+    connection.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_make_their_own_pool(method):
+    grade_answers([r"\sqrt8"], [r"2\sqrt2"], workers=1)
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    child = context.Process(target=grade_in_child, args=(theirs,))
+    child.start()
+    scores, pools = ours.recv()
+    child.join()
+    assert scores == [1.0]
+    assert len(pools) == 1  # not the parent's
+    assert grade_answers([r"\sqrt8"], [r"2\sqrt2"], workers=1) == [1.0]
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), *(entry for entry in sys.path if entry)])
+    return os.environ | {"PYTHONPATH": path, "HF_HUB_DISABLE_TELEMETRY": "1"} | more
+
+
+def test_script_without_main_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('once')\n"
+        "from trl_anytime.rewards import MathReward, pool\n"
+        "reward = MathReward(end_of_thinking=None)\n"
+        "print(reward([''], [r'\\boxed{\\sqrt8}'], answer=[r'2\\sqrt2']))\n"
+        "print([worker.process.pid for made in pool._pools.values() for worker in made._workers][0])\n"
+    )
+    (tmp_path / "random.py").write_text("raise RuntimeError('a user file that shadows a module')\n")
+    done = subprocess.run(
+        [sys.executable, "-P", script], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[:2] == ["once", "[1.0]"], done.stderr
+    assert wait_for_end(int(done.stdout.splitlines()[2]))  # the worker did not outlive the script
+
+
+HANGING_SCRIPT = """
+from trl_anytime.rewards import pool
+pool._WORKER_MODULE = "rewards_faulty_worker"
+settings = pool.PoolSettings(1, 2.0, hard_limit=1000.0, batch_limit=2000.0, memory_limit=512, tasks_per_worker=9)
+pool.get_pool(settings).grade([("2", "fault_{FAULT}+x")])
+"""
+
+
+@pytest.mark.parametrize("fault", ["sleep", "stuckinC"])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_outlives_its_parent(tmp_path, fault, signum):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = HANGING_SCRIPT.replace("FAULT", fault)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment(REWARDS_TEST_FIFO=str(fifo)), stderr=subprocess.PIPE
+    )
+    worker = int(fifo.read_text())  # waits until the worker is about to hang
+    parent.send_signal(signum)
+    _, errors = parent.communicate(timeout=30)
+    assert parent.returncode == -signum
+    assert signum != signal.SIGINT or b"KeyboardInterrupt" in errors
+    assert wait_for_end(worker)
+
+
+RANKS_SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from rewards_cases import HOSTILE
+from trl_anytime.rewards import MathReward
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+hostile = HOSTILE[:6] + ["(" * 900 + "2" + ")" * 900]
+answers = hostile if rank == 0 else [r"\\sqrt8", r"\\sqrt9"] * 3 + [r"2\\sqrt2"]
+golds = ["2"] * 7 if rank == 0 else [r"2\\sqrt2"] * 7
+metrics = {{}}
+reward = MathReward(end_of_thinking=None, cpu_limit=0.5)
+completions = ["\\\\boxed{{" + answer + "}}" for answer in answers]
+scores = reward([""] * 7, completions, answer=golds, log_metric=metrics.__setitem__)
+gathered = [torch.zeros(7) for _ in range(2)]
+dist.all_gather(gathered, torch.tensor(scores))
+keys = [None, None]
+dist.all_gather_object(keys, sorted(metrics))
+assert keys[0] == keys[1], keys
+with open({out!r} + f"/rank{{rank}}", "w") as file:
+    file.write(repr(([rank_scores.tolist() for rank_scores in gathered], metrics["rewards/MathReward/timeouts"])))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_with_hostile_answers_on_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS_SCRIPT.format(tests=str(TESTS), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = [[0.0] * 7, [1.0, 0.0] * 3 + [1.0]]
+    timeouts = {}
+    for rank in range(2):
+        gathered, timeouts[rank] = eval((tmp_path / f"rank{rank}").read_text())
+        assert gathered == expected
+    assert timeouts == {0: 7.0, 1: 0.0}
+
+
+def test_default_workers(monkeypatch):
+    def cores(count: int, pinned: int, ranks: str) -> int:
+        monkeypatch.setattr(os, "cpu_count", lambda: count)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(pinned)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        return default_workers()
+
+    assert cores(8, 8, "1") == 4
+    assert cores(96, 96, "8") == 4  # 12 cores each, half of them 6, at most 4
+    assert cores(16, 16, "4") == 2
+    assert cores(2, 2, "2") == 1
+    assert cores(64, 6, "8") == 3  # pinned by the launcher: these 6 are this rank's own
+
+
+def test_workers_start_without_torch():
+    code = "import sys, trl_anytime.rewards.worker, trl_anytime.rewards.symbolic; print(sorted(sys.modules))"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"'torch'", "'transformers'", "'trl'", "'datasets'", "'numpy'"} & set(modules.strip("[]\n").split(", "))
+
+
+def test_duplicates_are_graded_once(monkeypatch):
+    sent: Counter[tuple[str, str]] = Counter()
+
+    class Counting:
+        def grade(self, pairs):
+            sent.update(pairs)
+            return ["equal"] * len(pairs)
+
+    monkeypatch.setattr("trl_anytime.rewards.math_reward.get_pool", lambda settings: Counting())
+    assert grade_answers([r"\sqrt8"] * 5, [r"2\sqrt2"] * 5) == [1.0] * 5
+    assert sent == {(r"2\sqrt2", r"\sqrt8"): 1}
