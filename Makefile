@@ -1,10 +1,14 @@
-# Every target sets up what it needs. VENV=elsewhere puts the environment elsewhere.
+# Every target sets up what it needs. VENV=elsewhere puts the environments elsewhere.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: quickstart test lint clean
+# The lower ends of the ranges in pyproject.toml
+OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
+	matplotlib==3.9.0
+
+.PHONY: quickstart test test-oldest lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -12,17 +16,29 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples
+# train long enough to be too slow with it.
+test-oldest: $(VENV)-oldest/.installed
+	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-oldest outputs
 
-# torch first and alone: as a dependency of another package, pip would pick a build with CUDA
+# torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)-oldest/.installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
+	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest hypothesis rich triton
+	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@

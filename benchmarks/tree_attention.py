@@ -8,7 +8,7 @@ What a packed rollout costs, forward and backward, on one rollout with every bud
 
 Compared are: the packed row; separate rows, each by itself without padding, and all in one padded batch; one causal
 row of the packed length, which is what the packed row could cost at best; the packed row under a dense 4D mask. Times
-are the fastest of several interleaved runs. Beside the measured ratio of separate rows to the packed row stands the one
+are the fastest of several interleaved runs. Beside the measured ratio of separate to packed stands the one
 that the count of floating-point operations allows.
 """
 
