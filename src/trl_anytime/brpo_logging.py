@@ -1,5 +1,6 @@
 """What a generation batch looked like: metrics, and rows for the table of completions."""
 
+import math
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -105,7 +106,8 @@ def baseline_metrics(segments: Returns, cuts: torch.Tensor, budgets: Sequence[in
             The M budgets in tokens.
 
     Returns:
-        `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends.
+        `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends. What is not
+        defined, because a variance is zero, is left out.
     """
     starts = torch.tensor([0, *budgets[:-1]], device=cuts.device)
     diagnostics = baseline_diagnostics(segments, live=cuts[..., -1:] > starts)
@@ -114,6 +116,7 @@ def baseline_metrics(segments: Returns, cuts: torch.Tensor, budgets: Sequence[in
         for statistic, by_baseline in diagnostics.items()
         for name, values in by_baseline.items()
         for budget, value in zip(budgets, values.tolist(), strict=True)
+        if not math.isnan(value)
     }
 
 

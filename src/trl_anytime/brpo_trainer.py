@@ -539,9 +539,14 @@ class BRPOTrainer(GRPOTrainer):
             f"that is cut is followed by `{self.markers.truncation_bridge!r}` and every thinking by "
             f"`{self.markers.answer_bridge!r}`.\n\n"
         )
-        # TRL's quick start stops a thinking model after 128 tokens
-        card = path.read_text().replace("max_new_tokens=128", f"max_new_tokens={tokens}")
-        path.write_text(card.replace("### Framework versions", section + "### Framework versions"))
+        card = path.read_text()
+        for theirs, ours in (
+            ("max_new_tokens=128", f"max_new_tokens={tokens}"),  # would stop a thinking model in mid-thought
+            ("### Framework versions", f"{section}### Framework versions"),
+            ("[None](https://huggingface.co/None)", "a local model"),
+        ):
+            card = card.replace(theirs, ours)
+        path.write_text(card)
 
 
 def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
