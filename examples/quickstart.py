@@ -42,7 +42,7 @@ SFT_BATCH_SIZE = 32
 PROMPTS_PER_UPDATE, GROUP_SIZE = 32, 8
 # The paper has 4. Here, where thinking is short, the gradient of more early guesses would drown that of the thinking.
 NUM_SUMMARIES = 2
-FULL_UPDATES = 50
+FULL_UPDATES = 60
 
 NODES = "abcdefgh"
 FILLERS = ("so", "then", "hmm", "wait")

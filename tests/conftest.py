@@ -1,8 +1,14 @@
-"""Set before any library is imported: no telemetry, no network, and one thread, so that sums have one order."""
+"""Settings of the tests; those of the environment come before any library is imported."""
 
 import os
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums have one order
+
+from hypothesis import settings
+
+# The same examples in every run; `pytest --hypothesis-profile default` looks for new ones
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")

@@ -249,8 +249,11 @@ def test_script_without_main_guard(tmp_path):
     assert wait_for_end(int(done.stdout.splitlines()[2]))  # the worker did not outlive the script
 
 
+# A process that a shell starts in the background inherits that Ctrl-C is ignored
 HANGING_SCRIPT = """
+import signal
 from trl_anytime.rewards import pool
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pool._WORKER_MODULE = "rewards_faulty_worker"
 settings = pool.PoolSettings(1, 2.0, hard_limit=1000.0, batch_limit=2000.0, memory_limit=512, tasks_per_worker=9)
 pool.get_pool(settings).grade([("2", "fault_{FAULT}+x")])

@@ -199,16 +199,18 @@ def _equal_collections(gold: Collection, answer: Collection, comparison: Formula
 
 
 def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: FormulaComparison) -> Verdict:
-    open_pairs = False
+    unmatched = []
     for item in gold:
         verdicts = [_equal(item, other, comparison) for other in answer]
         if True in verdicts:
             answer.pop(verdicts.index(True))
-        elif None in verdicts:
-            open_pairs = True
         else:
-            return False
-    return None if open_pairs else True
+            unmatched.append(item)
+    left = [[_equal(item, other, comparison) for other in answer] for item in unmatched]
+    if not left:
+        return True
+    # Whatever is left, on either side, needs a partner that it may be equal to
+    return None if all(None in verdicts for verdicts in [*left, *zip(*left, strict=True)]) else False
 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
