@@ -17,6 +17,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
 }
@@ -33,7 +34,7 @@ CALLED = {
     "_tokenize_prompts": ["self", "prompts"],
 }
 # Attributes that TRL sets in `__init__` and that we read or set
-ATTRIBUTES = {"_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer"}
+ATTRIBUTES = {"_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 OWN = {
     "_batch",

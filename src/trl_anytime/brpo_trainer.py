@@ -77,6 +77,7 @@ class BRPOTrainer(GRPOTrainer):
     - `__init__`: checks, markers, tree attention.
     - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
     - `_calculate_rewards`: reward functions are called once per summary.
+    - `_prepare_inputs`: rollouts of like length share a micro-batch.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
     - `create_model_card`: says at which budgets the model was trained.
@@ -447,6 +448,21 @@ class BRPOTrainer(GRPOTrainer):
         self._rollout_seconds = time.perf_counter() - start
         return output
 
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:  # evaluation, or no new rollouts
+            return inputs
+        # Rollouts of like length share a micro-batch, so that little padding is computed. They move only within what
+        # one optimiser step accumulates, whose gradient stays the same.
+        steps, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if steps % accumulated == 0 or accumulated % steps == 0:
+            window = min(steps, accumulated)
+            for first in range(0, steps, window):
+                part = slice(first, first + window)
+                self._buffered_inputs[part] = _sorted_by_length(self._buffered_inputs[part])
+        return self._buffered_inputs[self._step % steps]
+
     def _new_batch(self, mode: str) -> _Batch:
         args = self.args
         if mode == "train":
@@ -547,6 +563,18 @@ class BRPOTrainer(GRPOTrainer):
         ):
             card = card.replace(theirs, ours)
         path.write_text(card)
+
+
+def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of several batches dealt out anew, the longest first: a lack of memory shows at once."""
+    rows = {
+        name: torch.cat([batch[name] for batch in batches])
+        for name, values in batches[0].items()
+        if isinstance(values, torch.Tensor) and values.dim() > 0
+    }
+    order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort(descending=True, stable=True)
+    dealt = {name: values[order].chunk(len(batches)) for name, values in rows.items()}
+    return [{**batch, **{name: dealt[name][i] for name in rows}} for i, batch in enumerate(batches)]
 
 
 def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
