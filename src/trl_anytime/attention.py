@@ -18,7 +18,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import transformers
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 # True while packed rows go through a model. Only mask creation and the guard below read it: what a layer computes,
 # also when gradient checkpointing repeats it later, depends on its arguments alone.
 _packed_forward: ContextVar[bool] = ContextVar("packed_forward", default=False)
+
+# Before transformers 5.21, sdpa drops the cap of the scores without a word (Gemma 2). Rollouts are then sampled
+# without it, so they must be scored without it.
+_SDPA_DROPS_SOFTCAP = Version(transformers.__version__) < Version("5.21")
 
 # Queries per block where scores are computed in blocks: large enough to keep a core busy, small beside a row
 _BLOCK = 256
@@ -200,6 +206,8 @@ def tree_attention_forward(
 
     assert attention_mask is None, "mask creation is off for packed rows"
     _refuse_unknown(module, sliding_window, kwargs)
+    if base == "sdpa" and _SDPA_DROPS_SOFTCAP:
+        softcap = None
     if softcap is None and s_aux is None:
         attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
     else:
