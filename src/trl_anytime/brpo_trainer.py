@@ -454,7 +454,7 @@ class BRPOTrainer(GRPOTrainer):
         if self._buffered_inputs is before:  # evaluation, or no new rollouts
             return inputs
         # Rollouts of like length share a micro-batch, so that little padding is computed. They move only within what
-        # one optimiser step accumulates, whose gradient stays the same.
+        # one optimiser step accumulates: its gradient stays the same for every loss that weighs rollouts alike.
         steps, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
         if steps % accumulated == 0 or accumulated % steps == 0:
             window = min(steps, accumulated)
