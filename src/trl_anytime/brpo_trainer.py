@@ -256,9 +256,9 @@ class BRPOTrainer(GRPOTrainer):
             base_model.set_attn_implementation(plain_attention)
 
         branch = self.markers.max_bridge_length + self.args.max_summary_length
-        budgets, num_summaries = self.args.budgets, self.args.num_summaries
-        packed = budgets[-1] + len(budgets) * num_summaries * branch
-        separate = budgets[-1] + num_summaries * sum(budget + branch for budget in budgets)
+        thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
+        packed = thinking + num_branches * branch
+        separate = (1 + num_branches) * (thinking + branch)  # one batch, padded to its longest row
         message = f"{type(base_model).__name__} cannot train on packed rollouts: {objection}."
         if mode == "tree":
             raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
