@@ -45,6 +45,7 @@ OWN = {
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
     "_log_table",
     "_longest_prompts",
+    "_most_tokens",
     "_new_batch",
     "_packed",
     "_packed_rows",

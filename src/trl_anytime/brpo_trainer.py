@@ -181,9 +181,8 @@ class BRPOTrainer(GRPOTrainer):
             for func in self.reward_funcs
         ]
         self._check_context(self._longest_prompts())
-        if args.max_completion_length is None:
-            branch = self.markers.max_bridge_length + args.max_summary_length
-            self.max_completion_length = args.budgets[-1] + len(args.budgets) * args.num_summaries * branch
+        packed, _ = self._most_tokens()
+        self.max_completion_length = args.max_completion_length or packed
 
         self._forward = self._choose_forward()
 
@@ -235,6 +234,12 @@ class BRPOTrainer(GRPOTrainer):
                 "`max_summary_length`, or drop the longest prompts."
             )
 
+    def _most_tokens(self) -> tuple[int, int]:
+        """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
+        branch = self.markers.max_bridge_length + self.args.max_summary_length
+        thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
+        return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
+
     def _choose_forward(self) -> Callable[..., Any]:
         """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""
         mode = self.args.tree_attention
@@ -255,13 +260,10 @@ class BRPOTrainer(GRPOTrainer):
                 return forward_packed
             base_model.set_attn_implementation(plain_attention)
 
-        branch = self.markers.max_bridge_length + self.args.max_summary_length
-        thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
-        packed = thinking + num_branches * branch
-        separate = (1 + num_branches) * (thinking + branch)  # one batch, padded to its longest row
         message = f"{type(base_model).__name__} cannot train on packed rollouts: {objection}."
         if mode == "tree":
             raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
+        packed, separate = self._most_tokens()
         logger.warning(
             f"{message} It trains on separate rows, one for each summary, which forward up to {separate / packed:.1f} "
             "times as many tokens."
