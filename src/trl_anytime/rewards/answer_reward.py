@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .extraction import after_thinking, answer_paragraph, completion_text, last_boxed
+from .extraction import answer_part, last_boxed
 from .golds import bad_gold_message, check_golds, find_column, gold_alternatives
 
 
@@ -97,12 +97,8 @@ class AnswerReward:
                 counts["skipped_golds"] += 1
                 rewards[row] = None
                 continue
-            text = completion_text(completion)
-            part: str | None
-            if well_formed is None:
-                part = after_thinking(text, self.end_of_thinking)
-            else:
-                part = answer_paragraph(text, self.answer_bridge) if well_formed[row] else None
+            formed = None if well_formed is None else well_formed[row]
+            part = answer_part(completion, formed, self.answer_bridge, self.end_of_thinking)
             if part is None:
                 counts["bad_format"] += 1
                 continue

@@ -59,3 +59,24 @@ def after_thinking(text: str, end_of_thinking: str | None) -> str | None:
         return text
     parts = text.split(end_of_thinking)
     return parts[1] if len(parts) == 2 else None
+
+
+def answer_part(
+    completion: Any, well_formed: bool | None, answer_bridge: str, end_of_thinking: str | None
+) -> str | None:
+    """Where in a completion to look for the answer; `None` if its format is bad.
+
+    Args:
+        completion (`str` or `list[dict]`):
+            A summary, or everything the model wrote, as TRL hands it to rewards.
+        well_formed (`bool` or `None`):
+            What the trainer says of a summary; `None` for a whole completion.
+        answer_bridge (`str`):
+            Final-answer text that precedes a summary.
+        end_of_thinking (`str` or `None`):
+            Marker that a whole completion must hold exactly once, if any.
+    """
+    text = completion_text(completion)
+    if well_formed is None:
+        return after_thinking(text, end_of_thinking)
+    return answer_paragraph(text, answer_bridge) if well_formed else None

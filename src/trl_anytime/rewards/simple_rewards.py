@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from .answer_reward import AnswerReward
-from .extraction import after_thinking, answer_paragraph, completion_text, last_boxed
+from .extraction import answer_part, last_boxed
 from .forms import Formula, Named, as_fraction, read
 from .golds import gold_alternatives
 from .latex import normalize
@@ -152,10 +152,7 @@ class FormatReward:
         """Check the format, see [`AnswerReward.__call__`] for the arguments; gold answers are not looked at."""
         rewards: list[float | None] = []
         for row, completion in enumerate(completions):
-            text = completion_text(completion)
-            if well_formed is None:
-                part = after_thinking(text, self.end_of_thinking)
-            else:
-                part = answer_paragraph(text, self.answer_bridge) if well_formed[row] else None
+            formed = None if well_formed is None else well_formed[row]
+            part = answer_part(completion, formed, self.answer_bridge, self.end_of_thinking)
             rewards.append(float(bool((last_boxed(part or "") or "").strip())))
         return rewards
