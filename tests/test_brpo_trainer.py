@@ -241,9 +241,9 @@ def test_sampling_settings_are_restored(tmp_path):
     trainer = make_trainer(tmp_path)
     config = trainer.generation_config.to_dict()
     eos_token_ids = list(trainer.eos_token_ids)
-    with pytest.raises(RuntimeError), trainer._sampling(5, (7,)):
+    with pytest.raises(RuntimeError), trainer._sampling(5, [2, 7]):
         assert trainer.generation_config.max_new_tokens == 5
-        assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [*eos_token_ids, 7]
+        assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [2, 7]
         raise RuntimeError
     assert trainer.generation_config.to_dict() == config
     assert trainer.eos_token_ids == eos_token_ids

@@ -42,6 +42,7 @@ OWN = {
     "_choose_forward",
     "_find_markers",
     "_forward",
+    "_generation",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
     "_log_table",
     "_longest_prompts",
@@ -51,8 +52,8 @@ OWN = {
     "_packed_rows",
     "_roll_out",
     "_rollout_seconds",
+    "_sample",
     "_sampling",
-    "_summarise",
     "_timed",
     "_update_seconds",
 }

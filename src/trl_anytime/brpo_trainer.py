@@ -25,10 +25,11 @@ from .attention import enable_tree_attention, forward_packed
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
+from .generation import PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
-from .rollout import Rollout, Thinking
+from .rollout import Rollout
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
 
@@ -55,6 +56,7 @@ class _Batch:
     prior: str | list[float]
     num_summaries: int
     num_generations: int
+    num_rollouts: int
     rollouts: list[Rollout] = field(default_factory=list)  # N
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A, F)
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A), NaN where none scored it
@@ -185,6 +187,7 @@ class BRPOTrainer(GRPOTrainer):
         self.max_completion_length = args.max_completion_length or packed
 
         self._forward = self._choose_forward()
+        self._generation = PrefixGeneration(self._sample)
 
     # Set-up
 
@@ -279,80 +282,60 @@ class BRPOTrainer(GRPOTrainer):
         prompt_ids = self._tokenize_prompts(prompts)[0]
         self._check_context(prompt_ids)
 
-        with self._timed("thinking"), self._sampling(batch.budgets[-1], self.markers.think_end_ids):
-            sampled, thinking_logps = self._generate_single_turn(prompt_ids, None, {}, batch.num_generations)
-        thinkings = [Thinking.of(ids, self.markers, self.eos_token_ids) for ids in sampled]
-
-        cuts = [[thinking.cut(budget, self.markers) for budget in batch.budgets] for thinking in thinkings]
-        contexts = [
-            [*prompt_ids[i], *thinking.token_ids[: cuts[i][j][0]], *cuts[i][j][1]]
-            for j in range(len(batch.budgets))
-            for i, thinking in enumerate(thinkings)
-        ]
-        with self._timed("summarising"), self._sampling(self.args.max_summary_length):
-            summaries, summary_logps = self._summarise(contexts, batch)
-
-        def of_rollout(i, values):  # from (budget, rollout, summary) to M × A
-            starts = ((j * len(prompts) + i) * batch.num_summaries for j in range(len(batch.budgets)))
-            return [values[start : start + batch.num_summaries] for start in starts]
-
-        batch.rollouts = [
-            Rollout(
-                ids, thinking, [cut for cut, _ in cuts[i]], [bridge for _, bridge in cuts[i]], of_rollout(i, summaries)
-            )
-            for i, (ids, thinking) in enumerate(zip(prompt_ids, thinkings, strict=True))
-        ]
+        settings = RolloutSettings(
+            batch.budgets,
+            batch.num_summaries,
+            self.args.max_summary_length,
+            self.markers,
+            self.eos_token_ids,
+            batch.num_generations,
+        )
+        batch.rollouts = self._generation.roll_out(prompt_ids, settings)
+        batch.seconds |= self._generation.seconds
         self._packed = PackedRollouts.pack(
             [rollout.thinking.token_ids for rollout in batch.rollouts],
             [rollout.cuts for rollout in batch.rollouts],
             [rollout.bridges for rollout in batch.rollouts],
             [rollout.summaries for rollout in batch.rollouts],
         )
-        trained = self._packed.trained()
-        logprobs = None
-        if thinking_logps is not None:
-            logprobs = [
-                _pack_logprobs(rollout, thinking_logps[i], of_rollout(i, summary_logps))
-                for i, rollout in enumerate(batch.rollouts)
-            ]
+        logprobs = [rollout.packed_logprobs() for rollout in batch.rollouts]
         lengths = self._packed.lengths.tolist()
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": [ids[:n].tolist() for ids, n in zip(self._packed.token_ids, lengths, strict=True)],
-            "env_mask": [mask[:n].int().tolist() for mask, n in zip(trained, lengths, strict=True)],
-            "logprobs": logprobs,
+            "env_mask": [mask[:n].int().tolist() for mask, n in zip(self._packed.trained(), lengths, strict=True)],
+            "logprobs": None if logprobs[0] is None else logprobs,
         }
 
-    def _summarise(self, contexts: list[list[int]], batch: _Batch) -> tuple[list, list | None]:
-        """A continuations of each context, adjacent."""
-        rows = [context for context in contexts for _ in range(batch.num_summaries)]
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            return self._generate_single_turn(rows, None, {}, batch.num_summaries)
-        # `generate()` holds the whole batch in memory: no more rows at a time than the thinking phase had. The
-        # contexts are ordered by budget, so rows of similar length meet.
-        num_rows = len(contexts) // len(batch.budgets)
-        summaries = []
-        for start in range(0, len(rows), num_rows):
-            summaries += self._generate_single_turn(rows[start : start + num_rows], None, {}, batch.num_summaries)[0]
-        return summaries, None
+    def _sample(
+        self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continuations by whichever of TRL's backends is set, see [`~trl_anytime.generation.Sampler`]."""
+        with self._sampling(max_new_tokens, stop_token_ids):
+            if self.use_vllm or self.use_transformers_continuous_batching:
+                return self._generate_single_turn(prompt_ids, None, {}, num_generations)
+            # `generate()` holds the whole batch in memory: no more rows at a time than there are rollouts
+            assert self._batch is not None
+            num_rows = self._batch.num_rollouts
+            sampled = []
+            for start in range(0, len(prompt_ids), num_rows):
+                rows = prompt_ids[start : start + num_rows]
+                sampled += self._generate_single_turn(rows, None, {}, num_generations)[0]
+            return sampled, None
 
     @contextmanager
-    def _sampling(self, max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Iterator[None]:
+    def _sampling(self, max_new_tokens: int, stop_token_ids: list[int]) -> Iterator[None]:
         """Sampling settings of one generation phase, for all of TRL's backends."""
-        # A marker of several tokens cannot stop the sampling: what follows it is dropped afterwards
-        stop_ids = list(stop_ids) if len(stop_ids) == 1 else []
-        eos_token_ids = self.eos_token_ids
-        self.eos_token_ids = [*eos_token_ids, *stop_ids]
+        eos_token_ids, self.eos_token_ids = self.eos_token_ids, stop_token_ids
         if self.use_vllm:
             engine = self.vllm_generation
             saved = engine.max_completion_length, engine.generation_kwargs
             engine.max_completion_length = max_new_tokens
-            if stop_ids:
-                engine.generation_kwargs = {**engine.generation_kwargs, "stop_token_ids": stop_ids}
+            engine.generation_kwargs = {**engine.generation_kwargs, "stop_token_ids": stop_token_ids}
         else:
             saved = self.generation_config.max_new_tokens, self.generation_config.eos_token_id
             self.generation_config.max_new_tokens = max_new_tokens
-            self.generation_config.eos_token_id = self.eos_token_ids
+            self.generation_config.eos_token_id = stop_token_ids
         try:
             yield
         finally:
@@ -404,7 +387,7 @@ class BRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         start = time.perf_counter()
-        self._batch = batch = self._new_batch(mode)
+        self._batch = batch = self._new_batch(mode, len(inputs))
         try:
             output = super()._generate_and_score_completions(inputs)
             packed = self._packed_rows(output["completion_ids"])
@@ -465,12 +448,12 @@ class BRPOTrainer(GRPOTrainer):
                 self._buffered_inputs[part] = _sorted_by_length(self._buffered_inputs[part])
         return self._buffered_inputs[self._step % steps]
 
-    def _new_batch(self, mode: str) -> _Batch:
+    def _new_batch(self, mode: str, num_rollouts: int) -> _Batch:
         args = self.args
         if mode == "train":
-            return _Batch(args.budgets, args.prior, args.num_summaries, self.num_generations)
+            return _Batch(args.budgets, args.prior, args.num_summaries, self.num_generations, num_rollouts)
         # Evaluation estimates the plain curve: every budget counts alike, one summary each
-        return _Batch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval)
+        return _Batch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval, num_rollouts)
 
     # Packed rows in TRL's forward passes
 
@@ -610,12 +593,3 @@ def _check_answers(reward: AnswerReward, dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
     return None if dataset is None else reward.check_dataset(dataset)
-
-
-def _pack_logprobs(rollout: Rollout, thinking: list[float], summaries: list[list[list[float]]]) -> list[float]:
-    """Sampling log-probabilities in packed order; bridges were not sampled and get 0, which the loss mask hides."""
-    packed = list(thinking[: len(rollout.thinking.token_ids)])
-    for bridge, of_budget in zip(rollout.bridges, summaries, strict=True):
-        for logprobs in of_budget:
-            packed += [0.0] * len(bridge) + list(logprobs)
-    return packed

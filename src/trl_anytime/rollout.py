@@ -18,18 +18,28 @@ class Thinking:
             Whether it ends with the end of thinking.
         abandoned (`bool`):
             Whether it ends with EOS instead.
+        logprobs (`list[float]`, *optional*):
+            Log-probabilities of its tokens in the sampling distribution, where the backend knows them.
     """
 
     token_ids: list[int]
     finished: bool
     abandoned: bool
+    logprobs: list[float] | None = None
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], markers: ThinkingMarkers, eos_token_ids: Container[int]) -> "Thinking":
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        markers: ThinkingMarkers,
+        eos_token_ids: Container[int],
+        logprobs: Sequence[float] | None = None,
+    ) -> "Thinking":
         """The thinking in sampled `token_ids`: what comes after the first end of thinking is dropped."""
         end = markers.end_of_thinking(token_ids)
         kept = list(token_ids[:end])
-        return cls(kept, end is not None, end is None and bool(kept) and kept[-1] in eos_token_ids)
+        abandoned = end is None and bool(kept) and kept[-1] in eos_token_ids
+        return cls(kept, end is not None, abandoned, None if logprobs is None else list(logprobs[: len(kept)]))
 
     def cut(self, budget: int, markers: ThinkingMarkers) -> tuple[int, tuple[int, ...]]:
         """
@@ -60,6 +70,8 @@ class Rollout:
             M bridges.
         summaries (`list[list[list[int]]]`):
             M × A summaries, up to and including EOS if it came.
+        summary_logprobs (`list[list[list[float]]]`, *optional*):
+            Log-probabilities of their tokens in the sampling distribution, where the backend knows them.
     """
 
     prompt_ids: list[int]
@@ -67,6 +79,31 @@ class Rollout:
     cuts: list[int]
     bridges: list[tuple[int, ...]]
     summaries: list[list[list[int]]]
+    summary_logprobs: list[list[list[float]]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Sequence[int],
+        thinking: Thinking,
+        budgets: Sequence[int],
+        markers: ThinkingMarkers,
+        summaries: list[list[list[int]]],
+        summary_logprobs: list[list[list[float]]] | None = None,
+    ) -> "Rollout":
+        """A rollout whose `thinking` is cut at `budgets`."""
+        cuts, bridges = zip(*(thinking.cut(budget, markers) for budget in budgets), strict=True)
+        return cls(list(prompt_ids), thinking, list(cuts), list(bridges), summaries, summary_logprobs)
+
+    def packed_logprobs(self) -> list[float] | None:
+        """Log-probabilities in packed order; bridges were not sampled and get 0."""
+        if self.thinking.logprobs is None or self.summary_logprobs is None:
+            return None
+        packed = list(self.thinking.logprobs)
+        for bridge, of_budget in zip(self.bridges, self.summary_logprobs, strict=True):
+            for logprobs in of_budget:
+                packed += [0.0] * len(bridge) + logprobs
+        return packed
 
     def well_formed(self, markers: ThinkingMarkers) -> list[list[bool]]:
         """

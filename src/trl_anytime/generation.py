@@ -1,0 +1,169 @@
+"""
+The two phases of a rollout, thinking and summarising at the cuts, behind one interface for all backends.
+
+A backend gets rendered prompts as token ids and returns whole rollouts. It keeps what both phases share (a cache of
+keys and values, an engine that is awake) between them.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from .markers import ThinkingMarkers
+from .rollout import Rollout, Thinking
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """
+    What a rollout consists of. How tokens are sampled is the backend's own, from TRL's settings.
+
+    Args:
+        budgets (`list[int]`):
+            M budgets in thinking tokens, increasing. Thinking is sampled up to the last one.
+        num_summaries (`int`):
+            Summaries A at each budget.
+        max_summary_length (`int`):
+            Most tokens sampled for one summary.
+        markers ([`ThinkingMarkers`]):
+            What ends a thinking and what is spliced in after it.
+        eos_token_ids (`list[int]`):
+            Tokens that end a summary, or a thinking without its end.
+        num_generations (`int`, *optional*, defaults to `1`):
+            So many adjacent prompts are the same.
+    """
+
+    budgets: list[int]
+    num_summaries: int
+    max_summary_length: int
+    markers: ThinkingMarkers
+    eos_token_ids: list[int]
+    num_generations: int = 1
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens at which the sampling of a thinking may stop. A marker of several tokens cannot stop it: what follows
+        it is dropped afterwards."""
+        end = self.markers.think_end_ids
+        return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens after the prompt that one context and its summary can come to."""
+        return self.budgets[-1] + self.markers.max_bridge_length + self.max_summary_length
+
+
+class Generation(ABC):
+    """
+    A backend of the two phases.
+
+    Attributes:
+        seconds (`dict[str, float]`):
+            Seconds of the last call, by phase: `"thinking"` and `"summarising"`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @abstractmethod
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        """
+        Think once for each prompt, cut the thinking at each budget, and summarise there.
+
+        Args:
+            prompt_ids (`Sequence[Sequence[int]]`):
+                N rendered prompts.
+            settings ([`RolloutSettings`]):
+                Budgets, summaries and markers.
+
+        Returns:
+            `list[Rollout]`: N rollouts in the order of the prompts, each with M × A summaries.
+        """
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class Sampler(Protocol):
+    """Samples continuations, in whatever way TRL is set to."""
+
+    def __call__(
+        self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """
+        Args:
+            prompt_ids (`list[list[int]]`):
+                N prompts.
+            max_new_tokens (`int`):
+                Most tokens of a continuation.
+            stop_token_ids (`list[int]`):
+                Tokens that end a continuation, and are part of it.
+            num_generations (`int`):
+                So many adjacent prompts are the same.
+
+        Returns:
+            `tuple`: N continuations, and the log-probabilities of their tokens if they are known.
+        """
+
+
+class PrefixGeneration(Generation):
+    """
+    The two phases as independent continuations: every summary's context is a prompt of its own.
+
+    Args:
+        sample ([`Sampler`]):
+            Samples continuations.
+    """
+
+    def __init__(self, sample: Sampler):
+        super().__init__()
+        self._sample = sample
+
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        self.seconds.clear()
+        prompts, markers = [list(ids) for ids in prompt_ids], settings.markers
+        with self._timed("thinking"):
+            sampled, logprobs = self._sample(
+                prompts, settings.budgets[-1], settings.stop_token_ids, settings.num_generations
+            )
+        thinkings = [
+            Thinking.of(ids, markers, settings.eos_token_ids, None if logprobs is None else logprobs[i])
+            for i, ids in enumerate(sampled)
+        ]
+
+        # Ordered by budget, so that rows of similar length meet in a batch
+        num_budgets, num_summaries = len(settings.budgets), settings.num_summaries
+        contexts = []
+        for budget in settings.budgets:
+            for prompt, thinking in zip(prompts, thinkings, strict=True):
+                cut, bridge = thinking.cut(budget, markers)
+                contexts += [[*prompt, *thinking.token_ids[:cut], *bridge]] * num_summaries
+        with self._timed("summarising"):
+            sampled, logprobs = self._sample(
+                contexts, settings.max_summary_length, settings.eos_token_ids, num_summaries
+            )
+
+        def of_rollout(values: list, i: int) -> list[list]:  # from (budget, rollout, summary) to M × A
+            starts = ((j * len(prompts) + i) * num_summaries for j in range(num_budgets))
+            return [values[start : start + num_summaries] for start in starts]
+
+        return [
+            Rollout.of(
+                prompt,
+                thinkings[i],
+                settings.budgets,
+                markers,
+                of_rollout(sampled, i),
+                None if logprobs is None else of_rollout(logprobs, i),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
