@@ -40,9 +40,12 @@ OWN = {
     "_batch",
     "_check_context",
     "_choose_forward",
+    "_choose_generation",
     "_find_markers",
     "_forward",
     "_generation",
+    "_hold_model",
+    "_is_zero3",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
     "_log_table",
     "_longest_prompts",
