@@ -17,6 +17,8 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "generation_batch"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
@@ -32,11 +34,13 @@ CALLED = {
         "has_tool_images",
     ],
     "_tokenize_prompts": ["self", "prompts"],
+    "_get_output_dir": ["self", "trial"],
 }
 # Attributes that TRL sets in `__init__` and that we read or set
 ATTRIBUTES = {"_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 OWN = {
+    "_adaptive_baseline",
     "_batch",
     "_check_context",
     "_choose_forward",
@@ -47,6 +51,7 @@ OWN = {
     "_hold_model",
     "_is_zero3",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
+    "_learned_baselines",
     "_log_table",
     "_longest_prompts",
     "_most_tokens",

@@ -15,17 +15,19 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
+from .adaptive_baseline import AdaptiveBaseline
 from .admission import decoding_objection, measured_objection, structural_objection
-from .advantages import segment_returns, summary_advantages
+from .advantages import Returns, segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
-from .budgets import prior_weights
+from .budgets import live_segments, prior_weights
 from .generation import Generation, PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
@@ -44,6 +46,7 @@ _METRICS_OF_PLAIN_ROWS = (
     "completions/min_terminated_length",
     "completions/max_terminated_length",
 )
+_ADAPTIVE_BASELINE_FILE = "adaptive_baseline.pt"
 
 
 @dataclass
@@ -84,6 +87,7 @@ class BRPOTrainer(GRPOTrainer):
     - `_prepare_inputs`: rollouts of like length share a micro-batch.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
+    - `_save_checkpoint`, `_load_optimizer_and_scheduler`: with them, what the adaptive baseline has learned.
     - `create_model_card`: says at which budgets the model was trained.
 
     Example:
@@ -169,6 +173,7 @@ class BRPOTrainer(GRPOTrainer):
         self._packed: PackedRollouts | None = None
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
+        self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
 
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
 
@@ -445,7 +450,9 @@ class BRPOTrainer(GRPOTrainer):
         rewards_PGMA = batch.rewards.view(*grouped, batch.num_summaries)
         cuts_PGM = self.accelerator.gather(packed.cuts).view(grouped)
         segments = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
-        thinking_PGM = segments.returns - segments.baseline(self.args.baseline)
+        learned = self._learned_baselines(mode, rewards_PGMA, segments, live_segments(cuts_PGM, batch.budgets))
+        baseline_PGM = learned["adaptive"] if learned else segments.baseline(self.args.baseline)
+        thinking_PGM = segments.returns - baseline_PGM
         summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
         # Unknown where summaries could not be scored: no signal, counted in `anytime/unscored_ratio`
         thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
@@ -468,7 +475,7 @@ class BRPOTrainer(GRPOTrainer):
                 self.args.max_summary_length,
                 self.accelerator.gather,
             ),
-            **baseline_metrics(segments, cuts_PGM, batch.budgets),
+            **baseline_metrics(segments, cuts_PGM, batch.budgets, learned),
             **{f"time/{phase}": [batch.seconds[phase]] for phase in ("thinking", "summarising", "grading", "scoring")},
         }
         for name, values in metrics.items():
@@ -477,6 +484,29 @@ class BRPOTrainer(GRPOTrainer):
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         self._rollout_seconds = time.perf_counter() - start
         return output
+
+    def _learned_baselines(
+        self, mode: str, rewards: torch.Tensor, segments: Returns, live: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The adaptive baseline of a batch, from which it then learns; none if not asked for."""
+        if self._adaptive_baseline is None:
+            return {}
+        if mode == "eval":  # other budgets, and no use for advantages
+            return {"adaptive": segments.brpo}
+        predicted = self._adaptive_baseline.predict(rewards, segments)
+        self._adaptive_baseline.update(rewards, segments, live)
+        return {"adaptive": predicted}
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self._adaptive_baseline is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(self._adaptive_baseline.state_dict(), folder / _ADAPTIVE_BASELINE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._adaptive_baseline is not None and checkpoint is not None:
+            self._adaptive_baseline.load_state_dict(torch.load(Path(checkpoint) / _ADAPTIVE_BASELINE_FILE))
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
