@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.learning import run
+from benchmarks.learning import analysis, run
 from benchmarks.learning.study import Job, Study
 from benchmarks.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 
@@ -21,7 +21,7 @@ MINIATURE = {
         "num_generations": 4,
         "eval_every": 1,
         "eval_problems": 4,
-        "final_problems": 8,
+        "warm_start_problems": 8,
         "measure": {"prompts": 6, "group_sizes": [4], "gradient_prompts": 2, "gradient_priors": ["uniform"]},
     },
     "arms": {
@@ -72,6 +72,60 @@ def test_tasks_use_only_their_words(name):
         assert {*problem.question.split(), *thinking, answer, problem.answer} <= set(task.words)
 
 
+# Analysis
+
+
+def test_intervals():
+    # Of 1, 2, 3: deviation 1, so 4.303 / √3 = 2.484 (Student's t with 2 degrees of freedom)
+    assert analysis.interval([1, 2, 3]) == pytest.approx((2, 2.484), abs=1e-3)
+    assert analysis.text([1, 2, 3], signed=True) == "+2.000 ± 2.484"
+    assert analysis.text([10, 11, 12], signed=True) == "**+11.000** ± 2.484"
+    assert analysis.text([0.5]) == "0.500"
+
+
+def run_record(seed, arm, anytime, tokens):
+    """A run of 40 updates, evaluated every 20."""
+    return {
+        "job": {"kind": "train", "task": "t", "family": "f", "seed": seed, "warm_start_seed": 7, "arm": arm},
+        "budgets": [8],
+        "tokens": [tokens] * 40,
+        "cpu_seconds": [0.5] * 40,
+        "evaluations": [
+            {"update": 20 * (i + 1), "accuracy": [value] * 6, "thinking_length": 5} for i, value in enumerate(anytime)
+        ],
+    }
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    warm = {"kind": "warm_start", "task": "t", "family": "f", "seed": 7}
+    records = [
+        {"job": warm, "accuracy": [0.2] * 6, "thinking_length": 9},
+        run_record(0, "grpo", [0.4, 0.6], tokens=10),
+        run_record(0, "ar_uniform", [0.6, 0.8], tokens=15),
+    ]
+    (tmp_path / "main.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return analysis.Results(tmp_path)
+
+
+def test_differences_by_hand(by_hand):
+    cell = ("t", "f")
+    # At equal updates 0.8 - 0.6. At equal tokens GRPO would be at 600 of its 400: its last evaluation stands in.
+    assert analysis.differences(by_hand, cell, "ar_uniform", "update").tolist() == [pytest.approx([0.2] * 6)]
+    assert analysis.differences(by_hand, cell, "ar_uniform", "tokens").tolist() == [pytest.approx([0.2] * 6)]
+    # GRPO against AR-uniform: 400 tokens are 26.67 updates of it, 0.6 + 0.2 / 3 = 0.667
+    reverse = analysis.differences(by_hand, cell, "grpo", "tokens", against="ar_uniform")
+    assert reverse.tolist() == [pytest.approx([0.6 - 2 / 3] * 6)]
+
+
+def test_reach_by_hand(by_hand):
+    progress = by_hand.progress(by_hand.runs["t", "f"]["ar_uniform"][0])
+    assert analysis.reach(progress, 0.6, "update") == pytest.approx(20)
+    assert analysis.reach(progress, 0.7, "tokens") == pytest.approx(30 * 15)  # half-way from 20 to 40 updates
+    assert analysis.reach(progress, 0.1, "update") == 0
+    assert analysis.reach(progress, 0.9, "update") == float("inf")
+
+
 # The study's description
 
 
@@ -105,12 +159,12 @@ def finished(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("study")
     path = output_dir / "study.yaml"
     path.write_text(yaml.safe_dump(MINIATURE))
-    assert run.run_study(Study.load(path), output_dir, num_workers=1) == []
-    return output_dir
+    assert run.run_study(Study.load(path), output_dir / "study.jsonl", num_workers=1) == []
+    return output_dir / "study.jsonl"
 
 
 def test_every_job_has_a_line(finished):
-    records = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in finished.read_text().splitlines()]
     assert [Job(**record["job"]) for record in records] == Study(**MINIATURE).jobs()
     warm, grpo, uniform, measured = records
     assert len(warm["accuracy"]) == 6
@@ -126,6 +180,24 @@ def test_every_job_has_a_line(finished):
     assert set(measured["gradient"]["uniform"]["noise"]) == {
         *("none", "v1", "v2", "brpo", "v2_others", "brpo_others", "adaptive")
     }
+
+
+def test_the_page_is_filled(finished, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "main.jsonl").write_text(finished.read_text())
+    page = tmp_path / "page.md"
+    cell = ("curves", "differences", "reach", "arms", "variance", "variance 8 budgets", "correlation", "goals")
+    names = ["cells", "tuning", "adaptive", "gradient", *(f"{name} pointers/llama" for name in cell)]
+    page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
+    analysis.write_page(analysis.Results(results), page)
+    text = page.read_text()
+    assert "old" not in text and text.count("Before.\n") == text.count("\nAfter.") == len(names)
+    assert "| GRPO | 1 | 0.000 |" in text  # two updates of a random model: one seed, nothing right
+    assert (tmp_path / "images" / "learning_pointers_llama.png").exists()
+    page.write_text("<!-- table: no such --><!-- end -->")
+    with pytest.raises(ValueError, match="'no such'"):
+        analysis.write_page(analysis.Results(results), page)
 
 
 def test_finished_jobs_are_not_done_again(finished, monkeypatch):

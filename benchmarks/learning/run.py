@@ -3,8 +3,9 @@ Run a study, or go on with it:
 
     python -m benchmarks.learning.run benchmarks/learning/studies/main.yaml --output_dir outputs/learning
 
-Each finished job is one JSON line in `results.jsonl`, and its model lies beside it; a job with a line is not done
-again. Jobs run in the order of the study's stages, one per process and one thread each.
+Each finished job is one JSON line in `main.jsonl`, named after the study, and its model lies in `models/`. A job with
+a line in any study of the folder is not done again. Jobs run in the order of the study's stages, one per process and
+one thread each.
 """
 
 import argparse
@@ -44,17 +45,16 @@ def run_job(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     return {"job": vars(job), **record, "job_seconds": [round(s, 1) for s in seconds]}
 
 
-def finished_jobs(results: Path) -> set[Job]:
-    if not results.exists():
-        return set()
-    return {Job(**json.loads(line)["job"]) for line in results.read_text().splitlines()}
+def finished_jobs(output_dir: Path) -> set[Job]:
+    lines = [line for path in output_dir.glob("*.jsonl") for line in path.read_text().splitlines()]
+    return {Job(**json.loads(line)["job"]) for line in lines}
 
 
-def run_study(study: Study, output_dir: Path, num_workers: int) -> list[Job]:
+def run_study(study: Study, results: Path, num_workers: int) -> list[Job]:
     """Do all jobs that are not done yet; returns those that failed or could not start for want of a failed one."""
+    output_dir = results.parent
     output_dir.mkdir(parents=True, exist_ok=True)
-    results = output_dir / "results.jsonl"
-    done, failed = finished_jobs(results), []
+    done, failed = finished_jobs(output_dir), []
     waiting = [job for job in study.jobs() if job not in done]
     print(f"{len(done)} jobs done, {len(waiting)} to do", flush=True)
     running: dict[Future, Job] = {}
@@ -88,7 +88,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, by default one per core")
     options = parser.parse_args()
     os.environ.update(_ENVIRONMENT)
-    left = run_study(Study.load(options.study), options.output_dir, options.workers)
+    results = options.output_dir / f"{options.study.stem}.jsonl"
+    left = run_study(Study.load(options.study), results, options.workers)
     for job in left:
         print(f"not done: {job.name}")
     sys.exit(1 if left else 0)

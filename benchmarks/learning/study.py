@@ -67,8 +67,9 @@ class Study:
             For each model family `warm_start_learning_rate`.
         training (`dict`):
             Settings of all training runs: `updates`, `prompts_per_update`, `num_generations`, `eval_every`,
-            `eval_problems` (for the curve over training), `final_problems` (before and after), and `measure`: how many
-            `prompts` to fit and to judge, `group_sizes` to look at, `gradient_prompts` and `gradient_priors`.
+            `warm_start_problems` (held-out problems, on which the warm start is judged), `eval_problems` (how many of
+            them judge the arms), and `measure`: how many `prompts` to fit and to judge, `group_sizes` to look at,
+            `gradient_prompts` and `gradient_priors`.
         arms (`dict`):
             For each arm its settings in [`~trl_anytime.BRPOConfig`], with `num_budgets` or `budget_fractions` in
             place of `budgets`, and `updates` where it differs.
@@ -108,7 +109,7 @@ class Study:
                         if arm == "warm_start":
                             jobs[Job(kind, task, family, seed, warm)] = None
                             continue
-                        for rate in stage.get("learning_rates", [self.learning_rate(cell, arm)]):
+                        for rate in stage.get("learning_rates") or [self.learning_rate(cell, arm)]:
                             jobs[Job(kind, task, family, seed, warm, arm, float(rate))] = None
         return list(jobs)
 

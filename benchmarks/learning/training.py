@@ -92,13 +92,7 @@ def make_trainer(
 
 def make_held_out(study: Study, job: Job) -> list[Any]:
     rng = random.Random(f"{job.task} {job.warm_start_seed} held out")
-    return quickstart.make_problems(study.training["final_problems"], rng, (), TASKS[job.task].make_problem)
-
-
-def final_evaluation(study: Study, job: Job, trainer: BRPOTrainer) -> dict[str, Any]:
-    """The curve on all held-out problems."""
-    dataset = quickstart.make_rl_dataset(make_held_out(study, job))
-    return evaluation_record(study, job, trainer.evaluate(dataset))
+    return quickstart.make_problems(study.training["warm_start_problems"], rng, (), TASKS[job.task].make_problem)
 
 
 def evaluation_record(study: Study, job: Job, metrics: dict[str, float]) -> dict[str, Any]:
@@ -123,9 +117,9 @@ def warm_start(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         model, tokenizer, dataset, steps, job.seed, output_dir, study.families[job.family]["warm_start_learning_rate"]
     )
     trainer = make_trainer(study, job, model, tokenizer, output_dir, budgets=[settings["full_budget"]])
-    record = final_evaluation(study, job, trainer)
+    metrics = trainer.evaluate(quickstart.make_rl_dataset(make_held_out(study, job)))
     trainer.save_model()
-    return record
+    return evaluation_record(study, job, metrics)
 
 
 def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
@@ -169,11 +163,15 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         "tokens": [round(n) for n in tokens],  # generated, by update
         "seconds": [round(s, 3) for s in clock.wall],
         "cpu_seconds": [round(s, 3) for s in clock.cpu],
+        "phase_seconds": {
+            name.removeprefix("time/"): round(sum(log[name] for log in logs) / len(logs), 4)
+            for name in logs[0]
+            if name.startswith("time/")
+        },
         "logs": {name: [_rounded(log.get(name)) for log in logs] for name in names},
         "evaluations": [
             {"update": log["step"], **evaluation_record(study, job, log)} for log in history if "eval_runtime" in log
         ],
-        "final": final_evaluation(study, job, trainer),
     }
     trainer.save_model()
     return record
