@@ -1,5 +1,10 @@
 """The adaptive baseline: what it predicts, from which batches, and that a checkpoint carries it on."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
@@ -169,3 +174,16 @@ def test_a_checkpoint_carries_it_on(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # One more batch of eight thinkings, all of which have a first segment
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8
+
+
+def test_both_ranks_learn_the_same(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    script = str(Path(__file__).parent / "adaptive_ranks.py")
+    run = subprocess.run([*command, script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    first, second = ((tmp_path / f"rank{rank}.json").read_text() for rank in range(2))
+    assert first == second
+    learned = json.loads(first)
+    # Both ranks' 16 thinkings count: 32 from each of three batches, the earlier ones a little less
+    assert learned["rows"][0] == pytest.approx(32 * (1 + _FORGETTING + _FORGETTING**2))
+    assert learned["coefficients"][0][-1] == learned["coefficients"][0][-1]  # not NaN: it has been fitted
