@@ -80,7 +80,7 @@ def test_intervals():
     assert analysis.interval([1, 2, 3]) == pytest.approx((2, 2.484), abs=1e-3)
     assert analysis.text([1, 2, 3], signed=True) == "+2.000 ± 2.484"
     assert analysis.text([10, 11, 12], signed=True) == "**+11.000** ± 2.484"
-    assert analysis.text([0.5]) == "0.500"
+    assert analysis.text([0.25, 0.75]) == "0.500"
 
 
 def run_record(seed, arm, anytime, tokens):
