@@ -128,7 +128,7 @@ class Results:
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval; NaN for fewer than three values, which do not show their spread."""
+    """Mean and half the width of its 95 % interval; NaN for fewer than three values, whose spread is unknown."""
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return float(values.mean()), float("nan")
@@ -349,6 +349,8 @@ def gradient_table(results: Results) -> str:
     rows = []
     for cell, by_arm in results.measures.items():
         for arm, records in by_arm.items():
+            if not records:
+                continue
             noise = [record["gradient"]["uniform"]["noise"] for record in records]
             cells = [" ".join("–" if n[name] is None else f"{n[name]:.2f}" for n in noise) for name in BASELINES]
             rows.append(["/".join(cell), NAMES.get(arm, "warm start"), *cells])
@@ -369,14 +371,15 @@ def goals_table(results: Results, cell: Cell) -> str:
                 continue
             means = delta.mean(axis=0)
             goal = f"{NAMES[arm]} at or above GRPO at every budget, at equal {name}"
-            rows.append([goal, f"smallest difference {means.min():+.3f}", verdict(means.min() >= 0)])
+            rows.append([goal, f"smallest difference {means.min():+.3f}", str(len(delta)), verdict(means.min() >= 0)])
             goal = f"{NAMES[arm]} 10 points above it at the second-smallest budget, at equal {name}"
-            rows.append([goal, text(delta[:, 1], signed=True), verdict(means[1] >= 0.10)])
+            rows.append([goal, text(delta[:, 1], signed=True), str(len(delta)), verdict(means[1] >= 0.10)])
     for arm in MAIN_ARMS[1:]:
         shares = _reach_shares(results, cell, arm)
         if shares:
             goal = f"{NAMES[arm]} reaches GRPO's final anytime accuracy with at most half of its updates"
-            rows.append([goal, f"median share {np.median(shares):.2f}", verdict(float(np.median(shares)) <= 0.5)])
+            median = float(np.median(shares))
+            rows.append([goal, f"median share {median:.2f}", str(len(shares)), verdict(median <= 0.5)])
     for prior in ("uniform", "linear", "base"):
         variances = _settings(results.measures[cell][""], 4, 8, prior)
         for names, which in (
@@ -390,8 +393,8 @@ def goals_table(results: Results, cell: Cell) -> str:
             ]
             if below:
                 goal = f"token-weighted variance of V below V1's and V2's in every seed, {prior} prior, {which}"
-                rows.append([goal, f"{sum(below)} of {len(below)} seeds", verdict(all(below))])
-    return markdown(["goal", "figure", ""], rows)
+                rows.append([goal, f"{sum(below)} of {len(below)}", str(len(below)), verdict(all(below))])
+    return markdown(["goal", "figure", "seeds", "so far"], rows)
 
 
 def _reach_shares(results: Results, cell: Cell, arm: str) -> list[float]:
