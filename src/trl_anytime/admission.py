@@ -3,10 +3,11 @@
 from typing import cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import forward_packed
 from .branches import BranchContext, BranchRows, Trunk
+from .cache import growing_cache
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
 
@@ -116,7 +117,7 @@ def decoding_objection(model: PreTrainedModel) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            cache = DynamicCache()
+            cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)
             branches = BranchRows(model, [Trunk.of(cache, start, [0])], contexts)
