@@ -55,7 +55,16 @@ _FIXED_SETTINGS = (
 TREE_ATTENTION = ("auto", "tree", "rows")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
-_OWN_GENERATION_KEYS = ("eos_token_id", "max_length", "max_new_tokens", "max_tokens", "n", "stop_token_ids")
+_OWN_GENERATION_KEYS = (
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "max_tokens",
+    "n",
+    "output_kind",
+    "stop_token_ids",
+    "structured_outputs",  # refused for the reason of `vllm_structured_outputs_regex`
+)
 
 
 @dataclass
@@ -99,6 +108,9 @@ class BRPOConfig(GRPOConfig):
             `"tree"` computes a rollout as one packed row with tree attention, `"rows"` as one row per summary, at
             several times the cost and with the same result. `"auto"` takes the first if the model passes a check of
             its structure and a comparison on a small example, else the second, with a warning that says why.
+        vllm_overlap (`bool`, *optional*, defaults to `True`):
+            Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
+            others still think. `False` waits for the last thinking, which takes more steps of the engine.
 
         > Parameters that control what is spliced into a thinking
 
@@ -170,6 +182,13 @@ class BRPOConfig(GRPOConfig):
             "help": "'tree' computes a rollout as one packed row with tree attention, 'rows' as one row per summary, "
             "'auto' takes the first where the model allows it and says so where it does not.",
             "choices": list(TREE_ATTENTION),
+        },
+    )
+    vllm_overlap: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed "
+            "it, while others still think."
         },
     )
 

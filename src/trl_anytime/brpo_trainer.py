@@ -25,13 +25,14 @@ from .attention import enable_tree_attention, forward_packed
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
-from .generation import PrefixGeneration, RolloutSettings
+from .generation import Generation, PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
+from .vllm_generation import ColocateGeneration, ServerSampler, check_server
 
 logger = get_logger(__name__)
 
@@ -168,6 +169,11 @@ class BRPOTrainer(GRPOTrainer):
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
 
+        # Tokens that a prompt and its continuation may come to in vLLM
+        self._engine_context: int | None = None
+        if args.use_vllm and args.vllm_mode == "server":
+            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path)
+
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
 
         if isinstance(self.processing_class, ProcessorMixin):
@@ -182,12 +188,12 @@ class BRPOTrainer(GRPOTrainer):
             else func
             for func in self.reward_funcs
         ]
+        self._generation = self._choose_generation()
         self._check_context(self._longest_prompts())
         packed, _ = self._most_tokens()
         self.max_completion_length = args.max_completion_length or packed
 
         self._forward = self._choose_forward()
-        self._generation = PrefixGeneration(self._sample)
 
     # Set-up
 
@@ -225,23 +231,42 @@ class BRPOTrainer(GRPOTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
         thinking = max(self.args.budgets + (self.args.eval_budgets or []))
         needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
-        if context is not None and needed > context:
-            raise ValueError(
-                f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
-                f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
-                f"tokens, more than the model's context of {context}. Lower `budgets`, `eval_budgets` or "
-                "`max_summary_length`, or drop the longest prompts."
-            )
+        in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        raise_it = (
+            "Raise `vllm_max_model_length`"
+            if self.vllm_mode == "colocate"
+            else "Restart the vLLM server with a larger `--max-model-len`"
+        )
+        for context, whose, remedy in (
+            (in_model, "the model's", "Lower"),
+            (self._engine_context, "vLLM's", f"{raise_it}, or lower"),
+        ):
+            if context is not None and needed > context:
+                raise ValueError(
+                    f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
+                    f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
+                    f"tokens, more than {whose} context of {context}. {remedy} `budgets`, `eval_budgets` or "
+                    "`max_summary_length`, or drop the longest prompts."
+                )
 
     def _most_tokens(self) -> tuple[int, int]:
         """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
         branch = self.markers.max_bridge_length + self.args.max_summary_length
         thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
         return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
+
+    def _choose_generation(self) -> Generation:
+        """The backend that TRL's settings name."""
+        if self.use_vllm and self.vllm_mode == "colocate":
+            generation = ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
+            self._engine_context = generation.max_model_len
+            return generation
+        if self.use_vllm:
+            return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
+        return PrefixGeneration(self._sample)
 
     def _choose_forward(self) -> Callable[..., Any]:
         """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""

@@ -1,0 +1,36 @@
+"""
+A real vLLM engine without a GPU, for the tests of this folder: `make test-vllm`.
+
+Starting an engine takes most of a minute, so tests share them.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in colocate mode on GPUs
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
+
+import torch
+import trl.generation.vllm_generation
+import vllm.model_executor.layers.utils
+
+
+def plain_gemm(layer, *args, **kwargs):
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+# vLLM's CPU backend packs the weights of linear layers when a model is loaded, and cannot load new ones afterwards
+for module in list(sys.modules.values()):
+    if module.__name__.startswith("vllm") and hasattr(module, "dispatch_cpu_unquantized_gemm"):
+        module.dispatch_cpu_unquantized_gemm = plain_gemm
+
+# vLLM serves float32 models in bfloat16 unless told otherwise, which TRL has no setting for. Blocks of 32 tokens, the
+# least for the CPU backend, so that short contexts have some to share.
+trl.generation.vllm_generation.LLM = partial(trl.generation.vllm_generation.LLM, dtype="float32", block_size=32)
