@@ -172,7 +172,7 @@ class BRPOTrainer(GRPOTrainer):
         # Tokens that a prompt and its continuation may come to in vLLM
         self._engine_context: int | None = None
         if args.use_vllm and args.vllm_mode == "server":
-            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path)
+            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
 
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
 

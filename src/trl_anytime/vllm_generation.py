@@ -88,8 +88,24 @@ class _EngineLoop:
         """Whether a continuation is still to be completed."""
         return bool(self._unfinished)
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its continuation may come to."""
+        return self._engine.model_config.max_model_len
+
     def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
-        """Request one continuation of `prompt_ids`."""
+        """
+        Request one continuation of `prompt_ids`.
+
+        Raises:
+            `ValueError`: If it might not fit into the engine's context, where the engine would just break it off.
+        """
+        if len(prompt_ids) + sampling["max_tokens"] > self.max_model_len:
+            raise ValueError(
+                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new ones are more than vLLM's "
+                f"context of {self.max_model_len}. Raise `vllm_max_model_length`, lower `budgets` or "
+                "`max_summary_length`, or drop the longest prompts."
+            )
         # Deltas, as otherwise a thinking would be copied as a whole for each of its tokens
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
         continuation = _Continuation(f"rollout-{self._num_requests}")
@@ -121,7 +137,7 @@ class _EngineLoop:
         if self._num_empty_steps > _MOST_EMPTY_STEPS:
             raise RuntimeError(
                 f"The vLLM engine has sampled nothing in {_MOST_EMPTY_STEPS} steps, with {waiting}: its KV cache has "
-                "no room for them. Raise `vllm_gpu_memory_utilization`, or lower `vllm_max_model_length` and `budgets`."
+                "no room for them. Raise `vllm_gpu_memory_utilization`, or lower `budgets`."
             )
 
         grown = []
@@ -205,9 +221,9 @@ class ColocateGeneration(Generation):
     """
     The two phases in the engine that TRL's colocate mode has in this process.
 
-    A summary's context is a prefix that the engine has just computed, so its prefix cache has the keys and values; both
-    phases therefore run between one wake and one sleep. With `overlap` the summaries at a budget are requested as soon
-    as the thinking has passed it, and fill the places of thinkings that have ended while others still run.
+    A summary's context is a prefix that the engine has just computed, and whose keys and values are in its prefix
+    cache: both phases run between one wake and one sleep. With `overlap` the summaries at a budget are requested as
+    soon as the thinking has passed it, and take the places of thinkings that have ended while others still run.
 
     A `seed` in `generation_kwargs` gives every continuation a seed of its own, counted from there.
 
@@ -234,7 +250,7 @@ class ColocateGeneration(Generation):
         self._vllm = vllm_generation
         self._overlap = overlap
         self.num_steps = self.num_context_tokens = self.num_cached_tokens = 0
-        if not self._engine.vllm_config.cache_config.enable_prefix_caching:
+        if not vllm_generation.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
                 "The vLLM engine runs without a prefix cache, so every summary would compute its thinking anew. vLLM "
                 "switches it off for models that it cannot cache, among them many recurrent and hybrid ones: set "
@@ -242,19 +258,15 @@ class ColocateGeneration(Generation):
             )
 
     @property
-    def _engine(self) -> Any:
-        return self._vllm.llm.llm_engine
-
-    @property
     def max_model_len(self) -> int:
         """Tokens that a prompt and its continuation may come to in the engine."""
-        return self._engine.model_config.max_model_len
+        return self._vllm.llm.llm_engine.model_config.max_model_len
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.seconds.clear()
         with self._awake():
             prompts, own = self._prompts_of_group([list(ids) for ids in prompt_ids])
-            loop = _EngineLoop(self._engine)
+            loop = _EngineLoop(self._vllm.llm.llm_engine)
             try:
                 rollouts = self._run(loop, prompts, settings)
             except BaseException:
@@ -429,8 +441,9 @@ def _check_server(args: BRPOConfig, model_name: str) -> int:
     names = {served["id"], served.get("root")}
     if model_name and model_name not in names and Path(model_name).resolve() != Path(served["root"]).resolve():
         raise ValueError(
-            f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. Serve "
-            f"that; or, if it is the same architecture under another name, add `--served-model-name {model_name}`."
+            f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. "
+            "Serve that; or, if both have the same architecture, restart the server with "
+            f"`--served-model-name {model_name}`."
         )
     try:
         config = _get_json(f"{url}/server_info?config_format=json")["vllm_config"]
@@ -519,7 +532,8 @@ class ServerSampler:
         self._sample = sample
         self._client: _PatientClient | None = None
         if vllm_generation.accelerator.is_main_process:
-            vllm_generation.vllm_client = self._client = _PatientClient(vllm_generation.vllm_client)
+            self._client = _PatientClient(vllm_generation.vllm_client)
+            vllm_generation.vllm_client = self._client  # type: ignore[assignment]
 
     def __call__(
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int

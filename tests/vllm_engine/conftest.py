@@ -17,9 +17,8 @@ os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
 
-import torch
-import trl.generation.vllm_generation
-import vllm.model_executor.layers.utils
+import torch  # noqa: E402  after the environment variables
+import trl.generation.vllm_generation  # noqa: E402  imports vLLM
 
 
 def plain_gemm(layer, *args, **kwargs):
@@ -32,5 +31,7 @@ for module in list(sys.modules.values()):
         module.dispatch_cpu_unquantized_gemm = plain_gemm
 
 # vLLM serves float32 models in bfloat16 unless told otherwise, which TRL has no setting for. Blocks of 32 tokens, the
-# least for the CPU backend, so that short contexts have some to share.
-trl.generation.vllm_generation.LLM = partial(trl.generation.vllm_generation.LLM, dtype="float32", block_size=32)
+# least for the CPU backend, so that short contexts have some to share. Eager, which starts sooner.
+trl.generation.vllm_generation.LLM = partial(
+    trl.generation.vllm_generation.LLM, dtype="float32", block_size=32, enforce_eager=True
+)
