@@ -18,17 +18,17 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
 
 import torch  # noqa: E402  after the environment variables
-import trl.generation.vllm_generation  # noqa: E402  imports vLLM
+import trl.generation.vllm_generation  # noqa: E402
+import vllm.model_executor.layers.utils  # noqa: E402
 
 
 def plain_gemm(layer, *args, **kwargs):
     layer.cpu_linear = torch.nn.functional.linear
 
 
-# vLLM's CPU backend packs the weights of linear layers when a model is loaded, and cannot load new ones afterwards
-for module in list(sys.modules.values()):
-    if module.__name__.startswith("vllm") and hasattr(module, "dispatch_cpu_unquantized_gemm"):
-        module.dispatch_cpu_unquantized_gemm = plain_gemm
+# vLLM's CPU backend packs the weights of linear layers when a model is loaded, and cannot load new ones afterwards.
+# Nothing has imported the function from there yet.
+vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm = plain_gemm
 
 # vLLM serves float32 models in bfloat16 unless told otherwise, which TRL has no setting for. Blocks of 32 tokens, the
 # least for the CPU backend, so that short contexts have some to share. Eager, which starts sooner.

@@ -1,6 +1,7 @@
 """The quickstart's task, learnt by rollouts from vLLM."""
 
 import random
+from statistics import fmean
 
 import quickstart
 from transformers import Qwen3ForCausalLM, set_seed
@@ -35,6 +36,12 @@ def test_quickstart_is_learnt(tmp_path):
     before = quickstart.evaluate(trainer)
     trainer.train()
     after = quickstart.evaluate(trainer)
-    print(before, after, [log["reward"] for log in trainer.state.log_history if "reward" in log])
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert all(log["sampling/sampling_logp_difference/mean"] < 1e-4 for log in logs)
+
+    # 15 of the quickstart's 60 updates took the mean over the budgets from 0.61 to 0.83, budget 10 from 0.49 to 0.88
+    at_10 = quickstart.EVAL_BUDGETS.index(10)
+    assert after[at_10] >= before[at_10] + 0.2
+    assert fmean(after) >= fmean(before) + 0.1
+    # The engine scores its samples as the trainer does, at every update of the weights. Required is 0.01; in float32
+    # there is no reason for more than rounding.
+    differences = [log.get("sampling/sampling_logp_difference/mean") for log in trainer.state.log_history[1:16]]
+    assert max(differences) < 1e-4
