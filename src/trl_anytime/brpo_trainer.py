@@ -169,8 +169,7 @@ class BRPOTrainer(GRPOTrainer):
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
 
-        # Tokens that a prompt and its continuation may come to in vLLM
-        self._engine_context: int | None = None
+        self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
         if args.use_vllm and args.vllm_mode == "server":
             self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
 
@@ -188,12 +187,14 @@ class BRPOTrainer(GRPOTrainer):
             else func
             for func in self.reward_funcs
         ]
-        self._generation = self._choose_generation()
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         self._check_context(self._longest_prompts())
         packed, _ = self._most_tokens()
         self.max_completion_length = args.max_completion_length or packed
 
         self._forward = self._choose_forward()
+        self._generation = self._choose_generation()
 
     # Set-up
 
@@ -261,9 +262,7 @@ class BRPOTrainer(GRPOTrainer):
     def _choose_generation(self) -> Generation:
         """The backend that TRL's settings name."""
         if self.use_vllm and self.vllm_mode == "colocate":
-            generation = ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
-            self._engine_context = generation.max_model_len
-            return generation
+            return ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
         if self.use_vllm:
             return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
         return PrefixGeneration(self._sample)

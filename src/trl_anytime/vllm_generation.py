@@ -88,11 +88,6 @@ class _EngineLoop:
         """Whether a continuation is still to be completed."""
         return bool(self._unfinished)
 
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that a prompt and its continuation may come to."""
-        return self._engine.model_config.max_model_len
-
     def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
         """
         Request one continuation of `prompt_ids`.
@@ -100,10 +95,11 @@ class _EngineLoop:
         Raises:
             `ValueError`: If it might not fit into the engine's context, where the engine would just break it off.
         """
-        if len(prompt_ids) + sampling["max_tokens"] > self.max_model_len:
+        context = self._engine.model_config.max_model_len
+        if len(prompt_ids) + sampling["max_tokens"] > context:
             raise ValueError(
                 f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new ones are more than vLLM's "
-                f"context of {self.max_model_len}. Raise `vllm_max_model_length`, lower `budgets` or "
+                f"context of {context}. Raise `vllm_max_model_length`, lower `budgets` or "
                 "`max_summary_length`, or drop the longest prompts."
             )
         # Deltas, as otherwise a thinking would be copied as a whole for each of its tokens
@@ -256,11 +252,6 @@ class ColocateGeneration(Generation):
                 "switches it off for models that it cannot cache, among them many recurrent and hybrid ones: set "
                 "`use_vllm=False` for them."
             )
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that a prompt and its continuation may come to in the engine."""
-        return self._vllm.llm.llm_engine.model_config.max_model_len
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.seconds.clear()
