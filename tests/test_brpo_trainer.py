@@ -9,11 +9,12 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.advantages import summary_advantages, thinking_advantages
+from trl_anytime.generation import PrefixGeneration
 from trl_anytime.rewards import MathReward
 
 
@@ -177,31 +178,30 @@ def test_the_loss_divides_by_the_longest_packed_rollout(tmp_path):
 
 
 def test_summaries_continue_their_own_cut(tmp_path):
-    """A model that copies: the reward sees, and the bridge follows, exactly the cut thinking."""
-    trainer = make_trainer(tmp_path, Recorder, max_steps=1)
-    contexts = []
-    generate = trainer._generate_single_turn
-
-    def spy(prompt_ids, *args):
-        completions = generate(prompt_ids, *args)
-        contexts.extend(zip(prompt_ids, completions[0], strict=True))
-        return completions
-
-    trainer._generate_single_turn = spy
+    """With the most likely tokens, every thinking and summary is what the model itself continues its context with."""
+    trainer = make_trainer(tmp_path, Recorder, max_steps=1, top_k=1, learning_rate=0.0)
     trainer.train()
     batch = trainer.rolled[0][1]
-    thoughts, summarised = contexts[:8], contexts[8:]
-    assert len(summarised) == 8 * 3 * 2
-    expected = []
-    for rollout, (prompt, thinking) in zip(batch.rollouts, thoughts, strict=True):
-        assert rollout.thinking.token_ids == thinking
+
+    def continued(context, max_new_tokens, *stop_ids):
+        tokens = torch.tensor([context])
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=[2, *stop_ids], pad_token_id=0
+        )
+        with torch.no_grad():
+            output = trainer.model.eval().generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+            )
+        return output[0, len(context) :].tolist()
+
+    for rollout in batch.rollouts:
+        thinking = rollout.thinking.token_ids
+        assert thinking == continued(rollout.prompt_ids, 9, *trainer.markers.think_end_ids)
         for j, budget in enumerate([3, 6, 9]):
             cut, bridge = rollout.thinking.cut(budget, trainer.markers)
-            for ids in rollout.summaries[j]:
-                expected.append(([*prompt, *thinking[:cut], *bridge], ids))
-    assert sorted(summarised) == sorted(expected)
-    assert all(1 <= len(rollout.thinking.token_ids) <= 9 for rollout in batch.rollouts)
-    assert all(1 <= len(ids) <= 4 for rollout in batch.rollouts for row in rollout.summaries for ids in row)
+            summary = continued([*rollout.prompt_ids, *thinking[:cut], *bridge], 4)
+            assert rollout.summaries[j] == [summary, summary]
+    assert len({tuple(rollout.thinking.token_ids) for rollout in batch.rollouts}) == 2
 
 
 @pytest.mark.parametrize(("accumulated", "steps"), [(4, 4), (2, 4), (4, 2)])
@@ -386,6 +386,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
 def test_empty_thinkings(tmp_path):
     """A backend that returns no thinking at all."""
     trainer = make_trainer(tmp_path)
+    trainer._generation = PrefixGeneration(trainer._sample)
     generate = trainer._generate_single_turn
 
     def no_thinking(prompt_ids, images, fields, num_generations):
@@ -449,6 +450,7 @@ def test_separate_rows_train_the_same(tmp_path):
             learning_rate=1.0,
             gradient_checkpointing=False,
         )
+        trainer._generation = PrefixGeneration(trainer._sample)  # the same random numbers for both
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
         logs.append(trainer.state.log_history)
@@ -642,7 +644,9 @@ def test_missing_answers_name_the_row(tmp_path, answers):
 def test_the_default_reward_is_the_maths_verifier(tmp_path):
     tokenizer = make_tokenizer(extra_words=tuple(f"\\boxed{{{digit}}}" for digit in range(10)))
     model = make_model(vocab_size=30)
-    trainer = BRPOTrainer(model, make_config(tmp_path, max_steps=1), make_dataset(), processing_class=tokenizer)
+    trainer = BRPOTrainer(
+        model, make_config(tmp_path, max_steps=1, seed=1), make_dataset(), processing_class=tokenizer
+    )
     (reward,) = trainer.reward_funcs
     assert isinstance(reward, MathReward) and reward.answer_bridge == "answer"
     trainer.train()

@@ -1,11 +1,12 @@
-"""Which models may train on packed rollouts: by their structure, then by a check of the real model."""
+"""What a model may do with the tree of a rollout: by its structure, then by checks of the real model."""
 
 from typing import cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .attention import forward_packed
+from .branches import BranchContext, BranchRows, Trunk
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
 
@@ -24,6 +25,12 @@ def structural_objection(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _tolerance(model: PreTrainedModel) -> float:
+    # A right layout is off by rounding: 1e-5 in float32, and in half precision what rounds logits of 10 to 0.03. A
+    # wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
+    return 2e-4 if model.dtype == torch.float32 else 0.25
+
+
 def measured_objection(model: PreTrainedModel) -> str | None:
     """
     Compare a tiny packed rollout with separate rows on the real model: log-probabilities, and the gradient of their
@@ -36,9 +43,7 @@ def measured_objection(model: PreTrainedModel) -> str | None:
     Returns:
         `str`, *optional*: why the model must not train on packed rollouts.
     """
-    # A right layout is off by rounding: 1e-5 in float32, and in half precision what rounds logits of 10 to 0.03. A
-    # wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
-    tolerance = 2e-4 if model.dtype == torch.float32 else 0.25
+    tolerance = _tolerance(model)
     generator = torch.Generator().manual_seed(0)
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
     words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
@@ -87,3 +92,48 @@ def measured_objection(model: PreTrainedModel) -> str | None:
         f"on a small example its log-probabilities differ by {error:.2g} and its gradients by {gradient_error:.2g} of "
         f"the largest from those of separate rows (tolerance {tolerance:.2g})"
     )
+
+
+def decoding_objection(model: PreTrainedModel) -> str | None:
+    """
+    Compare a few branches that are decoded on top of a cache with plain forward passes on the real model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with tree attention.
+
+    Returns:
+        `str`, *optional*: why the model must not decode branches on top of a cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, model.config.get_text_config().vocab_size, (3, 8), generator=generator)
+    trunk, *bridges = rows.tolist()
+    contexts = [
+        BranchContext(0, seen, bridge[:length], 1, [])
+        for bridge, seen, length in zip(bridges, (5, 8), (3, 2), strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            cache = DynamicCache()
+            model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
+            start = torch.zeros(1, dtype=torch.long, device=model.device)
+            branches = BranchRows(model, [Trunk.of(cache, start, [0])], contexts)
+            decoded = branches.forward(branches.first_tokens).float().log_softmax(-1)
+            separate = torch.cat(
+                [
+                    model(torch.tensor([trunk[: c.seen] + c.token_ids], device=model.device), use_cache=False).logits[
+                        :, -1
+                    ]
+                    for c in contexts
+                ]
+            )
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # whatever an unusual cache comes to
+        return f"its cache is not understood ({type(error).__name__}: {error})"
+    finally:
+        model.train(training)
+    difference = (decoded - separate.float().log_softmax(-1)).abs().max().item()
+    if difference <= _tolerance(model):  # false for NaN
+        return None
+    return f"on a small example its log-probabilities differ by {difference:.2g} from those of a plain forward pass"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import transformers
@@ -32,9 +32,9 @@ from .tree import PackedRollouts
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# True while packed rows go through a model. Only mask creation and the guard below read it: what a layer computes,
+# True while a layout goes through a model. Only mask creation and the guard below read it: what a layer computes,
 # also when gradient checkpointing repeats it later, depends on its arguments alone.
-_packed_forward: ContextVar[bool] = ContextVar("packed_forward", default=False)
+_layout_in_use: ContextVar[bool] = ContextVar("layout_in_use", default=False)
 
 # Before transformers 5.21, sdpa drops the cap of the scores without a word (Gemma 2). Rollouts are then sampled
 # without it, so they must be scored without it.
@@ -45,6 +45,25 @@ _BLOCK = 256
 
 # Arguments that models hand to their attention and that do not change what it computes
 _HARMLESS_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
+
+
+class AttentionLayout(Protocol):
+    """How the rows of one forward pass attend, where it is not plain causal attention."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Output of one layer, of the query's shape; arguments as in [`tree_attention_forward`], `sinks` = `s_aux`."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,44 @@ class TreeLayout:
 
         return cls(as_rows(positions_RT), trunk, tuple(budgets), as_rows(source_RT))
 
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one layer: from query, key and value of shape (R, H, L, D) to an output of the query's."""
+        attend: Callable[..., torch.Tensor]
+        if softcap is None and sinks is None:
+            attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
+        else:
+            attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)
+
+        def take(x_RHLD, index_RQ):
+            return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
+
+        trunk = [x[:, :, : self.trunk] for x in (query, key, value)]
+        outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
+        for branches in self.budgets:
+            mask = branches.mask
+            if sliding_window is not None:
+                trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)
+                positions_RK = torch.cat([trunk_positions, branches.positions], dim=1)
+                near_RQK = branches.positions[:, :, None] - positions_RK[:, None, :] < sliding_window
+                mask = mask & near_RQK.unsqueeze(1)
+            keys, values = (
+                torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value)
+            )
+            outputs.append(attend(take(query, branches.index), keys, values, mask))
+        return take(torch.cat(outputs, dim=2), self.source)
+
 
 def tree_attention_forward(
     module: torch.nn.Module,
@@ -152,7 +209,7 @@ def tree_attention_forward(
     attention_mask: torch.Tensor | None,
     *,
     base: str,
-    tree: TreeLayout | None = None,
+    tree: AttentionLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -172,8 +229,8 @@ def tree_attention_forward(
             Mask of a plain forward pass; `None` with a tree.
         base (`str`):
             Attention implementation that plain forward passes take.
-        tree ([`TreeLayout`], *optional*):
-            Layout of packed rows; `None` for a plain forward pass.
+        tree ([`AttentionLayout`], *optional*):
+            Layout of the rows; `None` for a plain forward pass.
         scaling (`float`, *optional*):
             Factor of the scores.
         dropout (`float`, *optional*, defaults to `0.0`):
@@ -193,7 +250,7 @@ def tree_attention_forward(
         `RuntimeError`: If the layout got lost on its way through the model.
     """
     if tree is None:
-        if _packed_forward.get():
+        if _layout_in_use.get():
             raise RuntimeError(
                 f"{type(module).__name__} did not receive the keyword argument `tree`: this model does not hand its "
                 "keyword arguments down to the attention layers, so it cannot train on packed rollouts."
@@ -204,30 +261,22 @@ def tree_attention_forward(
         base_attention = _base_attention(module, base)
         return base_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    assert attention_mask is None, "mask creation is off for packed rows"
+    assert attention_mask is None, "mask creation is off while a layout is in use"
     _refuse_unknown(module, sliding_window, kwargs)
     if base == "sdpa" and _SDPA_DROPS_SOFTCAP:
         softcap = None
-    if softcap is None and s_aux is None:
-        attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
-    else:
-        attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
-
-    def take(x_RHLD, index_RQ):
-        return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
-
-    trunk = [x[:, :, : tree.trunk] for x in (query, key, value)]
-    outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
-    for branches in tree.budgets:
-        mask = branches.mask
-        if sliding_window is not None:
-            trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)
-            positions_RK = torch.cat([trunk_positions, branches.positions], dim=1)
-            near_RQK = branches.positions[:, :, None] - positions_RK[:, None, :] < sliding_window
-            mask = mask & near_RQK.unsqueeze(1)
-        keys, values = (torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value))
-        outputs.append(attend(take(query, branches.index), keys, values, mask))
-    return take(torch.cat(outputs, dim=2), tree.source).transpose(1, 2).contiguous(), None
+    output = tree.attend(
+        module,
+        query,
+        key,
+        value,
+        scaling=scaling,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _attend_trunk(
@@ -336,7 +385,7 @@ def _refuse_unknown(module: torch.nn.Module, sliding_window: int | None, kwargs:
 
 
 def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
-    return None if _packed_forward.get() else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+    return None if _layout_in_use.get() else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
 
 
 def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
@@ -358,12 +407,26 @@ def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
 
 
 @contextmanager
-def _packed_rows() -> Iterator[None]:
-    token = _packed_forward.set(True)
+def plain_attention(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
+    """Give `model` the attention back that it had before, for code that goes by its name."""
+    model = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
+    name = model.config._attn_implementation
+    base = getattr(ALL_ATTENTION_FUNCTIONS.get(name), "keywords", {}).get("base", name)
+    model.set_attn_implementation(base)
     try:
         yield
     finally:
-        _packed_forward.reset(token)
+        model.set_attn_implementation(name)
+
+
+@contextmanager
+def layout_in_use() -> Iterator[None]:
+    """No masks are made inside: the layout that goes through the model says how its rows attend."""
+    token = _layout_in_use.set(True)
+    try:
+        yield
+    finally:
+        _layout_in_use.reset(token)
 
 
 def forward_packed(
@@ -406,7 +469,7 @@ def forward_packed(
     padding_R1 = prompt_width - prompt_lengths[:, None]
     to_left = (index_L[:length] + padding_R1) % num_tokens
     layout = TreeLayout.of(packed, prompt_lengths, length)
-    with _packed_rows():
+    with layout_in_use():
         outputs = model(
             input_ids=input_ids.gather(1, to_left),
             attention_mask=attention_mask.gather(1, to_left),

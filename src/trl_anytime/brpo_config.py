@@ -108,6 +108,9 @@ class BRPOConfig(GRPOConfig):
             `"tree"` computes a rollout as one packed row with tree attention, `"rows"` as one row per summary, at
             several times the cost and with the same result. `"auto"` takes the first if the model passes a check of
             its structure and a comparison on a small example, else the second, with a warning that says why.
+        max_cached_tokens (`int`, *optional*):
+            Most tokens whose keys and values a rank holds at a time while it generates with transformers; more are
+            split into parts, one after the other. Not split if not set.
         vllm_overlap (`bool`, *optional*, defaults to `True`):
             Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
             others still think. `False` waits for the last thinking, which takes more steps of the engine.
@@ -184,6 +187,13 @@ class BRPOConfig(GRPOConfig):
             "choices": list(TREE_ATTENTION),
         },
     )
+    max_cached_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens whose keys and values a rank holds at a time while it generates with transformers; "
+            "more are split into parts. Not split if not set."
+        },
+    )
     vllm_overlap: bool = field(
         default=True,
         metadata={
@@ -237,8 +247,8 @@ class BRPOConfig(GRPOConfig):
             self.budgets if self.eval_budgets is None else self.eval_budgets, "eval_budgets"
         )
         prior_weights(self.prior, self.budgets)  # raises if they do not fit
-        for name in ("num_summaries", "max_summary_length"):
-            if getattr(self, name) < 1:
+        for name in ("num_summaries", "max_summary_length", "max_cached_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.baseline not in BASELINES:
             raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")

@@ -17,11 +17,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from .admission import measured_objection, structural_objection
+from .admission import decoding_objection, measured_objection, structural_objection
 from .advantages import segment_returns, summary_advantages
-from .attention import enable_tree_attention, forward_packed
+from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
@@ -31,6 +32,7 @@ from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
+from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
 
@@ -259,14 +261,6 @@ class BRPOTrainer(GRPOTrainer):
         thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
         return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
 
-    def _choose_generation(self) -> Generation:
-        """The backend that TRL's settings name."""
-        if self.use_vllm and self.vllm_mode == "colocate":
-            return ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
-        if self.use_vllm:
-            return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
-        return PrefixGeneration(self._sample)
-
     def _choose_forward(self) -> Callable[..., Any]:
         """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""
         mode = self.args.tree_attention
@@ -279,8 +273,7 @@ class BRPOTrainer(GRPOTrainer):
             plain_attention = base_model.config._attn_implementation
             enable_tree_attention(base_model)
             # Sharded parameters are not at hand before training starts
-            is_sharded = self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
-            objection = None if is_sharded else measured_objection(model)
+            objection = None if self.is_fsdp_enabled or self._is_zero3() else measured_objection(model)
             if objection is None:
                 if self.ref_model is not None:
                     enable_tree_attention(self.accelerator.unwrap_model(self.ref_model))
@@ -296,6 +289,36 @@ class BRPOTrainer(GRPOTrainer):
             "times as many tokens."
         )
         return forward_rows
+
+    def _is_zero3(self) -> bool:
+        return getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+
+    def _choose_generation(self) -> Generation:
+        """The backend of the two generation phases."""
+        if self.use_vllm and self.vllm_mode == "colocate":
+            return ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
+        if self.use_vllm:
+            return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
+        if self.use_transformers_continuous_batching:
+            return PrefixGeneration(self._sample)
+        objection: str | None
+        if self.is_fsdp_enabled or (self._is_zero3() and not self.args.ds3_gather_for_generation):
+            # Every rank must forward equally often; `generate()` sees to that by itself
+            objection = "the model is sharded"
+        elif self._forward is forward_rows:
+            objection = "the model has no tree attention"
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+            objection = sampling_objection(model, self.generation_config) or decoding_objection(model)
+        if objection is None:
+            return TransformersGeneration(
+                self._hold_model, self.generation_config, self._tokenizer.pad_token_id, self.args.max_cached_tokens
+            )
+        logger.warning(
+            f"Summaries are generated each from a prompt of its own, which computes the thinking once more for each: "
+            f"decoding them on top of the thinking's cache is not possible, because {objection}."
+        )
+        return PrefixGeneration(self._sample)
 
     # Rollout: think, cut, bridge, summarise
 
@@ -336,8 +359,11 @@ class BRPOTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continuations by whichever of TRL's backends is set, see [`~trl_anytime.generation.Sampler`]."""
         with self._sampling(max_new_tokens, stop_token_ids):
-            if self.use_vllm or self.use_transformers_continuous_batching:
+            if self.use_vllm:
                 return self._generate_single_turn(prompt_ids, None, {}, num_generations)
+            if self.use_transformers_continuous_batching:
+                with plain_attention(self.accelerator.unwrap_model(self.model)):
+                    return self._generate_single_turn(prompt_ids, None, {}, num_generations)
             # `generate()` holds the whole batch in memory: no more rows at a time than there are rollouts
             assert self._batch is not None
             num_rows = self._batch.num_rollouts
@@ -346,6 +372,21 @@ class BRPOTrainer(GRPOTrainer):
                 rows = prompt_ids[start : start + num_rows]
                 sampled += self._generate_single_turn(rows, None, {}, num_generations)[0]
             return sampled, None
+
+    @contextmanager
+    def _hold_model(self) -> Iterator[PreTrainedModel]:
+        """The model as TRL unwraps it to generate, without dropout."""
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        gather = self.args.ds3_gather_for_generation
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing
+        ) as model:
+            training = model.training
+            model.eval()
+            try:
+                yield model
+            finally:
+                model.train(training)
 
     @contextmanager
     def _sampling(self, max_new_tokens: int, stop_token_ids: list[int]) -> Iterator[None]:

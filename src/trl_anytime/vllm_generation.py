@@ -495,11 +495,11 @@ class _PatientClient:
         nothing: list[list] = [[] for _ in range(n * len(prompts))]
         return {"prompt_ids": prompts, "completion_ids": nothing, "logprobs": nothing, "logprob_token_ids": None}
 
-    def update_named_params(self, metadata: list, params: Iterator) -> None:
+    def update_named_params(self, metadata: list, named_params: Iterator) -> None:
         if self.error is None:
             with self._patiently():
-                self._client.update_named_params(metadata, params)
-        for _ in params:  # the other ranks take part in gathering what is left
+                self._client.update_named_params(metadata, named_params)
+        for _ in named_params:  # the other ranks take part in gathering what is left
             pass
 
     def reset_prefix_cache(self) -> None:
