@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-import conftest  # noqa: F401  environment variables, before the libraries
+import conftest  # noqa: F401  environment variables and paths, before the libraries
 from requests.adapters import HTTPAdapter
 from tiny import make_config, make_dataset, make_tokenizer, parity_reward
 from trl.generation.vllm_client import VLLMClient
