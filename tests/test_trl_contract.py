@@ -2,14 +2,17 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import trl
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import add_fused_lm_head
 
 import trl_anytime.brpo_trainer
+import trl_anytime.vllm_generation
 from trl_anytime import BRPOTrainer
 
 # Overridden methods and the parameters they are called with
@@ -41,6 +44,7 @@ OWN = {
     "_check_context",
     "_choose_forward",
     "_choose_generation",
+    "_engine_context",
     "_find_markers",
     "_forward",
     "_generation",
@@ -110,6 +114,41 @@ def test_attributes():
     for name in ("max_completion_length", "generation_kwargs"):
         assert f"self.{name} = " in inspect.getsource(VLLMGeneration.__init__), name
     assert "stop_token_ids" not in inspect.getsource(VLLMGeneration)  # nothing that ours would overwrite
+
+
+def test_vllm_generation():
+    """What our vLLM backends use of TRL's."""
+    source = inspect.getsource(VLLMGeneration)
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(trl_anytime.vllm_generation.__file__).read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self._vllm", "vllm", "vllm_generation")
+    }
+    for name in used - {"sync_weights"}:
+        assert f"self.{name} = " in source or f"self.{name}, _ = " in source, name
+    # Sleep, as there: weights that it has discarded are sent anew, the cache is woken for each generation
+    assert 'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:' in source
+    assert 'self.llm.wake_up(tags=["weights"])' in inspect.getsource(VLLMGeneration.sync_weights)
+    assert 'self.llm.wake_up(tags=["kv_cache"])' in inspect.getsource(VLLMGeneration.generate)
+    assert "self.llm.sleep(level=2)" in inspect.getsource(VLLMGeneration.generate)
+    # The sampling parameters, and `n` besides
+    parameters_of_trl = source.split("generation_kwargs = {")[1].split("}")[0]
+    named = [line.split(":")[0].strip(' "') for line in parameters_of_trl.strip().splitlines()]
+    ours = inspect.getsource(trl_anytime.vllm_generation.ColocateGeneration._sampling)
+    assert {name for name in named if f'"{name}"' not in ours} == {"n"}
+    # Weights are sent before the roll-out
+    generate = inspect.getsource(GRPOTrainer._generate)
+    assert generate.index("self.vllm_generation.sync_weights()") < generate.index("self.rollout_func(prompts, self)")
+
+
+def test_vllm_client():
+    """The methods by which TRL talks to a server in training; our client stands in for them."""
+    calls = set(re.findall(r"self\.vllm_client\.(\w+)\(", inspect.getsource(VLLMGeneration)))
+    calls -= {"init_communicator", "image_features"}  # at the start, and for images
+    ours = {name for name in vars(trl_anytime.vllm_generation._PatientClient) if name[0] != "_"}
+    assert calls == ours
+    assert parameters(VLLMClient.update_named_params) == ["self", "metadata", "named_params"]
+    assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]
 
 
 def test_rollout_hook():

@@ -55,7 +55,16 @@ _FIXED_SETTINGS = (
 TREE_ATTENTION = ("auto", "tree", "rows")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
-_OWN_GENERATION_KEYS = ("eos_token_id", "max_length", "max_new_tokens", "max_tokens", "n", "stop_token_ids")
+_OWN_GENERATION_KEYS = (
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "max_tokens",
+    "n",
+    "output_kind",
+    "stop_token_ids",
+    "structured_outputs",  # refused for the reason of `vllm_structured_outputs_regex`
+)
 
 
 @dataclass
@@ -102,6 +111,9 @@ class BRPOConfig(GRPOConfig):
         max_cached_tokens (`int`, *optional*):
             Most tokens whose keys and values a rank holds at a time while it generates with transformers; more are
             split into parts, one after the other. Not split if not set.
+        vllm_overlap (`bool`, *optional*, defaults to `True`):
+            Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
+            others still think. `False` waits for the last thinking, which takes more steps of the engine.
 
         > Parameters that control what is spliced into a thinking
 
@@ -182,6 +194,13 @@ class BRPOConfig(GRPOConfig):
             "more are split into parts. Not split if not set."
         },
     )
+    vllm_overlap: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed "
+            "it, while others still think."
+        },
+    )
 
     # Parameters that control what is spliced into a thinking
     think_end: str | None = field(
@@ -259,5 +278,5 @@ class BRPOConfig(GRPOConfig):
         if own:
             raise ValueError(
                 f"`generation_kwargs` must not set {own}: thinkings end at the last budget and summaries at "
-                "`max_summary_length`."
+                "`max_summary_length`, and neither is constrained otherwise."
             )

@@ -34,6 +34,7 @@ from .rollout import Rollout
 from .separate_rows import forward_rows
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
+from .vllm_generation import ColocateGeneration, ServerSampler, check_server
 
 logger = get_logger(__name__)
 
@@ -170,6 +171,10 @@ class BRPOTrainer(GRPOTrainer):
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
 
+        self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
+        if args.use_vllm and args.vllm_mode == "server":
+            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
+
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
 
         if isinstance(self.processing_class, ProcessorMixin):
@@ -184,6 +189,8 @@ class BRPOTrainer(GRPOTrainer):
             else func
             for func in self.reward_funcs
         ]
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         self._check_context(self._longest_prompts())
         packed, _ = self._most_tokens()
         self.max_completion_length = args.max_completion_length or packed
@@ -227,17 +234,26 @@ class BRPOTrainer(GRPOTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
         thinking = max(self.args.budgets + (self.args.eval_budgets or []))
         needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
-        if context is not None and needed > context:
-            raise ValueError(
-                f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
-                f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
-                f"tokens, more than the model's context of {context}. Lower `budgets`, `eval_budgets` or "
-                "`max_summary_length`, or drop the longest prompts."
-            )
+        in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        raise_it = (
+            "Raise `vllm_max_model_length`"
+            if self.vllm_mode == "colocate"
+            else "Restart the vLLM server with a larger `--max-model-len`"
+        )
+        for context, whose, remedy in (
+            (in_model, "the model's", "Lower"),
+            (self._engine_context, "vLLM's", f"{raise_it}, or lower"),
+        ):
+            if context is not None and needed > context:
+                raise ValueError(
+                    f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
+                    f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
+                    f"tokens, more than {whose} context of {context}. {remedy} `budgets`, `eval_budgets` or "
+                    "`max_summary_length`, or drop the longest prompts."
+                )
 
     def _most_tokens(self) -> tuple[int, int]:
         """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
@@ -279,7 +295,11 @@ class BRPOTrainer(GRPOTrainer):
 
     def _choose_generation(self) -> Generation:
         """The backend of the two generation phases."""
-        if self.use_vllm or self.use_transformers_continuous_batching:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            return ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
+        if self.use_vllm:
+            return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
+        if self.use_transformers_continuous_batching:
             return PrefixGeneration(self._sample)
         objection: str | None
         if self.is_fsdp_enabled or (self._is_zero3() and not self.args.ds3_gather_for_generation):
