@@ -290,7 +290,8 @@ def load_rank_state(folder: Path, rank: int, device: torch.device) -> dict[str, 
     path = _rank_file(folder, rank)
     if not path.is_file():
         raise ValueError(f"{path} is missing: was the checkpoint saved to a disk that this machine does not see?")
-    return torch.load(path, map_location=device, weights_only=True)
+    # torch cannot load onto "cpu:0", which is what the device is called on several ranks
+    return torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
 
 
 def _rank_file(folder: Path, rank: int) -> Path:

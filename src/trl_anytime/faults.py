@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class FaultWatch:
             return
         if not first.startswith(f"Rank {self._rank} "):
             error.add_note(first)
+        time.sleep(1.5 * _POLL_SECONDS)  # without torchrun the store ends with rank 0: let the others see it
 
     def _watch(self) -> None:
         assert self._store is not None
