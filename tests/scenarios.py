@@ -131,7 +131,10 @@ class FullDisk(TrainerCallback):
 
 def full_disk(directory, step, size, **settings):
     callbacks = [FullDisk(step, size)] if this_rank() == 0 else None
-    make_trainer(directory, callbacks=callbacks, **settings).train()
+    try:
+        make_trainer(directory, callbacks=callbacks, **settings).train()
+    finally:  # the traceback goes to a file, too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 class Planned(Exception):
@@ -165,3 +168,53 @@ def fault_while_waiting(directory):
         if this_rank() == 1:
             raise Planned("while rank 0 waits")
         time.sleep(100)
+
+
+def weights_become_nan(directory, step, **settings):
+    """As after an update that went wrong: from a step on, a weight is NaN. Its gradient is, too, and then all are."""
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == step:
+                with torch.no_grad():
+                    next(model.parameters())[5] = torch.nan
+
+    make_trainer(directory, callbacks=[Spoil()], eval_strategy="no", **settings).train()
+
+
+def gradient_becomes_nan(directory, count, **settings):
+    """Once, on the last rank, for one parameter."""
+    trainer = make_trainer(directory, eval_strategy="no", **settings)
+    before = []
+
+    def spoil():
+        before.append(trainer.state.global_step)
+
+    def hook(gradient):
+        return gradient * torch.nan if len(before) == 1 and before.append(None) is None else gradient
+
+    if this_rank() == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        list(trainer.model.parameters())[-1].register_hook(counted(hook, count, spoil))
+    trainer.train()
+    return summary(trainer)
+
+
+def loss_becomes_nan(directory, **settings):
+    """Advantages that are not finite, with finite log-probabilities."""
+    trainer = make_trainer(directory, eval_strategy="no", **settings)
+    prepare = trainer._prepare_inputs
+
+    def spoiled(inputs):
+        inputs = prepare(inputs)
+        inputs["advantages"] = inputs["advantages"] + torch.inf
+        return inputs
+
+    trainer._prepare_inputs = spoiled
+    trainer.train()
+
+
+def out_of_memory(directory, place, **settings):
+    """A real refusal of the CPU's allocator."""
+    trainer = make_trainer(directory, **settings)
+    do_in(trainer, place, 1, lambda: torch.empty(2**60, dtype=torch.uint8))
+    trainer.train()

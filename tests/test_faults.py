@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-TWO = {"world_size": 2, "per_device_train_batch_size": 2, "max_steps": 4, "eval_strategy": "no", "save_total_limit": 2}
+TWO = {
+    "world_size": 2,
+    "per_device_train_batch_size": 2,
+    "num_iterations": 1,
+    "max_steps": 4,
+    "eval_strategy": "no",
+    "save_total_limit": 2,
+}
 # The collectives' own timeout is 1800 s; a loaded machine may need several seconds for what takes two
 SOON = 20
 
@@ -44,7 +51,7 @@ def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
     ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
     assert [rank.code for rank in ended] == [1, 1]
-    assert "Rank 0 ends, because another one failed. Rank 1 failed" in ended[0].output
+    assert "Rank 0 ends, because another failed. Rank 1 failed" in ended[0].output
     assert "Planned: while rank 0 waits" in ended[0].output
 
 
@@ -61,3 +68,47 @@ def test_full_disk(ranks, tmp_path, world_size):
     assert resumed[0].result["steps"] == 4
     names = {path.name for path in Path(tmp_path / "out").glob("checkpoint-*")}
     assert names == {"checkpoint-3", "checkpoint-4"}  # `save_total_limit` counts whole ones
+
+
+def test_log_probabilities_that_are_nan(ranks, tmp_path):
+    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no")
+    assert ended[0].code == 1
+    assert "FloatingPointError: Step 1: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
+    assert "with the prompts ['<|im_start|> user" in ended[0].output
+
+
+def test_a_loss_that_is_nan(ranks, tmp_path):
+    ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no")
+    assert ended[0].code == 1
+    assert "FloatingPointError: Step 0: loss not finite" in ended[0].output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_nan(ranks, tmp_path, world_size):
+    settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1}
+    settings |= {"per_device_train_batch_size": 4 // world_size}
+    ended = ranks.run("gradient_becomes_nan", tmp_path, count=2, **settings)
+    assert [rank.code for rank in ended] == [1] * world_size
+    assert all("FloatingPointError: Step 1: the norm of the gradient is nan" in rank.output for rank in ended)
+
+    ended = ranks.run("gradient_becomes_nan", tmp_path, count=2, on_nonfinite="skip", **settings)
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].output
+    for rank in ended:
+        logs = [entry for entry in rank.result["log"] if "loss" in entry]
+        assert [entry["nonfinite/skipped_ratio"] for entry in logs] == [0, 1, 0]
+        assert all(weight == weight for weight in rank.result["weights"])
+        assert rank.result["weights"] == ended[0].result["weights"]
+
+
+@pytest.mark.parametrize(
+    ("place", "knobs"),
+    [
+        ("generation", ["per_device_train_batch_size", "vllm_gpu_memory_utilization", "budgets[-1]"]),
+        ("loss", ["per_device_train_batch_size", "gradient_checkpointing", "budgets[-1]"]),
+    ],
+)
+def test_out_of_memory_says_what_helps(ranks, tmp_path, place, knobs):
+    ended = ranks.run("out_of_memory", tmp_path, place=place, save_strategy="no")
+    assert ended[0].code == 1 and "can't allocate memory" in ended[0].output
+    assert all(f"`{knob}" in ended[0].output for knob in knobs)
+    assert ended[0].output.count("ran out of memory. What helps") == 1

@@ -525,7 +525,7 @@ class BRPOTrainer(GRPOTrainer):
         rows = (~torch.isfinite(values)).any(dim=1)
         texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
         raise FloatingPointError(
-            f"Step {self.state.global_step}: the {name} are not finite for {len(texts)} of {len(rows)} rollouts of a "
+            f"Step {self.state.global_step}: {name} not finite for {len(texts)} of {len(rows)} rollouts of a "
             f"micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
         )
 

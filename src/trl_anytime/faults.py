@@ -37,6 +37,7 @@ class FaultWatch:
     def __init__(self) -> None:
         self._left = threading.Event()
         self._store: dist.Store | None = None
+        self._fault: str | None = None  # of another rank, once it is known
 
     def __enter__(self) -> "FaultWatch":
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -52,13 +53,15 @@ class FaultWatch:
         self._left.set()
         if self._store is None or error is None or (isinstance(error, SystemExit) and not error.code):
             return
-        report = "".join(traceback.format_exception(error))
-        try:  # the first exception is the cause, those after it are of ranks that miss this one
-            first = self._store.compare_set(self._key, "", f"Rank {self._rank} failed:\n{report}").decode()
-        except RuntimeError:  # the store is gone with the rank or the launcher that held it
-            return
-        if not first.startswith(f"Rank {self._rank} "):
-            error.add_note(first)
+        if self._fault is None:
+            report = f"Rank {self._rank} failed:\n{''.join(traceback.format_exception(error))}"
+            try:  # the first exception is the cause, those after it are of ranks that miss this one
+                first = self._store.compare_set(self._key, "", report).decode()
+            except RuntimeError:  # the store is gone, with the rank or the launcher that held it
+                return
+            self._fault = None if first == report else first
+        if self._fault is not None:
+            error.add_note(self._fault)
         time.sleep(1.5 * _POLL_SECONDS)  # without torchrun the store ends with rank 0: let the others see it
 
     def _watch(self) -> None:
@@ -68,12 +71,14 @@ class FaultWatch:
             try:
                 if not self._store.check([self._key]):
                     continue
-                fault = self._store.get(self._key).decode()
+                self._fault = self._store.get(self._key).decode()
             except RuntimeError as error:
-                fault, grace = f"The store of the process group is gone: {error}", _LOST_STORE_SECONDS
+                self._fault = f"The store of the process group is gone: {error}"
+                grace = _LOST_STORE_SECONDS
             if not self._left.wait(grace):
-                print(f"Rank {self._rank} ends, because another one failed. {fault}", file=sys.stderr, flush=True)
+                print(f"Rank {self._rank} ends, because another failed. {self._fault}", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may be in a collective that never returns
+            return
 
 
 _MEMORY_ADVICE = {
