@@ -1,9 +1,13 @@
 """What the ranks of a test do, see ranks.py. A scenario gets a directory and returns what can be written as JSON."""
 
+import dataclasses
+import json
 import os
+import re
 import resource
 import signal
 import time
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
@@ -12,6 +16,7 @@ from transformers import TrainerCallback
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.faults import FaultWatch
+from trl_anytime.rollout import Rollout, Thinking
 
 # Steps 1 to 4 train on one generation batch, 5 to 8 on the next; then an epoch is over
 SETTINGS = {
@@ -54,7 +59,8 @@ def summary(trainer):
         {
             name: value
             for name, value in entry.items()
-            if "time" not in name and "per_second" not in name and name != "train_loss"  # of this process alone
+            # Seconds, and what is of this process alone
+            if not re.search("(^|eval_)time/|step_time|_runtime|_per_second|train_loss", name)
         }
         for entry in trainer.state.log_history
     ]
@@ -218,3 +224,127 @@ def out_of_memory(directory, place, **settings):
     trainer = make_trainer(directory, **settings)
     do_in(trainer, place, 1, lambda: torch.empty(2**60, dtype=torch.uint8))
     trainer.train()
+
+
+def recorded(rollouts):
+    """A rollout as JSON, and back."""
+    return [dataclasses.asdict(rollout) for rollout in rollouts]
+
+
+def replayed(rollout):
+    thinking = Thinking(**rollout["thinking"])
+    return Rollout(**{**rollout, "thinking": thinking, "bridges": [tuple(ids) for ids in rollout["bridges"]]})
+
+
+class Replay:
+    """
+    Stands in for `_generation`: serves each rank its part of recorded rollouts. Prompts that fill up the last batch of
+    an evaluation were not recorded: any rollout serves.
+    """
+
+    def __init__(self, calls):
+        self.seconds = {}
+        self._any = [replayed(rollout) for rollouts in calls for rollout in rollouts]
+        self._calls = iter(calls)
+
+    def roll_out(self, prompt_ids, settings):
+        first = this_rank() * len(prompt_ids)
+        rollouts = [replayed(rollout) for rollout in next(self._calls)[first : first + len(prompt_ids)]]
+        for ids in prompt_ids[len(rollouts) :]:
+            rollouts.append(next(rollout for rollout in reversed(self._any) if rollout.prompt_ids == list(ids)))
+        assert [rollout.prompt_ids for rollout in rollouts] == [list(ids) for ids in prompt_ids]
+        return rollouts
+
+
+# Global batches of 8 rollouts, in groups of 4 or 8; 3 × 4 rollouts to evaluate do not fill two batches
+EQUALITY = {
+    "max_steps": 4,
+    "save_strategy": "no",
+    "steps_per_generation": 2,
+    "gradient_accumulation_steps": 2,
+    "num_iterations": 2,
+    "logging_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "num_generations_eval": 4,
+    "learning_rate": 1e-2,
+    "optim": "sgd",  # Adam takes the rounding of a small gradient for a step
+}
+
+
+def equality(directory, replay=None, **settings):
+    """
+    Train and evaluate, on rollouts that are sampled and recorded, or replayed from the file `replay`.
+    """
+    trainer = make_trainer(directory, num_prompts=8, **{**EQUALITY, **settings})
+    calls, gradients = [], []
+    if replay is None:
+        roll_out = trainer._generation.roll_out
+
+        def record(prompt_ids, rollout_settings):
+            rollouts = roll_out(prompt_ids, rollout_settings)
+            calls.append(recorded(rollouts))
+            return rollouts
+
+        trainer._generation.roll_out = record
+    else:
+        trainer._generation = Replay(json.loads(Path(replay).read_text()))
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).tolist())
+
+    trainer.add_callback(Gradients())
+    trainer.train()
+    if replay is None:
+        Path(directory, "rollouts.json").write_text(json.dumps(calls))
+    return {**summary(trainer), "gradients": gradients}
+
+
+def finished_or_cut(rollout, markers, budgets, finished):
+    """The rollout, with a thinking that ends at once or not at all."""
+    ids = list(markers.think_end_ids) if finished else [8] * budgets[-1]
+    thinking = Thinking(ids, finished, False)
+    return Rollout.of(rollout.prompt_ids, thinking, budgets, markers, rollout.summaries)
+
+
+def uneven(directory, **settings):
+    """
+    Ranks with as little in common as can be. Rank 0: thinkings that end at once, and graded at once, by one function.
+    Rank 1: all cut, summaries of one token, graded late, by the other function. Each logs what the other does not.
+    """
+    rank = this_rank()
+
+    def fast(completion_ids, log_extra, log_metric, **kwargs):
+        if rank == 1:
+            return [None] * len(completion_ids)
+        log_extra("of rank 0", [str(ids) for ids in completion_ids])
+        log_metric("rank_0", 1.0)
+        return parity_reward(None, completion_ids)
+
+    def slow(completion_ids, log_extra, log_metric, **kwargs):
+        if rank == 0:
+            return [None] * len(completion_ids)
+        time.sleep(2)  # a verifier that times out
+        log_metric("rank_1", 2.0)
+        log_extra("of rank 1", [str(ids) for ids in completion_ids])
+        return [0.0] * len(completion_ids)
+
+    trainer = make_trainer(directory, reward=[fast, slow], **settings)
+    roll_out = trainer._generation.roll_out
+
+    def spread(prompt_ids, rollout_settings):
+        rollouts = roll_out(prompt_ids, rollout_settings)
+        if rank == 1:
+            rollouts = [
+                dataclasses.replace(rollout, summaries=[[ids[:1] for ids in row] for row in rollout.summaries])
+                for rollout in rollouts
+            ]
+        return [
+            finished_or_cut(rollout, rollout_settings.markers, rollout_settings.budgets, rank == 0)
+            for rollout in rollouts
+        ]
+
+    trainer._generation.roll_out = spread
+    trainer.train()
+    return summary(trainer)

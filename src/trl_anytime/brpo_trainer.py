@@ -63,6 +63,7 @@ class _Batch:
     num_summaries: int
     num_generations: int
     num_rollouts: int
+    num_counted: int  # W·N, less where the last batch of an evaluation is filled up with prompts it has seen
     rollouts: list[Rollout] = field(default_factory=list)  # N
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A, F)
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A), NaN where none scored it
@@ -95,6 +96,7 @@ class BRPOTrainer(GRPOTrainer):
     - `__init__`: checks, markers, tree attention.
     - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
     - `_calculate_rewards`: reward functions are called once per summary.
+    - `prediction_step`: every rollout counts once in an evaluation, however many ranks there are.
     - `_prepare_inputs`: rollouts of like length share a micro-batch.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
@@ -408,7 +410,9 @@ class BRPOTrainer(GRPOTrainer):
         # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, per function
         weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
-        return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+        objective_NF = torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+        objective_NF[batch.num_counted :] = torch.nan
+        return objective_NF
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
@@ -439,8 +443,13 @@ class BRPOTrainer(GRPOTrainer):
 
         for name in _METRICS_OF_PLAIN_ROWS:
             self._metrics[mode].pop(name)
+        counted = slice(batch.num_counted)
+        groups = slice(batch.num_counted // batch.num_generations)
+        if batch.num_counted < len(batch.rewards):
+            self._leave_out(output, first, counted)
+            segments = segment_returns(rewards_PGMA[groups], batch.budgets, batch.prior, self.args.progress_decay)
         metrics = {
-            **reward_metrics(batch.rewards, batch.budgets),
+            **reward_metrics(batch.rewards[counted], batch.budgets),
             **rollout_metrics(
                 batch.rollouts,
                 output["advantages"],
@@ -448,9 +457,9 @@ class BRPOTrainer(GRPOTrainer):
                 self.markers,
                 self.eos_token_ids,
                 self.args.max_summary_length,
-                self.accelerator.gather,
+                lambda rows: self.accelerator.gather(rows)[counted],
             ),
-            **baseline_metrics(segments, cuts_PGM, batch.budgets),
+            **baseline_metrics(segments, cuts_PGM[groups], batch.budgets),
             **{f"time/{phase}": [batch.seconds[phase]] for phase in ("thinking", "summarising", "grading", "scoring")},
         }
         for name, values in metrics.items():
@@ -459,6 +468,33 @@ class BRPOTrainer(GRPOTrainer):
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         self._rollout_seconds = time.perf_counter() - start
         return output
+
+    def _leave_out(self, output: dict[str, Any], first: int, counted: slice) -> None:
+        """Take rollouts that fill up an evaluation's last batch out of its loss and of what TRL has logged."""
+        lengths = self.accelerator.gather((output["tool_mask"] * output["completion_mask"]).sum(dim=1))
+        metrics, kept = self._metrics["eval"], lengths[counted].float()
+        for name, value in (("mean", kept.mean()), ("min", kept.min()), ("max", kept.max())):
+            metrics[f"completions/{name}_length"][-1] = value.item()
+        metrics["frac_reward_zero_std"][-1] *= len(lengths) / len(kept)  # theirs was NaN, which is not zero
+        output["tool_mask"][max(0, len(kept) - first) :] = 0
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.accelerator.gradient_state.end_of_dataloader:
+            # transformers keeps the first few ranks' losses of the last batch: give each the loss of all
+            num_rollouts = len(inputs)
+            share = num_rollouts / self._num_counted("eval", num_rollouts)
+            loss = self.accelerator.reduce(loss, reduction="sum") * share
+        return (loss, *rest)
+
+    def _num_counted(self, mode: str, num_rollouts: int) -> int:
+        """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
+        of_all = num_rollouts * self.accelerator.num_processes
+        state = self.accelerator.gradient_state
+        if mode == "train" or not state.end_of_dataloader or isinstance(state.active_dataloader.dataset, IterableDataset):
+            return of_all
+        total = len(state.active_dataloader.dataset) * self.num_generations_eval
+        return min(of_all, total % state.active_dataloader.total_batch_size or of_all)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -476,11 +512,14 @@ class BRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % steps]
 
     def _new_batch(self, mode: str, num_rollouts: int) -> _Batch:
-        args = self.args
+        args, num_counted = self.args, self._num_counted(mode, num_rollouts)
         if mode == "train":
-            return _Batch(args.budgets, args.prior, args.num_summaries, self.num_generations, num_rollouts)
+            return _Batch(
+                args.budgets, args.prior, args.num_summaries, self.num_generations, num_rollouts, num_counted
+            )
         # Evaluation estimates the plain curve: every budget counts alike, one summary each
-        return _Batch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval, num_rollouts)
+        budgets = args.eval_budgets or args.budgets
+        return _Batch(budgets, "uniform", 1, self.num_generations_eval, num_rollouts, num_counted)
 
     # Packed rows in TRL's forward passes
 
