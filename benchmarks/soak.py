@@ -5,10 +5,10 @@ time out: does anything grow?
     python benchmarks/soak.py outputs/soak              # 2,000 steps, some twenty minutes on one core
     python benchmarks/soak.py outputs/soak --steps 60   # a short one
 
-Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB), open files,
-threads and child processes of this process, checkpoints on the disk, and the verifier's timeouts and deaths so far. At
-the end a summary is printed: the curve in ten parts, each with the median of its lines. The exit code is 1 if anything
-grew after the first fifth.
+Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB), open
+files, threads and child processes of this process, checkpoints on the disk, and the verifier's timeouts and deaths so
+far. At the end a summary is printed: the curve in ten parts, each with the median of its lines. The exit code is 1 if
+anything grew after the first fifth.
 """
 
 import argparse
@@ -35,7 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from rewards_cases import HOSTILE  # noqa: E402  (the path comes first)
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward  # noqa: E402
 
-POOL = PoolSettings(workers=2, cpu_limit=0.3, hard_limit=1.0, batch_limit=10.0, memory_limit=1024, tasks_per_worker=200)
+POOL = PoolSettings(
+    workers=2, cpu_limit=0.3, hard_limit=1.0, batch_limit=10.0, memory_limit=1024, tasks_per_worker=200
+)
 PLAIN = [(r"\sqrt{2}", r"2^{1/2}"), (r"x^2+2x+1", r"(x+1)^2"), (r"\sqrt{3}", r"\sqrt{5}")]
 MEASURED = ("memory", "files", "threads", "children")
 # What may come and go at the moment of a measurement: a file that is open, a worker between two

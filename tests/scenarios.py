@@ -38,11 +38,11 @@ def this_rank():
     return int(os.environ.get("RANK", "0"))
 
 
-def make_trainer(directory, reward=parity_reward, lora=False, num_prompts=4, callbacks=None, **settings):
+def make_trainer(directory, reward=parity_reward, lora=False, num_prompts=4, callbacks=None, model=None, **settings):
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
     return BRPOTrainer(
-        make_model(),
+        make_model(**(model or {})),
         make_config(os.path.join(directory, "out"), **{**SETTINGS, **settings}),
         make_dataset(num_prompts),
         reward_funcs=reward,
@@ -348,3 +348,16 @@ def uneven(directory, **settings):
     trainer._generation.roll_out = spread
     trainer.train()
     return summary(trainer)
+
+
+def objections(directory, checkpoint, changes, **settings):
+    """What is said about resuming from `checkpoint` with each of `changes` to the settings."""
+    said = []
+    for change in changes:
+        trainer = make_trainer(directory, **{**settings, **change})
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            said.append(f"trained to step {trainer.state.global_step}")
+        except ValueError as error:
+            said.append(str(error))
+    return said

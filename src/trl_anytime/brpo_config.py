@@ -255,7 +255,9 @@ class BRPOConfig(GRPOConfig):
         if self.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"`on_nonfinite` must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}.")
         if self.on_nonfinite == "skip" and self.deepspeed_plugin is not None:
-            raise ValueError("`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'.")
+            raise ValueError(
+                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
+            )
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
 

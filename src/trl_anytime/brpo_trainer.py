@@ -101,8 +101,8 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
-    - `train`, `_save_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM saves, checkpoints are whole
-      and resumed exactly (docs/reliability.md).
+    - `train`, `_save_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM saves, checkpoints are
+      whole and resumed exactly (docs/reliability.md).
     - `create_model_card`: says at which budgets the model was trained.
 
     Example:
@@ -491,10 +491,12 @@ class BRPOTrainer(GRPOTrainer):
         """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
         of_all = num_rollouts * self.accelerator.num_processes
         state = self.accelerator.gradient_state
-        if mode == "train" or not state.end_of_dataloader or isinstance(state.active_dataloader.dataset, IterableDataset):
+        if mode == "train" or not state.end_of_dataloader:
             return of_all
-        total = len(state.active_dataloader.dataset) * self.num_generations_eval
-        return min(of_all, total % state.active_dataloader.total_batch_size or of_all)
+        loader = state.active_dataloader
+        if not hasattr(loader.dataset, "__len__"):  # a stream does not know where it began anew
+            return of_all
+        return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -592,7 +594,7 @@ class BRPOTrainer(GRPOTrainer):
         if self.args.on_nonfinite == "skip":
             self._metrics["train"]["nonfinite/skipped_ratio"].append(float(not finite))
             if not finite:  # the norm is the same on all ranks: all of them leave the step out
-                self.optimizer.zero_grad()
+                model.zero_grad()
         elif not finite:
             raise FloatingPointError(
                 f"Step {self.state.global_step}: the norm of the gradient is {float(grad_norm)}, while loss and "
@@ -619,25 +621,26 @@ class BRPOTrainer(GRPOTrainer):
         """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
         if not resume_from_checkpoint:
             return None
-        found: list[Any] = [None, [], None]  # path, warnings, error
+        folder, objection = Path(), None
+        warnings: list[str] = []
         if self.accelerator.is_main_process:
             try:
                 if resume_from_checkpoint is True:
-                    folder, found[1] = checkpoint.last_whole(Path(self.args.output_dir))
+                    folder, warnings = checkpoint.last_whole(Path(str(self.args.output_dir)))
                 else:
                     folder = Path(resume_from_checkpoint)
-                changed = checkpoint.compare_settings(checkpoint.manifest(folder)["settings"], self._settings(), folder)
-                found[0] = str(folder)
+                saved = checkpoint.manifest(folder)["settings"]
+                changed = checkpoint.compare_settings(saved, self._settings(), folder)
                 if changed:
-                    found[1].append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
+                    warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
             except ValueError as error:
-                found[2] = str(error)
-        path, warnings, error = broadcast_object_list(found)
-        if error is not None:
-            raise ValueError(error)
+                objection = str(error)
+        folder, warnings, objection = broadcast_object_list([folder, warnings, objection])
+        if objection is not None:
+            raise ValueError(objection)
         for warning in warnings:
             logger.warning(warning)
-        return Path(path)
+        return folder
 
     def _settings(self) -> dict[str, Any]:
         model = self.accelerator.unwrap_model(self.model)
@@ -653,7 +656,7 @@ class BRPOTrainer(GRPOTrainer):
 
     @property
     def _rollouts_in_use(self) -> bool:
-        return self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return self._step % checkpoint.generate_every(self.args) != 0
 
     def _save_checkpoint(self, model, trial):
         args, run_dir = self.args, Path(self._get_output_dir(trial=trial))

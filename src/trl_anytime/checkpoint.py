@@ -13,7 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -185,7 +185,6 @@ def settings_of(
     Returns:
         `dict`: of what can be written as JSON.
     """
-    generate_every = args.steps_per_generation * args.num_iterations
     config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
     for adapter in adapters.values():
@@ -210,10 +209,16 @@ def settings_of(
         "geometry": {name: getattr(args, name) for name in _GEOMETRY},
         "reported": {name: getattr(args, name) for name in _REPORTED},
         "rollouts_in_use": rollouts_in_use,
-        "steps_between_generations": generate_every / args.gradient_accumulation_steps,
+        "steps_between_generations": generate_every(args) / args.gradient_accumulation_steps,
         "save_only_model": args.save_only_model,
     }
     return json.loads(json.dumps(settings, default=_plain))
+
+
+def generate_every(args: BRPOConfig) -> int:
+    """Micro-batches that are trained on one generation batch."""
+    assert args.steps_per_generation is not None  # filled in by TRL
+    return args.steps_per_generation * args.num_iterations
 
 
 def _plain(value: Any) -> Any:
@@ -222,7 +227,7 @@ def _plain(value: Any) -> Any:
 
 def _fingerprint(model: PreTrainedModel) -> str | None:
     """Of the embeddings, which fine-tuning changes; `None` where they are sharded."""
-    weight = model.get_input_embeddings().weight
+    weight: Any = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
     if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
         return None
     return hashlib.sha256(weight.detach()[:256].float().cpu().numpy().tobytes()).hexdigest()[:16]

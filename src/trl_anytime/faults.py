@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any, cast
 
 import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
@@ -43,7 +44,7 @@ class FaultWatch:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self._rank, self._key = dist.get_rank(), f"trl_anytime/fault/{next(_uses)}"
             # A connection of its own: the main thread may hold the other one while it waits for a rank that failed
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
             threading.Thread(target=self._watch, name="fault-watch", daemon=True).start()
         return self
 

@@ -52,7 +52,7 @@ class Preemption(TrainerCallback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # in a forked child, such as a worker of a data loader, it means what it always did
+        if os.getpid() != self._pid:  # a forked child, such as a worker of a data loader, ends as ever
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         self._received = True  # more of them change nothing: launchers and schedulers both send one
