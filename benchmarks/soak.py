@@ -5,13 +5,15 @@ time out: does anything grow?
     python benchmarks/soak.py outputs/soak              # 2,000 steps, some twenty minutes on one core
     python benchmarks/soak.py outputs/soak --steps 60   # a short one
 
-Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB), open
-files, threads and child processes of this process, checkpoints on the disk, and the verifier's timeouts and deaths so
+Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB, after the
+allocator has handed back what is free: what it holds depends on luck and hides what leaks), open files, threads and child processes of this process, checkpoints on the disk, and the verifier's timeouts and deaths so
 far. At the end a summary is printed: the curve in ten parts, each with the median of its lines. The exit code is 1 if
 anything grew after the first fifth.
 """
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import os
@@ -39,6 +41,7 @@ POOL = PoolSettings(
     workers=2, cpu_limit=0.3, hard_limit=1.0, batch_limit=10.0, memory_limit=1024, tasks_per_worker=200
 )
 PLAIN = [(r"\sqrt{2}", r"2^{1/2}"), (r"x^2+2x+1", r"(x+1)^2"), (r"\sqrt{3}", r"\sqrt{5}")]
+_LIBC = ctypes.CDLL("libc.so.6")
 MEASURED = ("memory", "files", "threads", "children")
 # What may come and go at the moment of a measurement: a file that is open, a worker between two
 TOLERANCE = {"memory": 8.0, "files": 2, "threads": 0, "children": 0}
@@ -85,6 +88,8 @@ class Gauge(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every:
             return
+        gc.collect()
+        _LIBC.malloc_trim(0)
         line = {
             "step": state.global_step,
             "seconds": round(time.monotonic() - self._start, 1),

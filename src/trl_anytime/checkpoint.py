@@ -196,7 +196,7 @@ def settings_of(
             "think_end": markers.think_end,
             "truncation_bridge": markers.truncation_bridge,
             "answer_bridge": markers.answer_bridge,
-            "model": type(model.get_base_model() if adapters else model).__name__,
+            "model": type(cast(Any, model).get_base_model() if adapters else model).__name__,
             **{f"model.config.{name}": value for name, value in config.items()},
             **{
                 f"peft_config[{name!r}].{key}": value
