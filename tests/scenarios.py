@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from trl_anytime import BRPOTrainer
@@ -38,12 +41,24 @@ def this_rank():
     return int(os.environ.get("RANK", "0"))
 
 
-def make_trainer(directory, reward=parity_reward, lora=False, num_prompts=4, callbacks=None, model=None, **settings):
+def make_trainer(
+    directory,
+    reward=parity_reward,
+    lora=False,
+    num_prompts=4,
+    callbacks=None,
+    model=None,
+    fsdp2=False,
+    **settings,
+):
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
+    config = make_config(os.path.join(directory, "out"), **{**SETTINGS, **settings})
+    if fsdp2:
+        use_fsdp2()
     return BRPOTrainer(
         make_model(**(model or {})),
-        make_config(os.path.join(directory, "out"), **{**SETTINGS, **settings}),
+        config,
         make_dataset(num_prompts),
         reward_funcs=reward,
         processing_class=make_tokenizer(),
@@ -64,7 +79,9 @@ def summary(trainer):
         }
         for entry in trainer.state.log_history
     ]
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    parameters = [parameter.detach() for parameter in trainer.model.parameters()]
+    whole = [parameter.full_tensor() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    weights = torch.cat([parameter.flatten() for parameter in whole])
     return {"log": log, "weights": weights.tolist(), "steps": trainer.state.global_step}
 
 
@@ -361,3 +378,34 @@ def objections(directory, checkpoint, changes, **settings):
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+# What `accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml` sets
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def use_fsdp2():
+    """Accelerate sets up FSDP for accelerators alone: on a CPU its state has to be told."""
+    os.environ |= FSDP2
+    plugin = FullyShardedDataParallelPlugin()
+    Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def sharded(directory, resume=None, **settings):
+    """Train under FSDP2, weights gathered at the end."""
+    trainer = make_trainer(directory, fsdp2=True, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        **summary(trainer),
+        "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        "forward": trainer._forward.__name__,
+    }
