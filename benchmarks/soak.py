@@ -8,8 +8,8 @@ time out: does anything grow?
 Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB, after the
 allocator has handed back what is free: what it holds depends on luck and hides what leaks), open files, threads and
 child processes of this process, checkpoints on the disk, and the verifier's timeouts and deaths so far. At the end a
-summary is printed: the curve in ten parts, each with the median of its lines. The exit code is 1 if anything grew after
-the first fifth.
+summary is printed: the curve in ten parts, each with the median of its lines. The exit code is 1 if anything grew
+after the first fifth.
 """
 
 import argparse

