@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.faults import FaultWatch
@@ -49,6 +51,7 @@ def make_trainer(
     callbacks=None,
     model=None,
     fsdp2=False,
+    reward_processing_class=None,
     **settings,
 ):
     if "RANK" in os.environ:
@@ -65,6 +68,7 @@ def make_trainer(
         eval_dataset=make_dataset(3),
         peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if lora else None,
         callbacks=callbacks,
+        reward_processing_classes=reward_processing_class,
     )
 
 
@@ -234,6 +238,22 @@ def loss_becomes_nan(directory, **settings):
 
     trainer._prepare_inputs = spoiled
     trainer.train()
+
+
+class Spoilt(torch.nn.Module):
+    """A reward model whose score is NaN for one row of rank 1."""
+
+    config = SimpleNamespace(_name_or_path="some/spoilt")
+
+    def forward(self, input_ids, **kwargs):
+        logits = input_ids.float().mean(dim=1, keepdim=True)
+        if this_rank() == 1:
+            logits[3] = torch.nan
+        return SequenceClassifierOutput(logits=logits)
+
+
+def reward_model(directory, **settings):
+    make_trainer(directory, reward=Spoilt(), reward_processing_class=make_tokenizer(), **settings).train()
 
 
 def out_of_memory(directory, place, **settings):

@@ -7,6 +7,8 @@ import pytest
 
 from trl_anytime.checkpoint import MANIFEST, last_whole, manifest
 
+pytestmark = pytest.mark.heavy
+
 # A generation batch lasts four steps
 RUN = {"max_steps": 5, "eval_strategy": "no", "save_total_limit": None}
 

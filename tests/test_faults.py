@@ -1,9 +1,15 @@
 """What goes wrong on one of two ranks ends both, soon, with what went wrong on display."""
 
+import json
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.heavy
 
 TWO = {
     "world_size": 2,
@@ -112,3 +118,33 @@ def test_out_of_memory_says_what_helps(ranks, tmp_path, place, knobs):
     assert ended[0].code == 1 and "can't allocate memory" in ended[0].output
     assert all(f"`{knob}" in ended[0].output for knob in knobs)
     assert ended[0].output.count("ran out of memory. What helps") == 1
+
+
+def test_soak_for_sixty_steps(tmp_path):
+    """The benchmark itself, in short: nothing grows, no process is left."""
+    script = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    command = [sys.executable, str(script), str(tmp_path), "--steps", "60", "--every", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["flat"] and summary["step"] == 60 and summary["checkpoints"] == 2
+    assert summary["killed"] >= 5 and summary["timeout"] >= 2
+
+
+def test_a_reward_model_that_returns_nan(ranks, tmp_path):
+    ended = ranks.run("reward_model", tmp_path, world_size=2, save_strategy="no", per_device_train_batch_size=2)
+    for rank in ended:
+        assert rank.code == 1
+        assert "FloatingPointError: Step 0: reward model `spoilt` returned nan for" in rank.output
+        assert "first for the prompt" in rank.output
+
+
+def test_an_exception_under_torchrun(tmp_path):
+    """As users start it: the launcher must not wait either."""
+    script = Path(__file__).parent / "two_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    began = time.monotonic()
+    done = subprocess.run([*command, str(tmp_path), "backward"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.count("Planned: in backward of rank 1") >= 2  # on both ranks
+    assert time.monotonic() - began < 60

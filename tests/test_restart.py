@@ -4,6 +4,8 @@ import signal
 
 import pytest
 
+heavy = pytest.mark.heavy
+
 KINDS = {
     "one rank": {},
     "two ranks": {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4},
@@ -37,12 +39,19 @@ def assert_continues(ranks, directory, straight, kind):
     return ended
 
 
+def test_killed_and_resumed(ranks, straight, tmp_path):
+    """In the third step: its rollouts are those of the first, and the checkpoint holds them."""
+    ended = ranks.run("train", tmp_path, kill=("loss", 0, 3))
+    assert ended[0].code == -signal.SIGKILL, ended[0].output
+    assert_continues(ranks, tmp_path, straight, "one rank")
+
+
+@heavy
 @pytest.mark.parametrize(
     ("kind", "place", "count"),
     [
         ("one rank", "generation", 5),  # after an evaluation; the second epoch begins with it
         ("one rank", "grading", 2),
-        ("one rank", "loss", 3),  # of the third step, whose checkpoint is in the middle of a generation batch
         ("one rank", "loss", 12),
         ("one rank", "evaluation", 2),
         ("one rank", "data", 9),  # between two epochs
@@ -66,6 +75,7 @@ def test_killed_at_a_place(ranks, straight, tmp_path, kind, place, count):
         assert_continues(ranks, tmp_path, straight, kind)
 
 
+@heavy
 @pytest.mark.parametrize(
     "file",
     [
@@ -84,6 +94,7 @@ def test_killed_while_saving(ranks, straight, tmp_path, file):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
+@heavy
 def test_killed_again_and_again(ranks, straight, tmp_path):
     """By the clock: wherever it is then."""
     ranks.run("train", tmp_path, signals=[(0, signal.SIGKILL, str(tmp_path / "out" / "checkpoint-2/*.pth"))])
@@ -94,6 +105,7 @@ def test_killed_again_and_again(ranks, straight, tmp_path):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
+@heavy
 @pytest.mark.parametrize(
     ("kind", "rank", "place", "count"),
     [("one rank", 0, "generation", 2), ("one rank", 0, "evaluation", 1), ("two ranks", 1, "grading", 3)],

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+pytestmark = pytest.mark.heavy
+
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 SETTINGS = {"world_size": 2, "max_steps": 4, "logging_steps": 1, "eval_steps": 2, "per_device_train_batch_size": 2}
 
