@@ -76,6 +76,7 @@ CHANGES = [
     ({"model": {"model_type": "llama"}}, "`model.config.model_type` was 'qwen3', is 'llama'"),
     ({"num_prompts": 6}, "`number of prompts` was 4, is 6"),
     ({"seed": 1}, "`seed` was 42, is 1"),
+    ({"gradient_accumulation_steps": 2}, "`rollouts per optimiser step` was 4, is 8"),
     ({"lora": True}, "`peft_config['default'].r` was None, is 4"),
     (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4},

@@ -39,6 +39,11 @@ def assert_continues(ranks, directory, straight, kind):
     return ended
 
 
+def test_sigterm_where_nothing_is_saved(ranks, tmp_path):
+    ended = ranks.run("terminated", tmp_path, rank=0, place="loss", count=1, save_strategy="no")
+    assert ended[0].code == -signal.SIGTERM
+
+
 def test_killed_and_resumed(ranks, straight, tmp_path):
     """In the third step: its rollouts are those of the first, and the checkpoint holds them."""
     ended = ranks.run("train", tmp_path, kill=("loss", 0, 3))

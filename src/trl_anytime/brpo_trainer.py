@@ -212,7 +212,7 @@ class BRPOTrainer(GRPOTrainer):
         self._forward = self._choose_forward()
         self._generation = PrefixGeneration(self._sample)
 
-        self._preemption = Preemption(self.accelerator)
+        self._preemption = Preemption(self.accelerator, enabled=args.save_strategy != "no")
         self.add_callback(self._preemption)
         self.add_callback(_AtTrainBegin(self._at_train_begin))
 

@@ -204,6 +204,7 @@ def settings_of(
                 for key, value in adapter.items()
             },
             "number of prompts": num_prompts,
+            "rollouts per optimiser step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "weights of the base or reference model": None if frozen is None else _fingerprint(frozen),
         },
         "geometry": {name: getattr(args, name) for name in _GEOMETRY},

@@ -23,24 +23,27 @@ class Preemption(TrainerCallback):
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Of the trainer.
+        enabled (`bool`):
+            Whether checkpoints are wanted. If not, SIGTERM ends the process as ever.
 
     Attributes:
         stopped (`bool`):
             Whether training was stopped by it.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, enabled: bool) -> None:
         self.stopped = False
+        self._enabled = enabled
         self._accelerator = accelerator
         self._received = False
         self._active = False
 
     def __enter__(self) -> "Preemption":
         self.stopped = self._received = False
-        self._active, self._pid = True, os.getpid()
+        self._active, self._pid = self._enabled, os.getpid()
         # Python allows handlers in the main thread alone; elsewhere another rank may still be told
-        self._is_main_thread = threading.current_thread() is threading.main_thread()
-        if self._is_main_thread:
+        self._handles = self._enabled and threading.current_thread() is threading.main_thread()
+        if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
 
@@ -48,7 +51,7 @@ class Preemption(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._active = False
-        if self._is_main_thread:
+        if self._handles:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
