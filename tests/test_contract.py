@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_anytime import AnytimeContract, BRPOTrainer, Sampling
 from trl_anytime.contract import CONTRACT_NAME, check_context
@@ -54,7 +54,8 @@ def test_it_is_read_from_beside_the_model(tmp_path, caplog):
 
 def test_a_model_without_a_file_gets_detected_defaults_with_a_notice(tmp_path, caplog):
     make_model().save_pretrained(tmp_path)
-    tokenizer = make_tokenizer(extra_words=("**Final", "Answer**", *["Considering", "the", "limited", "time", "by", "user,", "I", "have", "to", "give", "solution", "based", "on", "thinking", "directly", "now."]))  # fmt: skip
+    bridges = "Considering the limited time by user, I have to give solution based on thinking directly now."
+    tokenizer = make_tokenizer(extra_words=(*bridges.split(), "**Final", "Answer**"))
     tokenizer.save_pretrained(tmp_path)
     contract = AnytimeContract.of_model(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
     assert "has no anytime_config.json" in caplog.text and "Considering the limited time" in caplog.text
@@ -64,13 +65,9 @@ def test_a_model_without_a_file_gets_detected_defaults_with_a_notice(tmp_path, c
 
 def test_a_model_without_thinking_markers_is_refused(tmp_path):
     make_model().save_pretrained(tmp_path)
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")
-    tokenizer._tokenizer  # a word-level tokenizer that knows the marker, so take it away  # noqa: B018
-    plain = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer.from_str(
-            tokenizer.backend_tokenizer.to_str().replace("think>", "other>")
-        ),
-        eos_token="<|im_end|>",
+    words = make_tokenizer().backend_tokenizer
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=words.from_str(words.to_str().replace("think>", "other>")), eos_token="<|im_end|>"
     )
     with pytest.raises(ValueError, match="knows a thinking marker"):
         AnytimeContract.of_model(str(tmp_path), plain)
@@ -78,18 +75,13 @@ def test_a_model_without_thinking_markers_is_refused(tmp_path):
 
 def test_another_tokenizer_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match=r"another tokenizer: .*answer_bridge 'answer' is \[8\] in the file.*\[9\]"):
-        trainer._contract().check(make_tokenizer(extra_words=()).__class__(
-            tokenizer_object=shifted(make_tokenizer()), eos_token="<|im_end|>", unk_token="<unk>"
-        ))  # fmt: skip
-
-
-def shifted(tokenizer):
-    """The same words, with two of them changed over."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary = backend["model"]["vocab"]
+    words = make_tokenizer().backend_tokenizer
+    changed_over = json.loads(words.to_str())
+    vocabulary = changed_over["model"]["vocab"]
     vocabulary["answer"], vocabulary["so"] = vocabulary["so"], vocabulary["answer"]
-    return tokenizer.backend_tokenizer.from_str(json.dumps(backend))
+    other = PreTrainedTokenizerFast(tokenizer_object=words.from_str(json.dumps(changed_over)), eos_token="<|im_end|>")
+    with pytest.raises(ValueError, match=r"another tokenizer: .*answer_bridge 'answer' is \[8\] in the file.*\[9\]"):
+        trainer._contract().check(other)
 
 
 @pytest.mark.parametrize(

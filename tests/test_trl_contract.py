@@ -23,6 +23,7 @@ OVERRIDDEN = {
     "_prepare_inputs": ["self", "generation_batch"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "save_model": ["self", "output_dir", "_internal_call"],
 }
 # Called methods
 CALLED = {
@@ -44,6 +45,7 @@ OWN = {
     "_check_context",
     "_choose_forward",
     "_choose_generation",
+    "_contract",
     "_engine_context",
     "_find_markers",
     "_forward",

@@ -11,6 +11,7 @@ from transformers import (
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TextStreamer,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -20,8 +21,8 @@ from .admission import decoding_objection, structural_objection
 from .attention import enable_tree_attention, plain_attention
 from .budgets import check_budgets
 from .contract import AnytimeContract, Sampling, check_context
-from .generation import Generation, PrefixGeneration, RolloutSettings
-from .rollout import Rollout
+from .generation import Generation, PrefixGeneration, RolloutSettings, Sampler
+from .rollout import Rollout, Thinking
 from .server import CompletionClient, ServerGeneration
 from .transformers_generation import TransformersGeneration, sampling_objection
 
@@ -272,7 +273,7 @@ def _transformers_backend(
 ) -> Generation:
     base = cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.get_base_model())
     config = sampling.generation_config()
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_token_id = _padding(tokenizer)
     objection = structural_objection(base)
     if objection is None:
         plain = base.config._attn_implementation
@@ -286,6 +287,11 @@ def _transformers_backend(
         f"cache, because {objection}."
     )
     return PrefixGeneration(GenerateSampler(model, config, pad_token_id))
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token will do, as padding is masked."""
+    return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 @contextmanager
@@ -353,6 +359,81 @@ def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
     """Without the padding behind the first stop."""
     ends = (i for i, token in enumerate(token_ids) if token in stop_token_ids)
     return token_ids[: next(ends, len(token_ids) - 1) + 1]
+
+
+# One prompt, as the tokens come
+
+
+def streaming_sampler(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
+) -> Sampler:
+    """
+    A sampler for one prompt at a time that prints the text as it comes.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`CompletionClient`]):
+            The model, or a server.
+        tokenizer, sampling, seed:
+            See [`anytime_generate`].
+    """
+    streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    if isinstance(model, CompletionClient):
+
+        def sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations):
+            streamer.put(torch.tensor(prompt_ids))  # skipped
+            token_ids: list[int] = []
+            for tokens in model.stream(prompt_ids[0], max_new_tokens, stop_token_ids, sampling, seed):
+                token_ids += tokens
+                for token in tokens:
+                    streamer.put(torch.tensor([token]))
+            streamer.end()
+            return [token_ids], None
+
+        return sample
+    if seed is not None:
+        set_seed(seed)
+    return GenerateSampler(model.eval(), sampling.generation_config(), _padding(tokenizer), streamer)
+
+
+def stream_answers(
+    sample: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    contract: AnytimeContract,
+    prompt: Any,
+    context: int | None,
+) -> Rollout:
+    """
+    Think, then answer at each budget of the contract, printing everything as it comes.
+
+    Args:
+        sample ([`~trl_anytime.generation.Sampler`]):
+            Samples and prints.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        contract ([`AnytimeContract`]):
+            How the model was trained; budgets, summary length and sampling to use.
+        prompt (`str` or `list[dict]`):
+            The prompt.
+        context (`int`, *optional*):
+            Tokens that the model can hold.
+
+    Raises:
+        `ValueError`: If a budget is beyond the context.
+    """
+    settings = rollout_settings(contract, num_summaries=1)
+    (prompt_ids,) = contract.prompt_ids(tokenizer, [prompt])
+    check_context(len(prompt_ids), contract.budgets[-1], contract, context, "the model's")
+    sampled, _ = sample([prompt_ids], contract.budgets[-1], settings.stop_token_ids, 1)
+    thinking = Thinking.of(sampled[0], contract.markers, contract.eos_token_ids)
+    summaries: dict[int, list] = {}
+    for cut, bridge, indices in settings.contexts(thinking):
+        at = ", ".join(str(contract.budgets[j]) for j in indices)
+        print(f"\n--- answer after {cut} thinking tokens (budget {at})", flush=True)
+        context_ids = [*prompt_ids, *thinking.token_ids[:cut], *bridge]
+        sampled, _ = sample([context_ids], contract.max_summary_length, contract.eos_token_ids, 1)
+        summaries |= settings.of_budgets(indices, sampled)
+    in_order = [summaries[j] for j in range(len(contract.budgets))]
+    return Rollout.of(prompt_ids, thinking, contract.budgets, contract.markers, in_order)
 
 
 # Inside generate()

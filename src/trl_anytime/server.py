@@ -133,6 +133,43 @@ class CompletionClient:
 
         return read(self.request("/v1/completions", body, check=read))
 
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        stop_token_ids: list[int],
+        sampling: Sampling,
+        seed: int | None = None,
+    ) -> Iterator[list[int]]:
+        """
+        Continue one prompt, and hand out the tokens as they come: what has been shown cannot be tried again.
+
+        Args:
+            prompt_ids (`Sequence[int]`):
+                The prompt.
+            max_tokens, stop_token_ids, sampling, seed:
+                See [`complete`].
+
+        Raises:
+            `ConnectionError`: If the server fails or breaks off.
+            `ValueError`: If it refuses the request.
+        """
+        body = completion_body(self.model, [prompt_ids], max_tokens, stop_token_ids, sampling, seed=seed)
+        reason = None
+        try:
+            with self._open("/v1/completions", {**body, "stream": True}) as response:
+                for line in response:
+                    if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
+                        for choice in json.loads(line.removeprefix(b"data:"))["choices"]:
+                            reason = choice["finish_reason"] or reason
+                            yield choice["token_ids"] or []
+        except HTTPError as error:
+            raise ValueError(f"{self.base_url} refused the request ({error.code}): {_said(error)}") from error
+        except (OSError, HTTPException, json.JSONDecodeError, KeyError) as error:
+            raise ConnectionError(f"{self.base_url} broke off: {error!r}") from error
+        if reason not in ("stop", "length"):
+            raise ConnectionError(f"{self.base_url} broke off ({reason}).")
+
     def request(
         self,
         path: str,
@@ -180,10 +217,12 @@ class CompletionClient:
             wait *= 2
 
     def _request_once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(self.base_url + path, data=data, headers=self._headers)
-        with urlopen(request, timeout=self._timeout) as response:
+        with self._open(path, body) as response:
             return json.load(response)
+
+    def _open(self, path: str, body: dict[str, Any] | None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        return urlopen(Request(self.base_url + path, data=data, headers=self._headers), timeout=self._timeout)
 
 
 def completion_body(
