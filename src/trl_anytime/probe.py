@@ -10,7 +10,8 @@ from .server import CompletionClient
 
 QUESTION = (
     "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
-    "number is at least 2 times the lesser number? Let's think step by step and output the final answer within \\boxed{}."
+    "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
+    "\\boxed{}."
 )
 # Tokens that a server which ignores the budget gets to show it
 _HEADROOM = 256

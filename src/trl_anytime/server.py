@@ -8,7 +8,7 @@ comes back is checked: an answer that is shorter than it should be is an error, 
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -171,10 +171,7 @@ class CompletionClient:
             raise ConnectionError(f"{self.base_url} broke off ({reason}).")
 
     def request(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        check: Callable[[dict[str, Any]], Any] = lambda answer: None,
+        self, path: str, body: dict[str, Any] | None = None, *, check: Callable[[dict[str, Any]], Any]
     ) -> dict[str, Any]:
         """
         One answer of the server, asked for as often as it takes.
