@@ -312,7 +312,7 @@ def _eval(options: argparse.Namespace) -> int:
         contract,
         problem_sets,
         options.model,
-        num_samples=options.samples or 1,
+        num_samples=1 if options.samples is None else options.samples,
         num_summaries=options.summaries,
         instruction=INSTRUCTION if options.instruction is None else options.instruction,
         reward=reward,
