@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
     AnytimeContract(markers, [4, 8], [0.5, 0.5], 3, Sampling(), [2]).save(folder)
     with (folder / "problems.jsonl").open("w") as file:
         for i in range(NUM_PROBLEMS):
-            file.write(json.dumps({"problem": " ".join("0123456789"[: i + 1]), "answer": i}) + "\n")
+            answers = [str(digit) for digit in range(i, i + 5)]  # any of them is right
+            file.write(json.dumps({"problem": " ".join("0123456789"[: i + 1]), "answer": answers}) + "\n")
     return folder
 
 

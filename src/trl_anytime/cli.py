@@ -206,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
+        if not sys.stderr.isatty():
+            _hide_progress_bars()
         return options.run(options)
     except ConnectionError as error:
         print(f"trl-anytime: {error}", file=sys.stderr)
@@ -217,6 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("trl-anytime: interrupted", file=sys.stderr)
         sys.stdout.flush()
         os._exit(INTERRUPTED)  # threads may be waiting for a server, and what is finished is on the disk
+
+
+def _hide_progress_bars() -> None:
+    """Those of the libraries; ours hide themselves in a pipe."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
