@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 from test_inference import make_contract
-from tiny import make_tokenizer
 
 from trl_anytime.serving import SERVERS, deployment
 
@@ -13,9 +12,9 @@ from trl_anytime.serving import SERVERS, deployment
 @pytest.mark.parametrize("server", SERVERS)
 def test_requests_carry_the_contract(server):
     contract = replace(make_contract(), max_summary_length=7)
-    found = deployment(server, "some/model", contract, make_tokenizer(), budget=100)
+    found = deployment(server, "some/model", contract, budget=100)
     assert any("some/model" in word for word in found.command)
-    think, answer, *_ = found.requests
+    *_, think, answer = found.requests
     text = found.text()
     assert "[9, 5, 8]" in text and "[8]" in text  # both bridges, as ids
     assert "100" in json.dumps(think.body) and "7" in json.dumps(answer.body)
@@ -24,21 +23,15 @@ def test_requests_carry_the_contract(server):
 
 
 def test_vllm():
-    found = deployment("vllm", "some/model", make_contract(), make_tokenizer(), budget=100)
-    config = json.loads(found.command[found.command.index("--reasoning-config") + 1])
-    assert config == {"reasoning_start_str": "<think>", "reasoning_end_str": "so </think>answer"}
-    think, answer, chat = (request.body for request in found.requests)
+    found = deployment("vllm", "some/model", make_contract(), budget=100)
+    assert found.command[-2:] == ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
+    chat, think, answer = (request.body for request in found.requests)
     assert (think["max_tokens"], think["stop_token_ids"]) == (100, [2, 5])
     assert (answer["max_tokens"], answer["stop_token_ids"]) == (4, [2])
-    assert chat["thinking_token_budget"] == 100 and chat["temperature"] == 0
-
-
-def test_bridges_that_vllm_would_encode_otherwise_are_named():
-    found = deployment("vllm", "some/model", make_contract(), make_tokenizer(), budget=100)
-    # A word-level tokenizer reads "</think>answer" as an unknown word
-    assert "vLLM makes other tokens of the bridges" in found.text()
+    assert chat["vllm_xargs"] == {"thinking_budget": 100} and chat["temperature"] == 0
+    assert chat["max_tokens"] == 100 + 3 + 4 + 1
 
 
 def test_an_unknown_server():
     with pytest.raises(ValueError, match="must be one of vllm, sglang, llama.cpp, got 'ollama'"):
-        deployment("ollama", "some/model", make_contract(), make_tokenizer(), budget=100)
+        deployment("ollama", "some/model", make_contract(), budget=100)

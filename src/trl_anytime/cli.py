@@ -129,8 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         _probe,
         "check that a server keeps to thinking budgets and uses the trained markers",
         "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budgets 32,128,512\n"
-        "  trl-anytime probe outputs/model --base-url http://localhost:30000 \\\n"
-        "      --budget-field custom_params.thinking_budget",
+        "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budget-field vllm_xargs.thinking_budget",
     )
     _add_model(probe, with_backend=False, base_url_required=True)
     probe.add_argument("--budgets", type=parse_budgets, default=[32, 128, 512], help="default: 32,128,512")
@@ -138,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "--budget-field",
         default="thinking_token_budget",
         metavar="FIELD",
-        help="field of the request, dots lead into objects (default: %(default)s, which is vLLM's)",
+        help="field of the request, dots lead into objects (default: %(default)s, which is vLLM's own; that of "
+        "`serve-command` is vllm_xargs.thinking_budget)",
     )
     probe.add_argument("--question", help="what to ask: something that takes long to think about")
 
@@ -408,9 +408,8 @@ def _probe(options: argparse.Namespace) -> int:
 def _serve_command(options: argparse.Namespace) -> int:
     from .serving import deployment
 
-    tokenizer, contract = _contract(options)
-    budget = options.budget or contract.budgets[-1]
-    print(deployment(options.server, options.model, contract, tokenizer, budget).text())
+    _, contract = _contract(options)
+    print(deployment(options.server, options.model, contract, options.budget or contract.budgets[-1]).text())
     return 0
 
 

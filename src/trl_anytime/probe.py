@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .contract import AnytimeContract
+from .contract import AnytimeContract, check_context
 from .server import CompletionClient
 
 QUESTION = (
@@ -127,13 +127,19 @@ def probe(
 
     Raises:
         `ConnectionError`: If the server gives no complete answer.
+        `ValueError`: If a budget is beyond its context.
     """
+    messages = [{"role": "user", "content": question}]
+    num_prompt_tokens = len(contract.prompt_ids(tokenizer, [messages])[0])
+    check_context(num_prompt_tokens, max(budgets), contract, client.max_model_len, "the server's")
+    most = None if client.max_model_len is None else client.max_model_len - num_prompt_tokens
     findings = []
     for budget in budgets:
+        needed = budget + contract.markers.max_bridge_length + contract.max_summary_length + _HEADROOM
         body: dict[str, Any] = {
             "model": client.model,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": budget + contract.markers.max_bridge_length + contract.max_summary_length + _HEADROOM,
+            "messages": messages,
+            "max_tokens": needed if most is None else min(needed, most),
             "return_token_ids": True,
             "skip_special_tokens": False,
             "chat_template_kwargs": contract.chat_template_kwargs,

