@@ -278,5 +278,5 @@ class BRPOConfig(GRPOConfig):
         if own:
             raise ValueError(
                 f"`generation_kwargs` must not set {own}: thinkings end at the last budget and summaries at "
-                "`max_summary_length`."
+                "`max_summary_length`, and neither is constrained otherwise."
             )

@@ -8,7 +8,7 @@ its sampling settings.
 import json
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -152,10 +152,10 @@ class _EngineLoop:
             grown.append(continuation)
         return grown
 
-    def abort(self, continuations: Iterable[_Continuation]) -> None:
+    def abort(self, continuations: Sequence[_Continuation]) -> None:
         """End unfinished continuations where they are."""
+        self._engine.abort_request([continuation.request_id for continuation in continuations])
         for continuation in continuations:
-            self._engine.abort_request([continuation.request_id])
             del self._unfinished[continuation.request_id]
             continuation.finished = True
 
@@ -172,6 +172,8 @@ class _OpenRollout:
     Args:
         prompt_ids (`list[int]`):
             The rendered prompt.
+        number (`int`):
+            Number of its thinking among all continuations; its summaries follow.
         sampled (`_Continuation`):
             Its thinking.
         summaries (`list[list[_Continuation]]`):
@@ -181,6 +183,7 @@ class _OpenRollout:
     """
 
     prompt_ids: list[int]
+    number: int
     sampled: _Continuation
     summaries: list[list[_Continuation]] = field(default_factory=list)
     num_context_tokens: int = 0
@@ -277,38 +280,38 @@ class EngineGeneration(Generation):
     def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
         with self._timed("thinking"):
             sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
+            per_rollout = 1 + len(settings.budgets) * settings.num_summaries
+            numbers = range(0, len(prompts) * per_rollout, per_rollout)
             rollouts = [
-                _OpenRollout(prompt, loop.add(prompt, _with_seed(sampling, i))) for i, prompt in enumerate(prompts)
+                _OpenRollout(prompt, number, loop.add(prompt, _with_seed(sampling, number)))
+                for prompt, number in zip(prompts, numbers, strict=True)
             ]
-            indices = {rollout.sampled: i for i, rollout in enumerate(rollouts)}
-            num_thinking = len(rollouts)
-            while num_thinking:
+            thinking = {rollout.sampled: rollout for rollout in rollouts}
+            while thinking:
                 for continuation in loop.step():
-                    if continuation not in indices:
+                    rollout = thinking.get(continuation)
+                    if rollout is None:
                         continue  # a summary
-                    rollout = rollouts[indices[continuation]]
                     # A marker of several tokens does not stop the engine
                     if rollout.has_ended(settings.markers) and not continuation.finished:
                         loop.abort([continuation])
-                    num_thinking -= continuation.finished
+                    if continuation.finished:
+                        del thinking[continuation]
                     if self._overlap:
-                        self._summarise(loop, rollouts, indices[continuation], settings)
+                        self._summarise(loop, rollout, settings)
         with self._timed("summarising"):
-            for i in range(len(rollouts)):
-                self._summarise(loop, rollouts, i, settings)
+            for rollout in rollouts:
+                self._summarise(loop, rollout, settings)
             while loop.has_unfinished:
                 loop.step()
         return rollouts
 
-    def _summarise(
-        self, loop: _EngineLoop, rollouts: list[_OpenRollout], index: int, settings: RolloutSettings
-    ) -> None:
-        """Request the summaries of a rollout at all budgets that its thinking has passed."""
-        rollout = rollouts[index]
+    def _summarise(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+        """Request the summaries at all budgets that the thinking has passed since the last call."""
         passed = range(len(rollout.summaries), rollout.num_passed(settings.budgets))
         if not passed:
             return
-        thinking = rollout.thinking(settings)
+        thinking, num_summaries = rollout.thinking(settings), settings.num_summaries
         sampling = self._sampling(settings.max_summary_length, settings.eos_token_ids)
         for j in passed:
             cut, bridge = thinking.cut(settings.budgets[j], settings.markers)
@@ -320,11 +323,11 @@ class EngineGeneration(Generation):
                 rollout.summaries.append(rollout.summaries[-1])
                 continue
             context = [*rollout.prompt_ids, *thinking.token_ids[:cut], *bridge]
-            first = len(rollouts) + (index * len(settings.budgets) + j) * settings.num_summaries
+            first = rollout.number + 1 + j * num_summaries
             rollout.summaries.append(
-                [loop.add(context, _with_seed(sampling, first + a)) for a in range(settings.num_summaries)]
+                [loop.add(context, _with_seed(sampling, first + a)) for a in range(num_summaries)]
             )
-            rollout.num_context_tokens += settings.num_summaries * len(context)
+            rollout.num_context_tokens += num_summaries * len(context)
 
     def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
         """Sampling parameters of one phase."""
@@ -361,8 +364,8 @@ class ColocateGeneration(EngineGeneration):
             return
         if self._vllm._llm_weights_sleeping:  # sleep has discarded them, and TRL had no reason to send new ones
             self._vllm.sync_weights()
-        self._vllm.llm.wake_up(tags=["kv_cache"])
         try:
+            self._vllm.llm.wake_up(tags=["kv_cache"])
             yield
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
@@ -407,10 +410,10 @@ class ColocateGeneration(EngineGeneration):
         }
 
 
-def _with_seed(sampling: dict[str, Any], index: int) -> dict[str, Any]:
+def _with_seed(sampling: dict[str, Any], number: int) -> dict[str, Any]:
     """The parameters of one continuation: with one seed for all, the summaries of a cut would be the same."""
     seed = sampling.get("seed")
-    return sampling if seed is None else {**sampling, "seed": seed + index}
+    return sampling if seed is None else {**sampling, "seed": seed + number}
 
 
 # Server mode

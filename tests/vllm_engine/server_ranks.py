@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 
-import conftest  # noqa: F401  environment variables, before the libraries
+import conftest  # noqa: F401  environment variables and paths, before the libraries
 from requests.adapters import HTTPAdapter
 from tiny import make_config, make_dataset, make_tokenizer, parity_reward
 from trl.generation.vllm_client import VLLMClient
@@ -86,10 +86,11 @@ if __name__ == "__main__":
     results["unreachable"] = error_of(lambda: make_trainer("http://127.0.0.1:9"))  # where nothing listens
     results["too long"] = error_of(lambda: make_trainer(URL, budgets=[120]))
     trainer = make_trainer(URL)
-    results["requests"] = spy_on_requests(trainer)
+    requests = spy_on_requests(trainer)
     trainer.train()
     results["log"] = [log for log in trainer.state.log_history if "loss" in log]
     trainer.evaluate(make_dataset())
+    results["requests"] = list(requests)
     kill_server_before_summaries(trainer)
     results["killed"] = error_of(trainer.train)
     with open(os.path.join(OUTPUT_DIR, f"rank{RANK}.json"), "w") as file:

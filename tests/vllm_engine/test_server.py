@@ -133,14 +133,8 @@ def ranks(server, model_dir, tmp_path_factory):
     script = Path(__file__).parent / "server_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     url, process = server
-    tests = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [*command, model_dir, url, str(process.pid), str(output_dir)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = [model_dir, url, str(process.pid), str(output_dir)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
 
