@@ -1,5 +1,7 @@
 """The probe's verdicts on servers that keep to budgets, ignore them, or close thinkings in other ways."""
 
+from dataclasses import replace
+
 import pytest
 from test_inference import make_contract
 from tiny import make_tokenizer
@@ -69,6 +71,15 @@ def test_a_thinking_that_ended_by_itself_is_fine():
     finding = judge([ONE, ONE, END, THREE, EOS], 4, CONTRACT, tokenizer)
     assert (finding.outcome, finding.thinking_tokens, finding.passed) == ("not reached", 3, True)
     assert "no answer bridge follows" in report([finding])
+
+
+def test_a_bridge_that_is_nothing_but_the_marker():
+    """Where it stands tells a thinking that was cut from one that ended by itself."""
+    contract = replace(CONTRACT, markers=replace(CONTRACT.markers, truncation_bridge_ids=(END,)))
+    tokenizer = make_tokenizer()
+    for length, outcome in ((2, "not reached"), (4, "enforced"), (6, "ignored")):
+        finding = judge([*[ONE] * length, END, ANSWER, THREE, EOS], 4, contract, tokenizer)
+        assert (finding.outcome, finding.markers) == (outcome, "trained")
 
 
 def test_text_of_servers_that_return_no_ids():

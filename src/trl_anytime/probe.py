@@ -76,6 +76,10 @@ def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenize
     start = end - len(markers.think_end_ids) - before_end
     bridge = markers.truncation_bridge_ids
     is_cut = start >= 0 and tuple(token_ids[start : start + len(bridge)]) == bridge
+    if (
+        bridge == markers.think_end_ids
+    ):  # the model's own end looks the same; some servers count what opens the thinking
+        is_cut = start in (budget - 1, budget)
     thinking = start if is_cut else end
     rest = token_ids[start + len(bridge) :] if is_cut else token_ids[end:]
     has_answer_bridge = tuple(rest[: len(markers.answer_bridge_ids)]) == markers.answer_bridge_ids
