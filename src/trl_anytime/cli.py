@@ -187,7 +187,12 @@ def _add_model(
     local = parser.add_argument_group("local model")
     if with_backend:
         local.add_argument("--backend", choices=["transformers", "vllm"], default="transformers")
-        local.add_argument("--max-cached-tokens", type=int, metavar="N", help="tokens held in a cache at a time")
+        local.add_argument(
+            "--max-cached-tokens", type=int, metavar="N", help="transformers: tokens held in a cache at a time"
+        )
+        local.add_argument(
+            "--max-model-len", type=int, metavar="N", help="vLLM: tokens of its context (default: the model's)"
+        )
     local.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: that of the checkpoint)")
     local.add_argument("--device", help="default: cuda if there is one, else cpu")
 
@@ -217,8 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("trl-anytime: interrupted", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(INTERRUPTED)  # threads may be waiting for a server, and what is finished is on the disk
+        if vars(options).get("base_url"):  # threads may be waiting for the server, and what is finished is on the disk
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+        return INTERRUPTED
 
 
 def _hide_progress_bars() -> None:
@@ -274,7 +281,13 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
     if vars(options).get("backend") == "vllm":
         from vllm import LLM
 
-        return LLM(options.model, dtype=options.dtype, generation_config="vllm", enable_prefix_caching=True)
+        return LLM(
+            options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            generation_config="vllm",
+            enable_prefix_caching=True,
+        )
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -69,9 +69,11 @@ class Sampling:
 
     def generation_config(self) -> GenerationConfig:
         """The settings of transformers. Every one is set: what is not would come from the model's own."""
+        if self.temperature == 0:
+            return GenerationConfig(do_sample=False, repetition_penalty=self.repetition_penalty)
         return GenerationConfig(
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
+            do_sample=True,
+            temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
             min_p=self.min_p or None,

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contract import AnytimeContract
+from .inference import rollout_settings
 from .server import completion_body
 
 SERVERS = ("vllm", "sglang", "llama.cpp")
 _PROMPT = "<ids of the rendered prompt>"
-_THINKING = "<ids of the thinking, at most the budget>"
+_CONTEXT = f"{_PROMPT} + <ids of the thinking> + <bridge>"
 
 
 @dataclass(frozen=True)
@@ -114,42 +115,33 @@ def _vllm(model: str, contract: AnytimeContract, budget: int) -> Deployment:
 
 
 def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Request]:
-    markers, eos = contract.markers, contract.eos_token_ids
-    stop = [*eos, *(markers.think_end_ids if len(markers.think_end_ids) == 1 else ())]
+    stop, eos = rollout_settings(contract, num_summaries=1).stop_token_ids, contract.eos_token_ids
     think = completion_body(model, [], budget, stop, contract.sampling)
     answer = completion_body(model, [], contract.max_summary_length, eos, contract.sampling)
-    closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
     return [
         Request("By token ids: 1. Think, up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
-        Request(
-            f"2. Answer. The bridge is {closed} behind a thinking that was cut, and {ended} behind one that ended by "
-            "itself",
-            "/v1/completions",
-            {**answer, "prompt": f"{_PROMPT} + {_THINKING} + <bridge>"},
-        ),
+        Request(_answer_behind(contract), "/v1/completions", {**answer, "prompt": _CONTEXT}),
     ]
 
 
-def _sglang(model: str, contract: AnytimeContract, budget: int) -> Deployment:
-    markers, eos = contract.markers, contract.eos_token_ids
-    stop = [*eos, *(markers.think_end_ids if len(markers.think_end_ids) == 1 else ())]
-    sampling = contract.sampling.vllm() | {"top_k": contract.sampling.top_k if contract.sampling.top_k > 0 else -1}
+def _answer_behind(contract: AnytimeContract) -> str:
+    markers = contract.markers
     closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
+    return f"2. Answer. The bridge is {closed} behind a thinking that was cut, {ended} behind one that ended by itself"
+
+
+def _sglang(model: str, contract: AnytimeContract, budget: int) -> Deployment:
+    stop, eos = rollout_settings(contract, num_summaries=1).stop_token_ids, contract.eos_token_ids
+    sampling = contract.sampling.vllm() | {"top_k": contract.sampling.top_k if contract.sampling.top_k > 0 else -1}
+    think = {**sampling, "max_new_tokens": budget, "stop_token_ids": stop}
+    answer = {**sampling, "max_new_tokens": contract.max_summary_length, "stop_token_ids": eos}
     requests = [
         Request(
             "1. Think, up to the budget; the tokens are in `output_ids`",
             "/generate",
-            {"input_ids": _PROMPT, "sampling_params": {**sampling, "max_new_tokens": budget, "stop_token_ids": stop}},
+            {"input_ids": _PROMPT, "sampling_params": think},
         ),
-        Request(
-            f"2. Answer. The bridge is {closed} behind a thinking that was cut, and {ended} behind one that ended by "
-            "itself",
-            "/generate",
-            {
-                "input_ids": f"{_PROMPT} + {_THINKING} + <bridge>",
-                "sampling_params": {**sampling, "max_new_tokens": contract.max_summary_length, "stop_token_ids": eos},
-            },
-        ),
+        Request(_answer_behind(contract), "/generate", {"input_ids": _CONTEXT, "sampling_params": answer}),
     ]
     notes = [
         "Not run here: written by SGLang's documentation.",
@@ -161,9 +153,8 @@ def _sglang(model: str, contract: AnytimeContract, budget: int) -> Deployment:
 
 
 def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment:
-    markers = contract.markers
+    markers, sampling = contract.markers, contract.sampling
     before, after = markers.truncation_bridge.split(markers.think_end)
-    sampling = contract.sampling
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -173,30 +164,24 @@ def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment
         "cache_prompt": True,
         "return_tokens": True,
     }
-    closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
-    command = ["llama-server", "--model", f"{model}.gguf", "--jinja", "--reasoning-budget", str(budget)]
-    command += ["--reasoning-budget-message", before]
-    requests = [
-        Request(
-            "1. Think, up to the budget; the tokens are in `tokens`",
-            "/completion",
-            {"prompt": _PROMPT, "n_predict": budget, "stop": [markers.think_end], **common},
-        ),
-        Request(
-            f"2. Answer. The bridge is {closed} behind a thinking that was cut, and {ended} behind one that ended by "
-            f"itself, which includes {list(markers.think_end_ids)}",
-            "/completion",
-            {
-                "prompt": f"{_PROMPT} + {_THINKING} + <bridge>",
-                "n_predict": contract.max_summary_length,
-                **common,
-            },
-        ),
-    ]
+    think = {"prompt": _PROMPT, "n_predict": budget, "stop": [markers.think_end], **common}
+    answer = {"prompt": _CONTEXT, "n_predict": contract.max_summary_length, **common}
     notes = [
         "Not run here: written by llama.cpp's documentation. The model has to be converted to GGUF first.",
+        f"The end of thinking, {list(markers.think_end_ids)}, is not among the tokens of a thinking that ended by "
+        "itself: put it before the bridge.",
         f"--reasoning-budget holds for the whole server. It inserts its message and {markers.think_end!r}, but "
         f"neither {after!r} nor the answer bridge {markers.answer_bridge!r}: only the two requests by token ids are "
         "what training spliced.",
     ]
-    return Deployment(command, requests, notes)
+    return Deployment(
+        [
+            *("llama-server", "--model", f"{model}.gguf", "--jinja"),
+            *("--reasoning-budget", str(budget), "--reasoning-budget-message", before),
+        ],
+        [
+            Request("1. Think, up to the budget; the tokens are in `tokens`", "/completion", think),
+            Request(_answer_behind(contract), "/completion", answer),
+        ],
+        notes,
+    )
