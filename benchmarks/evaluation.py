@@ -67,7 +67,8 @@ def main() -> None:
         if options.backend == "vllm":
             from vllm import LLM
 
-            model = LLM(temporary, dtype="float32", enforce_eager=True)
+            # Whole blocks are cached; the CPU backend's are 128 tokens by default and 32 at least, a GPU's 16
+            model = LLM(temporary, dtype="float32", enforce_eager=True, block_size=32)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
         contract = AnytimeContract.load(folder)

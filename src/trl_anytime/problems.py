@@ -182,7 +182,7 @@ def _load_file(path: Path) -> Any:
         raise ValueError(f"There is no file {path}.{_did_you_mean(str(path), there)}")
     try:
         return load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # by version of datasets
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 
