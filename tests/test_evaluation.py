@@ -14,7 +14,8 @@ import torch
 from datasets import load_dataset
 from tiny import make_model, make_tokenizer
 from tiny_server import TinyServer, serving
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_anytime import AnytimeContract, Sampling
 from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
@@ -172,6 +173,29 @@ def test_the_preset_of_the_paper(folder):
     assert (protocol["budgets"], protocol["sampling"]["temperature"]) == ([4, 8], 0.6)
     assert (protocol["max_summary_length"], protocol["num_samples"]) == (118, 1)
     assert protocol["instruction"] == r"Let's think step by step and output the final answer within \boxed{}."
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the problems are not part of the repository: ../shared/data is missing")
+def test_real_problems(tmp_path):
+    """Olympiad questions through a byte-level tokenizer, with the bridges of the paper."""
+    bpe = ByteLevelBPETokenizer()
+    special_tokens = ["<|end|>", "<think>", "</think>"]
+    bpe.train_from_iterator([], vocab_size=300, special_tokens=special_tokens)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template
+    )
+    tokenizer.save_pretrained(tmp_path)
+    make_model(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(tmp_path)
+    sets = [f"--dataset={name}={DATA / f'{name}.jsonl'}" for name in ("aime24", "amc")]
+    sampling = ["--budgets=8,16", "--max-summary-length=8", "--limit=20", "--batch-size=20", "--device=cpu"]
+    assert main(["eval", str(tmp_path), *sets, *sampling, f"--output={tmp_path}"]) == 0
+    results = load_results(tmp_path / "results.json")
+    assert [len(values) for values in results["questions"].values()] == [20, 20]
+    assert results["protocol"]["markers"]["truncation_bridge"] == "...\n\n...\n\n</think>"
 
 
 # Going on after a crash
