@@ -30,6 +30,7 @@ OVERRIDDEN = {
     "_get_train_sampler": ["self", "dataset"],
     "_save_checkpoint": ["self", "model", "trial"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "save_model": ["self", "output_dir", "_internal_call"],
 }
 # Called methods
 CALLED = {
@@ -68,6 +69,7 @@ OWN = {
     "_check_context",
     "_choose_forward",
     "_choose_generation",
+    "_contract",
     "_engine_context",
     "_find_markers",
     "_forward",

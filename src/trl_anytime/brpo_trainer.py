@@ -7,7 +7,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +29,10 @@ from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import prior_weights
+from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
-from .markers import ThinkingMarkers, find_markers
+from .markers import ThinkingMarkers, find_markers, render_prompt
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
@@ -106,6 +106,7 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
     - `train`, `_save_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM saves, checkpoints are
       whole and resumed exactly (docs/reliability.md).
+    - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: says at which budgets the model was trained.
 
     Example:
@@ -230,19 +231,7 @@ class BRPOTrainer(GRPOTrainer):
     def _find_markers(self) -> ThinkingMarkers:
         """Markers and bridges, from the first prompt as the model will see it."""
         prompt = next(iter(self.train_dataset))["prompt"]
-        generation_prompt = None
-        if is_conversational({"prompt": prompt}):
-            if self._tokenizer.chat_template is None:
-                raise ValueError(
-                    "The prompts are conversational but the tokenizer has no chat template: set "
-                    "`processing_class.chat_template`, or pass prompts as text."
-                )
-            render = partial(self._tokenizer.apply_chat_template, prompt, tokenize=False, **self.chat_template_kwargs)
-            without, prompt = render(add_generation_prompt=False), render(add_generation_prompt=True)
-            # What the template added for the answer; some templates add it always
-            generation_prompt = (
-                prompt.removeprefix(without) if prompt.startswith(without) and prompt != without else None
-            )
+        prompt, generation_prompt = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         return find_markers(
             self._tokenizer,
             prompt,
@@ -819,6 +808,31 @@ class BRPOTrainer(GRPOTrainer):
         self._logs["rewards"] = defaultdict(deque, zip(self.reward_func_names, map(deque, rewards), strict=True))
         self._logs["advantages"] = deque(summary[:, :, 0].flatten().tolist())
         self._logs["extra"] = defaultdict(deque, extra)
+
+    # Saving
+
+    def _contract(self) -> AnytimeContract:
+        """What is needed to use the model as it was trained."""
+        args = self.args
+        return AnytimeContract(
+            markers=self.markers,
+            budgets=args.budgets,
+            prior=prior_weights(args.prior, args.budgets).tolist(),
+            max_summary_length=args.max_summary_length,
+            sampling=Sampling(
+                args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty
+            ),
+            eos_token_ids=self.eos_token_ids,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            # First, because saving may push the folder to the Hub; and beside the last model too, because what is
+            # pushed during training is that folder
+            for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
+                self._contract().save(str(folder))
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)

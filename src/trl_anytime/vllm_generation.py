@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -216,19 +217,20 @@ class _OpenRollout:
         )
 
 
-class ColocateGeneration(Generation):
+class EngineGeneration(Generation):
     """
-    The two phases in the engine that TRL's colocate mode has in this process.
+    The two phases in a vLLM engine.
 
     A summary's context is a prefix that the engine has just computed, and whose keys and values are in its prefix
-    cache: both phases run between one wake and one sleep. With `overlap` the summaries at a budget are requested as
-    soon as the thinking has passed it, and take the places of thinkings that have ended while others still run.
-
-    A `seed` in `generation_kwargs` gives every continuation a seed of its own, counted from there.
+    cache. With `overlap` the summaries at a budget are requested as soon as the thinking has passed it, and take the
+    places of thinkings that have ended while others still run.
 
     Args:
-        vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            TRL's backend, in colocate mode. Its weights are synchronised by TRL before each roll-out.
+        engine (`vllm.v1.engine.llm_engine.LLMEngine`):
+            The engine; `llm.llm_engine` of a `vllm.LLM`.
+        sampling (`dict[str, Any]`, *optional*):
+            Parameters of vLLM's `SamplingParams` for both phases. A `seed` gives every continuation a seed of its own,
+            counted from there.
         overlap (`bool`, *optional*, defaults to `True`):
             Whether the phases overlap.
 
@@ -244,12 +246,13 @@ class ColocateGeneration(Generation):
         `ValueError`: If the engine has no prefix cache.
     """
 
-    def __init__(self, vllm_generation: VLLMGeneration, overlap: bool = True):
+    def __init__(self, engine: Any, sampling: dict[str, Any] | None = None, overlap: bool = True):
         super().__init__()
-        self._vllm = vllm_generation
+        self._engine = engine
+        self._parameters = {"logprobs": 0, **(sampling or {})}
         self._overlap = overlap
         self.num_steps = self.num_context_tokens = self.num_cached_tokens = 0
-        if not vllm_generation.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+        if not engine.vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
                 "The vLLM engine runs without a prefix cache, so every summary would compute its thinking anew. vLLM "
                 "switches it off for models that it cannot cache, among them many recurrent and hybrid ones: set "
@@ -258,62 +261,21 @@ class ColocateGeneration(Generation):
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.seconds.clear()
-        with self._awake():
-            prompts, own = self._prompts_of_group([list(ids) for ids in prompt_ids])
-            loop = _EngineLoop(self._vllm.llm.llm_engine)
-            try:
-                rollouts = self._run(loop, prompts, settings)
-            except BaseException:
-                with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
-                    loop.abort_all()
-                raise
+        loop = _EngineLoop(self._engine)
+        try:
+            rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
+        except BaseException:
+            with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
+                loop.abort_all()
+            raise
         self.num_steps = loop.num_steps
         self.num_context_tokens = sum(rollout.num_context_tokens for rollout in rollouts)
         self.num_cached_tokens = sum(
             summary.num_cached_tokens
             for rollout in rollouts
-            for of_budget in rollout.summaries
-            for summary in of_budget
+            for summary in dict.fromkeys(chain.from_iterable(rollout.summaries))  # once, where budgets share them
         )
-        return [rollout.close(settings) for rollout in rollouts[own]]
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Wake the engine, if it sleeps between generations at all, and let it sleep again."""
-        if not self._vllm.enable_sleep_mode:
-            yield
-            return
-        if self._vllm._llm_weights_sleeping:  # sleep has discarded them, and TRL had no reason to send new ones
-            self._vllm.sync_weights()
-        try:
-            self._vllm.llm.wake_up(tags=["kv_cache"])
-            yield
-        except BaseException:
-            with suppress(Exception):  # the first error is the one to report
-                self._sleep()
-            raise
-        self._sleep()
-
-    def _sleep(self) -> None:
-        self._vllm._llm_weights_sleeping = True
-        self._vllm.llm.sleep(level=2)
-
-    def _prompts_of_group(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
-        """
-        The prompts of all ranks that share this engine by tensor parallelism, and which of them are this rank's.
-
-        Each of these ranks has a scheduler of its own, and they must not part: whatever is requested, and when, may
-        depend on nothing but these prompts and the tokens that come, which are the same on all of them.
-        """
-        size = self._vllm.tensor_parallel_size
-        if size == 1:
-            return prompts, slice(None)
-        gathered: list[Any] = [None] * size
-        torch.distributed.all_gather_object(gathered, prompts, group=self._vllm.tp_group)
-        if is_peft_model(self._vllm.model):  # as TRL does, against https://github.com/huggingface/trl/issues/3671
-            torch.distributed.barrier(device_ids=[self._vllm.accelerator.local_process_index])
-        first = torch.distributed.get_rank(group=self._vllm.tp_group) * len(prompts)
-        return [ids for part in gathered for ids in part], slice(first, first + len(prompts))
+        return [rollout.close(settings) for rollout in rollouts]
 
     def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
         with self._timed("thinking"):
@@ -353,12 +315,84 @@ class ColocateGeneration(Generation):
         sampling = self._sampling(settings.max_summary_length, settings.eos_token_ids)
         for j in passed:
             cut, bridge = thinking.cut(settings.budgets[j], settings.markers)
+            if (
+                settings.share_summaries
+                and j
+                and (cut, bridge) == thinking.cut(settings.budgets[j - 1], settings.markers)
+            ):
+                rollout.summaries.append(rollout.summaries[-1])
+                continue
             context = [*rollout.prompt_ids, *thinking.token_ids[:cut], *bridge]
             first = rollout.number + 1 + j * num_summaries
             rollout.summaries.append(
                 [loop.add(context, _with_seed(sampling, first + a)) for a in range(num_summaries)]
             )
             rollout.num_context_tokens += num_summaries * len(context)
+
+    def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
+        """Sampling parameters of one phase."""
+        return {**self._parameters, "max_tokens": max_tokens, "stop_token_ids": stop_token_ids}
+
+
+class ColocateGeneration(EngineGeneration):
+    """
+    The two phases in the engine that TRL's colocate mode has in this process, between one wake and one sleep.
+
+    A `seed` in `generation_kwargs` gives every continuation a seed of its own, counted from there.
+
+    Args:
+        vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's backend, in colocate mode. Its weights are synchronised by TRL before each roll-out.
+        overlap (`bool`, *optional*, defaults to `True`):
+            Whether the phases overlap.
+    """
+
+    def __init__(self, vllm_generation: VLLMGeneration, overlap: bool = True):
+        super().__init__(vllm_generation.llm.llm_engine, overlap=overlap)
+        self._vllm = vllm_generation
+
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        with self._awake():
+            prompts, own = self._prompts_of_group([list(ids) for ids in prompt_ids])
+            return super().roll_out(prompts, settings)[own]
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Wake the engine, if it sleeps between generations at all, and let it sleep again."""
+        if not self._vllm.enable_sleep_mode:
+            yield
+            return
+        if self._vllm._llm_weights_sleeping:  # sleep has discarded them, and TRL had no reason to send new ones
+            self._vllm.sync_weights()
+        try:
+            self._vllm.llm.wake_up(tags=["kv_cache"])
+            yield
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to report
+                self._sleep()
+            raise
+        self._sleep()
+
+    def _sleep(self) -> None:
+        self._vllm._llm_weights_sleeping = True
+        self._vllm.llm.sleep(level=2)
+
+    def _prompts_of_group(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+        """
+        The prompts of all ranks that share this engine by tensor parallelism, and which of them are this rank's.
+
+        Each of these ranks has a scheduler of its own, and they must not part: whatever is requested, and when, may
+        depend on nothing but these prompts and the tokens that come, which are the same on all of them.
+        """
+        size = self._vllm.tensor_parallel_size
+        if size == 1:
+            return prompts, slice(None)
+        gathered: list[Any] = [None] * size
+        torch.distributed.all_gather_object(gathered, prompts, group=self._vllm.tp_group)
+        if is_peft_model(self._vllm.model):  # as TRL does, against https://github.com/huggingface/trl/issues/3671
+            torch.distributed.barrier(device_ids=[self._vllm.accelerator.local_process_index])
+        first = torch.distributed.get_rank(group=self._vllm.tp_group) * len(prompts)
+        return [ids for part in gathered for ids in part], slice(first, first + len(prompts))
 
     def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
         """Sampling parameters of one phase, otherwise those of `VLLMGeneration.generate`."""
