@@ -313,12 +313,12 @@ class BRPOTrainer(GRPOTrainer):
     def _admit_sharded(self) -> None:
         """Collective: compare tree attention with separate rows on a sharded model, once it is ready to train."""
         if self._is_sharded and self._forward is forward_packed:
-            objection = sharded_objection(
-                cast(Any, self.model_wrapped), half_precision=self.args.bf16 or self.args.fp16
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            half_precision = self.args.bf16 or self.args.fp16
+            objection = sharded_objection(cast(torch.nn.Module, self.model_wrapped), model, half_precision)
             if objection is not None:
                 raise ValueError(
-                    f"{get_config_model_id(self.model.config)} cannot train on packed rollouts: {objection}. Set "
+                    f"{type(model).__name__} cannot train on packed rollouts: {objection}. Set "
                     "`tree_attention='rows'` to train on separate rows instead."
                 )
 
