@@ -101,8 +101,8 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
-    - `train`, `_save_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM saves, checkpoints are
-      whole and resumed exactly (docs/reliability.md).
+    - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
+      saves, checkpoints are whole and resumed exactly (docs/reliability.md).
     - `create_model_card`: says at which budgets the model was trained.
 
     Example:
@@ -708,6 +708,14 @@ class BRPOTrainer(GRPOTrainer):
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
         }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads adapters in float32, also where TRL trains them in bfloat16 (QLoRA)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
