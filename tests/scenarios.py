@@ -59,7 +59,7 @@ def make_trainer(
     config = make_config(os.path.join(directory, "out"), **{**SETTINGS, **settings})
     if fsdp2:
         use_fsdp2()
-    return BRPOTrainer(
+    trainer = BRPOTrainer(
         make_model(**(model or {})),
         config,
         make_dataset(num_prompts),
@@ -70,6 +70,11 @@ def make_trainer(
         callbacks=callbacks,
         reward_processing_classes=reward_processing_class,
     )
+    if lora == "bfloat16":  # as TRL does for QLoRA
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return trainer
 
 
 def summary(trainer):

@@ -10,6 +10,7 @@ KINDS = {
     "one rank": {},
     "two ranks": {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4},
     "LoRA": {"lora": True},
+    "LoRA in bfloat16": {"lora": "bfloat16"},
 }
 
 
@@ -63,6 +64,7 @@ def test_killed_and_resumed(ranks, straight, tmp_path):
         ("one rank", "saving", 1),  # no checkpoint is whole yet
         ("one rank", "saving", 8),
         ("LoRA", "loss", 9),
+        ("LoRA in bfloat16", "loss", 9),
         ("two ranks", "grading", 2),
         ("two ranks", "loss", 10),
         ("two ranks", "saving", 6),
@@ -87,7 +89,6 @@ def test_killed_at_a_place(ranks, straight, tmp_path, kind, place, count):
         "checkpoint-6",
         "checkpoint-6/model.safetensors",
         "checkpoint-6/optimizer.pt",
-        "checkpoint-6/trainer_state.json",
         "checkpoint-6/brpo_rank_0.pth",
         "checkpoint-6/brpo_checkpoint.new",
     ],

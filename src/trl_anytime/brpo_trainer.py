@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -105,8 +107,8 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
-    - `train`, `_save_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM saves, checkpoints are
-      whole and resumed exactly (docs/reliability.md).
+    - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
+      saves, checkpoints are whole and resumed exactly (docs/reliability.md).
     - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: says at which budgets the model was trained.
 
@@ -407,10 +409,11 @@ class BRPOTrainer(GRPOTrainer):
     @contextmanager
     def _hold_model(self) -> Iterator[PreTrainedModel]:
         """The model as TRL unwraps it to generate, without dropout."""
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        gather = self.args.ds3_gather_for_generation
+        checkpointing = {}
+        if Version(trl.__version__) >= Version("1.16"):  # 1.15 forgets how checkpointing was switched on
+            checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
         with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing
+            self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation, **cast(Any, checkpointing)
         ) as model:
             training = model.training
             model.eval()
@@ -778,6 +781,14 @@ class BRPOTrainer(GRPOTrainer):
             "last_logged": self._globalstep_last_logged,
             "adaptive_baseline": None if self._adaptive_baseline is None else self._adaptive_baseline.state_dict(),
         }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads adapters in float32, also where TRL trains them in bfloat16 (QLoRA)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
