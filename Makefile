@@ -17,9 +17,9 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples
-# train long enough to be too slow with it.
+# and the tests marked as heavy train long enough to be too slow with it.
 test-oldest: $(VENV)-oldest/.installed
-	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py
+	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py -m "not heavy"
 
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed

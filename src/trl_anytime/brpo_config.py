@@ -16,6 +16,12 @@ else:
 # Inherited settings that have no meaning for packed rollouts: (name, the only value allowed, why, what to do instead)
 _FIXED_SETTINGS = (
     (
+        "enable_jit_checkpoint",
+        False,
+        "BRPOTrainer itself saves on SIGTERM, on all ranks at the same step",
+        "remove it",
+    ),
+    (
         "scale_rewards",
         "none",
         "BRPO's advantages are not divided by a standard deviation",
@@ -53,6 +59,7 @@ _FIXED_SETTINGS = (
     ),
 )
 TREE_ATTENTION = ("auto", "tree", "rows")
+ON_NONFINITE = ("raise", "skip")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
 _OWN_GENERATION_KEYS = (
@@ -114,6 +121,13 @@ class BRPOConfig(GRPOConfig):
         vllm_overlap (`bool`, *optional*, defaults to `True`):
             Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
             others still think. `False` waits for the last thinking, which takes more steps of the engine.
+
+        > Parameters that control what happens on faults
+
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do when log-probabilities, loss or gradient are NaN or infinite: `"raise"` stops with the step and
+            the prompts, `"skip"` leaves the optimiser step out on all ranks and counts it in the metric
+            `nonfinite/skipped_ratio`. Rewards that are not finite always stop.
 
         > Parameters that control what is spliced into a thinking
 
@@ -202,6 +216,17 @@ class BRPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control what happens on faults
+    on_nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do when log-probabilities, loss or gradient are NaN or infinite: 'raise' stops with the "
+            "step and the prompts, 'skip' leaves the optimiser step out and counts it in the metric "
+            "`nonfinite/skipped_ratio`.",
+            "choices": list(ON_NONFINITE),
+        },
+    )
+
     # Parameters that control what is spliced into a thinking
     think_end: str | None = field(
         default=None,
@@ -256,6 +281,12 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
         if self.tree_attention not in TREE_ATTENTION:
             raise ValueError(f"`tree_attention` must be one of {TREE_ATTENTION}, got {self.tree_attention!r}.")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"`on_nonfinite` must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}.")
+        if self.on_nonfinite == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
+            )
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
 

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, logits_process
 
 from .branches import BranchContext, Trunk, decode_branches
+from .cache import growing_cache
 from .generation import Generation, RolloutSettings
 from .rollout import Rollout, Thinking
 
@@ -88,7 +89,7 @@ class TransformersGeneration(Generation):
         token_ids = torch.tensor(padded, device=model.device)
         starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
         rows = list(range(len(prompts)))  # whose thinking each row is
-        cache = DynamicCache()  # without a config: layers with a window keep what later branches of early cuts see
+        cache = growing_cache()
         sampled: list[list[int]] = [[] for _ in prompts]
         running, trunks = set(rows), []
         # `generate()` runs until the last row has finished: it is called for some tokens at a time, and finished rows
