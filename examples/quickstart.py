@@ -18,9 +18,10 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -31,7 +32,14 @@ import psutil
 from datasets import Dataset
 from matplotlib.figure import Figure
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProgressCallback, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 from trl import SFTConfig, SFTTrainer
 
 from trl_anytime import BRPOConfig, BRPOTrainer
@@ -46,6 +54,7 @@ FULL_UPDATES = 60
 
 NODES = "abcdefgh"
 FILLERS = ("so", "then", "hmm", "wait")
+WORDS = (*FILLERS, *NODES, *(node + target for node in NODES for target in f"{NODES}." if target != node))
 # Closes a thinking that was cut (BRPOConfig.truncation_bridge), then asks for the answer (answer_bridge).
 TRUNCATION_BRIDGE, ANSWER_BRIDGE = "</think>", "answer"
 CHAT_TEMPLATE = (
@@ -91,9 +100,14 @@ def make_problem(rng: random.Random) -> Problem:
     return Problem(question=" ".join([*entries, nodes[0]]), start=nodes[0], arrows=arrows)
 
 
-def make_problems(count: int, rng: random.Random, held_out: Container[str] = ()) -> list[Problem]:
+def make_problems(
+    count: int,
+    rng: random.Random,
+    held_out: Container[str] = (),
+    make_problem: Callable[[random.Random], Any] = make_problem,
+) -> list[Any]:
     """`count` different problems, none of whose questions is in `held_out`."""
-    problems: dict[str, Problem] = {}
+    problems: dict[str, Any] = {}
     while len(problems) < count:
         problem = make_problem(rng)
         if problem.question not in held_out:
@@ -130,11 +144,10 @@ def make_thinking(problem: Problem, rng: random.Random) -> tuple[list[str], str]
 # Tokenizer, model, data
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(task_words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """One token per word; the template opens the thinking, as DeepSeek-R1-Distill's does."""
     markers = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    words = [*markers, "user", "assistant", ANSWER_BRIDGE, *FILLERS, *NODES]
-    words += [node + target for node in NODES for target in f"{NODES}." if target != node]
+    words = [*markers, "user", "assistant", ANSWER_BRIDGE, *task_words]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # As in Qwen3's tokenizer, the thinking markers are single tokens but not special: they show when decoding.
@@ -166,11 +179,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def make_prompt(problem: Problem) -> list[dict[str, str]]:
+def make_prompt(problem: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": problem.question}]
 
 
-def make_sft_dataset(problems: list[Problem], tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Dataset:
+def make_sft_dataset(
+    problems: list[Any],
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    make_thinking: Callable[..., tuple[list[str], str]] = make_thinking,
+    longest: int = BUDGETS[-1],
+) -> Dataset:
     """
     One row per problem: prompt, thinking, bridge, answer. The loss leaves out the prompt and the bridge. A quarter of
     the thinkings are cut at a random place, so the model learns to answer early but is not taught to stop early.
@@ -182,7 +201,7 @@ def make_sft_dataset(problems: list[Problem], tokenizer: PreTrainedTokenizerFast
         thinking.append("</think>")
         if rng.random() < 0.25:
             thinking = thinking[: rng.randrange(len(thinking))]
-        thinking = thinking[: BUDGETS[-1]]
+        thinking = thinking[:longest]
         bridge = [ANSWER_BRIDGE] if thinking[-1:] == ["</think>"] else [TRUNCATION_BRIDGE, ANSWER_BRIDGE]
         pieces = [(prompt.split(), False), (thinking, True), (bridge, False), ([answer, tokenizer.eos_token], True)]
         input_ids, labels = [], []
@@ -194,7 +213,7 @@ def make_sft_dataset(problems: list[Problem], tokenizer: PreTrainedTokenizerFast
     return Dataset.from_list(rows)
 
 
-def make_rl_dataset(problems: list[Problem]) -> Dataset:
+def make_rl_dataset(problems: list[Any]) -> Dataset:
     return Dataset.from_list([{"prompt": make_prompt(problem), "answer": problem.answer} for problem in problems])
 
 
@@ -210,19 +229,20 @@ class ProgressBar(ProgressCallback):
 
 
 def supervised_fine_tune(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     dataset: Dataset,
     steps: int,
     seed: int,
     output_dir: Path,
+    learning_rate: float = 5e-3,
 ) -> None:
     args = SFTConfig(
         output_dir=str(output_dir),
         save_strategy="no",
         max_steps=steps,
         per_device_train_batch_size=SFT_BATCH_SIZE,
-        learning_rate=5e-3,
+        learning_rate=learning_rate,
         adam_beta2=0.98,
         warmup_steps=50,
         lr_scheduler_type="linear",
@@ -250,7 +270,7 @@ def end_of_chain_reward(
 
 
 def make_trainer(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     train_dataset: Dataset,
     eval_dataset: Dataset,

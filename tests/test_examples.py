@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset
 from tiny import make_tokenizer
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 from trl import ModelConfig, TrlParser
 
 from trl_anytime import BRPOConfig
@@ -188,10 +188,19 @@ def test_quickstart_in_short(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> str:
+    return make_tiny_model(str(tmp_path_factory.mktemp("tiny_model")), Qwen3Config)
+
+
+@pytest.fixture(scope="module")
+def tiny_distilled(tmp_path_factory) -> str:
+    """Of the family of DeepSeek-R1-Distill-Qwen: Qwen2, with a template that opens the thinking."""
+    return make_tiny_model(str(tmp_path_factory.mktemp("tiny_distilled")), Qwen2Config)
+
+
+def make_tiny_model(path: str, config_class: type) -> str:
     """A random model with a byte-level tokenizer trained on the problems and a template that opens the thinking."""
     if not PROBLEMS.exists():
         pytest.skip("the problems are not part of the repository: ../shared/data/math_train_2000.jsonl is missing")
-    path = str(tmp_path_factory.mktemp("tiny_model"))
     bpe = ByteLevelBPETokenizer()
     texts = [json.loads(line)["problem"] for line in PROBLEMS.read_text().splitlines()]
     bpe.train_from_iterator(texts, vocab_size=600, special_tokens=["<|end|>", "<think>", "</think>"])
@@ -204,7 +213,7 @@ def tiny_model(tmp_path_factory) -> str:
     )
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
-    config = Qwen3Config(
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -217,7 +226,7 @@ def tiny_model(tmp_path_factory) -> str:
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
 
 
@@ -245,6 +254,38 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", *str(value).split())]
     return [*words, *more]
+
+
+@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", "elastic_reasoning"])
+def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
+    """One generation batch and its two optimizer steps, every budget divided by 500."""
+    config = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())
+    group, budgets = config["num_generations"], [max(2, budget // 500) for budget in config["budgets"]]
+    shrunk = {
+        "model_name_or_path": tiny_distilled,
+        "dataset_name": PROBLEMS,
+        "on_bad_answer": "skip",  # two of the 2000 are None
+        "max_prompt_length": 100,
+        "budgets": " ".join(map(str, budgets)),
+        "max_summary_length": 4,
+        # 2 prompts of one group each, on one process
+        "generation_batch_size": 2 * group,
+        "per_device_train_batch_size": group,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "entropy_coef": 0.01,  # a random model earns no reward, so this is its only gradient
+        "use_vllm": "false",
+        "bf16": "false",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "report_to": "none",
+        "save_strategy": "no",
+        "output_dir": tmp_path,
+    }
+    words = [word for key, value in shrunk.items() for word in (f"--{key}", *str(value).split())]
+    data_args, args, model_args = parse(["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), *words])
+    train.main(data_args, args, model_args)
+    assert (weights(tmp_path) - weights(tiny_distilled)).abs().max() > 0
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

@@ -55,6 +55,7 @@ OWN = {
     "_admit_sharded",
     "_is_sharded",
     "_at_train_begin",
+    "_adaptive_baseline",
     "_batch",
     "_check_finite",
     "_checkpoint",
@@ -76,6 +77,7 @@ OWN = {
     "_generation",
     "_hold_model",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
+    "_learned_baselines",
     "_log_table",
     "_longest_prompts",
     "_most_tokens",

@@ -52,14 +52,16 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
     return packed, row, words, generator
 
 
-def sharded_objection(model: PreTrainedModel, half_precision: bool) -> str | None:
+def sharded_objection(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
     """
     Collective: as [`measured_objection`], for a model whose parameters are gathered in its forward pass. Compares
     log-probabilities alone, since gradients go through the hooks that shard.
 
     Args:
+        wrapped (`torch.nn.Module`):
+            The model as it is trained, which gathers its parameters. DeepSpeed's has another `config`.
         model ([`~transformers.PreTrainedModel`]):
-            The model as it is trained, wrapped.
+            The same, unwrapped.
         half_precision (`bool`):
             Whether it computes in half precision.
 
@@ -68,16 +70,16 @@ def sharded_objection(model: PreTrainedModel, half_precision: bool) -> str | Non
     """
     tolerance = _tolerance(model, half_precision)
     packed, row, _, _ = _example(model)
-    training = model.training
-    model.eval()  # dropout would differ
+    training = wrapped.training
+    wrapped.eval()  # dropout would differ
     try:
         with torch.no_grad():
             tree, separate = (
-                forward(model, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True).log_probs.float()
+                forward(wrapped, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True).log_probs.float()
                 for forward in (forward_packed, forward_rows)
             )
     finally:
-        model.train(training)
+        wrapped.train(training)
     error = (tree - separate).abs().max().item()
     if error <= tolerance:  # false for NaN
         return None

@@ -11,7 +11,7 @@ a thinking at a budget are NaN, the returns that include this budget are unknown
 mean, and their advantages are NaN, for the caller to leave out of the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,7 +163,9 @@ def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = 
     return advantages
 
 
-def baseline_diagnostics(segments: Returns, live: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+def baseline_diagnostics(
+    segments: Returns, live: torch.Tensor, further: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
     """
     How well each baseline predicts the returns, per segment (the paper's variance analysis).
 
@@ -172,10 +174,13 @@ def baseline_diagnostics(segments: Returns, live: torch.Tensor) -> dict[str, dic
             Returns and baselines of a batch.
         live (`torch.Tensor`):
             Bool of shape (P, G, M), True where the segment has tokens.
+        further (`Mapping[str, torch.Tensor]`, *optional*):
+            Other baselines by name, each of shape (P, G, M).
 
     Returns:
-        `dict`: `{"variance_ratio" | "correlation": {"v1" | "v2" | "brpo": tensor of shape (M,)}}` with
-        Var[R - V] / Var[R] and Corr[V, R] over the live segments; NaN where a variance is zero.
+        `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and
+        Corr[V, R] over the live segments, for `"v1"`, `"v2"`, `"brpo"` and those of `further`; NaN where a variance
+        is zero.
     """
 
     def mean(x_PGM):
@@ -191,8 +196,9 @@ def baseline_diagnostics(segments: Returns, live: torch.Tensor) -> dict[str, dic
     R = segments.returns.nan_to_num()
     var_R = positive(covariance(R, R), mean(R**2))
     diagnostics: dict[str, dict[str, torch.Tensor]] = {"variance_ratio": {}, "correlation": {}}
-    for name in ("v1", "v2", "brpo"):
-        V = segments.baseline(name).nan_to_num()
+    baselines = {name: segments.baseline(name) for name in ("v1", "v2", "brpo")}
+    for name, V in {**baselines, **(further or {})}.items():
+        V = V.nan_to_num()
         var_V = positive(covariance(V, V), mean(V**2))
         diagnostics["variance_ratio"][name] = covariance(R - V, R - V) / var_R
         diagnostics["correlation"][name] = covariance(V, R) / (var_V * var_R).sqrt()

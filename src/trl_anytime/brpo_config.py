@@ -103,7 +103,8 @@ class BRPOConfig(GRPOConfig):
 
         baseline (`str`, *optional*, defaults to `"brpo"`):
             Baseline of the thinking's advantage: `"brpo"` (V), `"v1"` (progress so far), `"v2"` (the group's mean, as
-            in GRPO) or `"none"`.
+            in GRPO), `"none"`, or `"adaptive"` (a least-squares prediction, fitted on earlier generation batches from
+            the rewards at earlier budgets and the mean of the rest of the group; not in the paper).
         progress_decay (`float`, *optional*, defaults to `0.5`):
             λ in (0, 1]: how fast the rewards of earlier budgets lose weight in V1.
         summary_policy (`str`, *optional*, defaults to `"decoupled"`):
@@ -178,7 +179,7 @@ class BRPOConfig(GRPOConfig):
     # Parameters that control the advantages
     baseline: str = field(
         default="brpo",
-        metadata={"help": "Baseline of the thinking's advantage.", "choices": list(BASELINES)},
+        metadata={"help": "Baseline of the thinking's advantage.", "choices": [*BASELINES, "adaptive"]},
     )
     progress_decay: float = field(
         default=0.5,
@@ -275,8 +276,8 @@ class BRPOConfig(GRPOConfig):
         for name in ("num_summaries", "max_summary_length", "max_cached_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
+        if self.baseline not in (*BASELINES, "adaptive"):
+            raise ValueError(f"`baseline` must be one of {(*BASELINES, 'adaptive')}, got {self.baseline!r}.")
         if self.summary_policy not in SUMMARY_POLICIES:
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
         if self.tree_attention not in TREE_ATTENTION:

@@ -1,13 +1,14 @@
 """What a generation batch looked like: metrics, and rows for the table of completions."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .advantages import Returns, baseline_diagnostics
+from .budgets import live_segments
 from .markers import ThinkingMarkers
 from .rollout import Rollout
 
@@ -93,7 +94,12 @@ def rollout_metrics(
     return {name: values.tolist() for name, values in metrics.items()}
 
 
-def baseline_metrics(segments: Returns, cuts: torch.Tensor, budgets: Sequence[int]) -> dict[str, list[float]]:
+def baseline_metrics(
+    segments: Returns,
+    cuts: torch.Tensor,
+    budgets: Sequence[int],
+    further: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, list[float]]:
     """
     The paper's diagnostics per segment: Var[R - V] / Var[R] and Corr[V, R] for each baseline.
 
@@ -104,13 +110,14 @@ def baseline_metrics(segments: Returns, cuts: torch.Tensor, budgets: Sequence[in
             Shape (P, G, M), the thinking tokens up to each budget.
         budgets (`Sequence[int]`):
             The M budgets in tokens.
+        further (`Mapping[str, torch.Tensor]`, *optional*):
+            Baselines that are not in `segments`, by name, each of shape (P, G, M).
 
     Returns:
         `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends. What is not
         defined, because a variance is zero, is left out.
     """
-    starts = torch.tensor([0, *budgets[:-1]], device=cuts.device)
-    diagnostics = baseline_diagnostics(segments, live=cuts[..., -1:] > starts)
+    diagnostics = baseline_diagnostics(segments, live_segments(cuts, budgets), further)
     return {
         f"baseline/{statistic}/{name}@{budget}": [value]
         for statistic, by_baseline in diagnostics.items()

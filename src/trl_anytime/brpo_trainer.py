@@ -23,12 +23,13 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
 from . import checkpoint
+from .adaptive_baseline import AdaptiveBaseline
 from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
-from .advantages import segment_returns, summary_advantages
+from .advantages import Returns, segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
-from .budgets import prior_weights
+from .budgets import live_segments, prior_weights
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
@@ -192,6 +193,7 @@ class BRPOTrainer(GRPOTrainer):
         self._packed: PackedRollouts | None = None
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
+        self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
         # What `train()` goes on from, if anything
         self._checkpoint: Path | None = None
 
@@ -313,12 +315,12 @@ class BRPOTrainer(GRPOTrainer):
     def _admit_sharded(self) -> None:
         """Collective: compare tree attention with separate rows on a sharded model, once it is ready to train."""
         if self._is_sharded and self._forward is forward_packed:
-            objection = sharded_objection(
-                cast(Any, self.model_wrapped), half_precision=self.args.bf16 or self.args.fp16
-            )
+            model = self.accelerator.unwrap_model(self.model)
+            half_precision = self.args.bf16 or self.args.fp16
+            objection = sharded_objection(cast(torch.nn.Module, self.model_wrapped), model, half_precision)
             if objection is not None:
                 raise ValueError(
-                    f"{get_config_model_id(self.model.config)} cannot train on packed rollouts: {objection}. Set "
+                    f"{type(model).__name__} cannot train on packed rollouts: {objection}. Set "
                     "`tree_attention='rows'` to train on separate rows instead."
                 )
 
@@ -498,7 +500,9 @@ class BRPOTrainer(GRPOTrainer):
         rewards_PGMA = batch.rewards.view(*grouped, batch.num_summaries)
         cuts_PGM = self.accelerator.gather(packed.cuts).view(grouped)
         segments = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
-        thinking_PGM = segments.returns - segments.baseline(self.args.baseline)
+        learned = self._learned_baselines(mode, rewards_PGMA, segments, live_segments(cuts_PGM, batch.budgets))
+        baseline_PGM = learned["adaptive"] if learned else segments.baseline(self.args.baseline)
+        thinking_PGM = segments.returns - baseline_PGM
         summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
         # Unknown where summaries could not be scored: no signal, counted in `anytime/unscored_ratio`
         thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
@@ -515,6 +519,7 @@ class BRPOTrainer(GRPOTrainer):
         if batch.num_counted < len(batch.rewards):
             self._leave_out(output, first, counted)
             segments = segment_returns(rewards_PGMA[groups], batch.budgets, batch.prior, self.args.progress_decay)
+            learned = {name: values[groups] for name, values in learned.items()}
         metrics = {
             **reward_metrics(batch.rewards[counted], batch.budgets),
             **rollout_metrics(
@@ -526,7 +531,7 @@ class BRPOTrainer(GRPOTrainer):
                 self.args.max_summary_length,
                 lambda rows: self.accelerator.gather(rows)[counted],
             ),
-            **baseline_metrics(segments, cuts_PGM[groups], batch.budgets),
+            **baseline_metrics(segments, cuts_PGM[groups], batch.budgets, learned),
             **{f"time/{phase}": [batch.seconds[phase]] for phase in ("thinking", "summarising", "grading", "scoring")},
         }
         for name, values in metrics.items():
@@ -564,6 +569,18 @@ class BRPOTrainer(GRPOTrainer):
         if not hasattr(loader.dataset, "__len__"):  # a stream does not know where it began anew
             return of_all
         return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
+
+    def _learned_baselines(
+        self, mode: str, rewards: torch.Tensor, segments: Returns, live: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The adaptive baseline of a batch, from which it then learns; none if not asked for."""
+        if self._adaptive_baseline is None:
+            return {}
+        if mode == "eval":  # other budgets, and no use for advantages
+            return {"adaptive": segments.brpo}
+        predicted = self._adaptive_baseline.predict(rewards, segments)
+        self._adaptive_baseline.update(rewards, segments, live)
+        return {"adaptive": predicted}
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -759,6 +776,7 @@ class BRPOTrainer(GRPOTrainer):
             "logs": checkpoint.to_plain(self._logs) if self.log_completions else None,
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
+            "adaptive_baseline": None if self._adaptive_baseline is None else self._adaptive_baseline.state_dict(),
         }
 
     def _get_train_sampler(self, dataset=None):
@@ -774,6 +792,9 @@ class BRPOTrainer(GRPOTrainer):
         self._admit_sharded()
         if self._checkpoint is None:
             return
+        if self._adaptive_baseline is not None:  # the same on all ranks, and with other ranks than at the time
+            state = checkpoint.load_rank_state(self._checkpoint, 0, torch.device("cpu"))
+            self._adaptive_baseline.load_state_dict(state["adaptive_baseline"])
         if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):
             return  # other ranks than at the time, and no rollouts in use
         state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)

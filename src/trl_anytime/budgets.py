@@ -87,3 +87,19 @@ def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> tor
     """
     limits = torch.tensor(list(budgets), device=thinking_lengths.device)
     return torch.minimum(thinking_lengths.unsqueeze(-1), limits)
+
+
+def live_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
+    """
+    Which segments b_{j-1} < t ≤ b_j have tokens.
+
+    Args:
+        cuts (`torch.Tensor`):
+            Shape (..., M), see [`thinking_cuts`].
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+
+    Returns:
+        `torch.Tensor`: bool of shape (..., M).
+    """
+    return cuts[..., -1:] > torch.tensor([0, *budgets[:-1]], device=cuts.device)

@@ -1,0 +1,491 @@
+"""
+The tables and figures of docs/results.md, from the results of the studies `tuning` and `main`:
+
+    python -m benchmarks.learning.analysis benchmarks/learning/results docs/results.md
+
+Each table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the page; the figures go to
+`images/` beside it. The words around the tables are the author's, who has to read them again.
+
+Anytime accuracy is the mean over the grid of evaluation budgets. Intervals are 95 %, by Student's t over seeds.
+Differences are paired by seed: the same warm start, problems and held-out problems; one whose interval leaves out 0 is
+what a paired t-test at 5 % would call one.
+"""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+Cell = tuple[str, str]  # task, family
+
+MAIN_ARMS = ("grpo", "ar_base", "ar_linear", "ar_uniform")
+NAMES = {
+    "grpo": "GRPO",
+    "ar_base": "AR-base",
+    "ar_linear": "AR-linear",
+    "ar_uniform": "AR-uniform",
+    "grpo_linear": "GRPO+linear",
+    "grpo_decouple": "GRPO+decouple",
+    "grpo_vr": "GRPO+vr",
+    "elastic": "Elastic Reasoning",
+    "uniform_v1": "AR-uniform, V1",
+    "uniform_v2": "AR-uniform, V2",
+    "uniform_none": "AR-uniform, no baseline",
+    "uniform_adaptive": "AR-uniform, adaptive",
+    "uniform_decay_0.2": "AR-uniform, λ = 0.2",
+    "uniform_decay_1": "AR-uniform, λ = 1",
+    "uniform_2_budgets": "AR-uniform, 2 budgets",
+    "uniform_8_budgets": "AR-uniform, 8 budgets",
+    "pairs_v2": "AR-uniform, G = 2, V2",
+    "pairs_brpo": "AR-uniform, G = 2, V",
+    "pairs_adaptive": "AR-uniform, G = 2, adaptive",
+}
+# What an arm is compared with, beside GRPO
+REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
+    "pairs_brpo": "pairs_v2",
+    "pairs_adaptive": "pairs_brpo",
+}
+BASELINES = {
+    "v1": "V1",
+    "v2": "V2",
+    "brpo": "V",
+    "v2_others": "V2, own left out",
+    "brpo_others": "V, own left out",
+    "adaptive": "adaptive",
+}
+_COLORS = {"grpo": "tab:red", "ar_base": "tab:green", "ar_linear": "tab:orange", "ar_uniform": "tab:blue"}
+# Quantile 0.975 of Student's t by degrees of freedom
+_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+class Results:
+    """
+    The records of both studies, by what they are about.
+
+    Attributes:
+        runs (`dict`): main study, by cell, arm and seed.
+        tuning (`list`): runs of the tuning study.
+        measures (`dict`): by cell and arm (`""` for the warm start), one for each seed.
+        warm_starts (`dict`): by cell and seed.
+    """
+
+    def __init__(self, folder: Path):
+        self.warm_starts: dict[tuple[Cell, int], Record] = {}
+        self.tuning: list[Record] = []
+        self.runs: dict[Cell, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+        self.measures: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for study in ("tuning", "main"):
+            path = folder / f"{study}.jsonl"
+            for line in path.read_text().splitlines() if path.exists() else ():
+                record = json.loads(line)
+                job = record["job"]
+                cell = job["task"], job["family"]
+                if job["kind"] == "warm_start":
+                    self.warm_starts[cell, job["seed"]] = record
+                elif job["kind"] == "measure":
+                    self.measures[cell][job["arm"]].append(record)
+                elif study == "tuning":
+                    self.tuning.append(record)
+                else:
+                    self.runs[cell][job["arm"]][job["seed"]] = record
+
+    def progress(self, record: Record) -> dict[str, np.ndarray]:
+        """The evaluations of a run from its warm start on: `update`, `tokens`, `seconds` (CPU), `accuracy`, …"""
+        job = record["job"]
+        before = self.warm_starts[(job["task"], job["family"]), job["warm_start_seed"]]
+        points = [{"update": 0, **before}, *record["evaluations"]]
+        updates = np.array([point["update"] for point in points])
+        return {
+            "update": updates,
+            "tokens": np.array([sum(record["tokens"][:n]) for n in updates]),
+            "seconds": np.array([sum(record["cpu_seconds"][:n]) for n in updates]),
+            "accuracy": np.array([point["accuracy"] for point in points]),
+            "anytime": np.array([np.mean(point["accuracy"]) for point in points]),
+            "thinking_length": np.array([point["thinking_length"] for point in points]),
+        }
+
+    def at(self, record: Record, axis: str, value: float) -> np.ndarray:
+        """Accuracy by budget when `axis` (`update`, `tokens`, `seconds`) reaches `value`, linear in between."""
+        progress = self.progress(record)
+        return np.array([np.interp(value, progress[axis], column) for column in progress["accuracy"].T])
+
+    def updates(self, cell: Cell) -> int:
+        """Updates at which the arms of a cell are compared: those of the arm that has the fewest."""
+        return min(len(record["tokens"]) for runs in self.runs[cell].values() for record in runs.values())
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval, NaN for a single value."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(_T[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def text(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
+    """`0.812 ± 0.031`, or without an interval for a single value; bold where a difference's interval leaves out 0."""
+    mean, half = interval(values)
+    number = f"{mean:+.3f}" if signed else f"{mean:.3f}"
+    if np.isnan(half):
+        return number
+    return f"**{number}** ± {half:.3f}" if signed and abs(mean) > half else f"{number} ± {half:.3f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+# Tables
+
+
+def curves_table(results: Results, cell: Cell) -> str:
+    """Accuracy by budget, before and after, at equal updates."""
+    runs, n = results.runs[cell], results.updates(cell)
+    first = next(iter(runs["grpo"].values()))
+    warm = [record for (of_cell, _), record in results.warm_starts.items() if of_cell == cell]
+    rows = [["before", str(len(warm)), *(text(column) for column in np.array([r["accuracy"] for r in warm]).T)]]
+    for arm in MAIN_ARMS:
+        if runs[arm]:
+            after = np.array([results.at(record, "update", n) for record in runs[arm].values()])
+            rows.append([NAMES[arm], str(len(after)), *(text(c) for c in after.T), text(after.mean(axis=1))])
+    rows[0].append(text([np.mean(r["accuracy"]) for r in warm]))
+    return markdown(["", "n", *map(str, grid(results, first)), "mean"], rows)
+
+
+def grid(results: Results, record: Record) -> list[int]:
+    """The evaluation budgets: eighths of the full one."""
+    return [record["budgets"][-1] * eighths // 8 for eighths in (1, 2, 3, 4, 6, 8)]
+
+
+def differences(results: Results, cell: Cell, arm: str, axis: str, against: str = "grpo") -> np.ndarray:
+    """
+    Accuracy of `arm` minus that of `against`, shape (seeds, budgets): `arm` after the common number of updates,
+    `against` when it has used as many updates, tokens or seconds.
+    """
+    runs, n, out = results.runs[cell], results.updates(cell), []
+    for seed in sorted(set(runs[arm]) & set(runs[against])):
+        progress = results.progress(runs[arm][seed])
+        spent = float(np.interp(n, progress["update"], progress[axis]))
+        out.append(results.at(runs[arm][seed], "update", n) - results.at(runs[against][seed], axis, spent))
+    return np.array(out)
+
+
+def differences_table(results: Results, cell: Cell) -> str:
+    """Each arm minus GRPO at every budget, at equal updates, tokens and CPU seconds."""
+    first = next(iter(results.runs[cell]["grpo"].values()))
+    rows = []
+    for arm in MAIN_ARMS[1:]:
+        for axis, name in (("update", "updates"), ("tokens", "tokens"), ("seconds", "CPU seconds")):
+            delta = differences(results, cell, arm, axis)
+            if len(delta):
+                columns = [text(column, signed=True) for column in delta.T]
+                rows.append([NAMES[arm], name, str(len(delta)), *columns, text(delta.mean(axis=1), signed=True)])
+    return markdown(["minus GRPO", "at equal", "n", *map(str, grid(results, first)), "mean"], rows)
+
+
+def reach(progress: dict[str, np.ndarray], target: float, axis: str) -> float:
+    """Where on `axis` the anytime accuracy first reaches `target`, linear between evaluations; infinity if never."""
+    anytime, x = progress["anytime"], progress[axis]
+    for i, value in enumerate(anytime):
+        if value >= target:
+            if i == 0:
+                return 0.0
+            return float(x[i - 1] + (x[i] - x[i - 1]) * (target - anytime[i - 1]) / (value - anytime[i - 1]))
+    return float("inf")
+
+
+def reach_table(results: Results, cell: Cell) -> str:
+    """What each arm needs to reach the anytime accuracy that GRPO has in the end."""
+    runs, rows = results.runs[cell], []
+    n = results.updates(cell)
+    for arm in MAIN_ARMS[1:]:
+        for target_update in (n, max(len(record["tokens"]) for record in runs["grpo"].values())):
+            seeds = sorted(set(runs[arm]) & set(runs["grpo"]))
+            parts: dict[str, list[float]] = defaultdict(list)
+            for seed in seeds:
+                grpo, own = results.progress(runs["grpo"][seed]), results.progress(runs[arm][seed])
+                target = float(np.interp(target_update, grpo["update"], grpo["anytime"]))
+                for axis in ("update", "tokens", "seconds"):
+                    of_grpo = float(np.interp(target_update, grpo["update"], grpo[axis]))
+                    parts[axis].append(reach(own, target, axis) / of_grpo)
+            if seeds:
+                cells = [f"{np.median(parts[axis]):.2f}" for axis in ("update", "tokens", "seconds")]
+                reached = sum(np.isfinite(parts["update"]))
+                rows.append([NAMES[arm], str(target_update), f"{reached} of {len(seeds)}", *cells])
+    head = [
+        "",
+        "GRPO after updates",
+        "seeds that reach it",
+        "share of GRPO's updates",
+        "of its tokens",
+        "of its CPU seconds",
+    ]
+    return markdown(head, rows)
+
+
+def arms_table(results: Results, cell: Cell) -> str:
+    """All arms after the common number of updates."""
+    runs, n, rows = results.runs[cell], results.updates(cell), []
+    for arm in NAMES:
+        if not runs[arm]:
+            continue
+        after = np.array([results.at(record, "update", n) for record in runs[arm].values()])
+        last = [results.progress(record) for record in runs[arm].values()]
+        length = [np.interp(n, p["update"], p["thinking_length"]) for p in last]
+        seconds = [np.interp(n, p["update"], p["seconds"]) for p in last]
+        against = []
+        for reference in ("grpo", REFERENCES.get(arm)):
+            delta = differences(results, cell, arm, "update", reference) if reference else []
+            name = NAMES[reference] if reference else ""
+            against.append(
+                f"{text(delta.mean(axis=1), signed=True)} ({name})" if len(delta) and arm != reference else ""
+            )
+        rows.append(
+            [
+                NAMES[arm],
+                str(len(after)),
+                text(after.mean(axis=1)),
+                text(after[:, 1]),
+                text(after[:, -1]),
+                f"{np.mean(length):.1f}",
+                f"{np.mean(seconds):.0f}",
+                against[0].removesuffix(" (GRPO)"),
+                against[1],
+            ]
+        )
+    head = ["", "n", "anytime", "second-smallest budget", "full budget", "thinking length", "CPU seconds"]
+    return markdown([*head, "anytime minus GRPO", "minus its reference"], rows)
+
+
+def tuning_table(results: Results) -> str:
+    """Learning rates: mean anytime accuracy over the evaluations."""
+    rows = []
+    for record in sorted(results.tuning, key=lambda r: (r["job"]["task"], r["job"]["arm"], r["job"]["learning_rate"])):
+        job, progress = record["job"], results.progress(record)
+        early = progress["anytime"][(progress["update"] > 0) & (progress["update"] <= 40)]
+        last = f"{progress['anytime'][-1]:.3f} ({progress['update'][-1]})"
+        rate = f"{job['learning_rate']:g}"
+        cells = [f"{early.mean():.3f}", f"{early[-1]:.3f}", last, f"{progress['anytime'][1:].mean():.3f}"]
+        rows.append([f"{job['task']}/{job['family']}", NAMES[job["arm"]], rate, *cells])
+    return markdown(
+        ["", "", "learning rate", "mean up to update 40", "at update 40", "at the end (update)", "mean of all"], rows
+    )
+
+
+def _settings(records: list[Record], num_budgets: int, group_size: int, prior: str) -> list[Record]:
+    wanted = {"num_budgets": num_budgets, "group_size": group_size, "prior": prior}
+    return [v for r in records for v in r["variance"] if wanted.items() <= v.items()]
+
+
+def _segments(variances: list[Record], statistic: str, name: str) -> list[str]:
+    """Mean over the measurements, by segment; empty where undefined."""
+    values = np.array([v[statistic][name] for v in variances], dtype=float)
+    return [f"{np.nanmean(column):.2f}" if np.isfinite(column).any() else "" for column in values.T]
+
+
+def variance_table(results: Results, cell: Cell, num_budgets: int = 4, group_size: int = 8) -> str:
+    """Var[R - V] / Var[R] by segment, and weighted by tokens."""
+    rows = []
+    for arm in ("", "grpo", "ar_uniform"):
+        records = results.measures[cell][arm]
+        for prior in ("uniform", "linear", "base"):
+            variances = _settings(records, num_budgets, group_size, prior)
+            for name, title in BASELINES.items():
+                if variances:
+                    weighted = [v["token_weighted"][name] for v in variances]
+                    segments = _segments(variances, "variance_ratio", name)
+                    checkpoint = NAMES.get(arm, "warm start")
+                    each = " ".join("–" if value is None else f"{value:.2f}" for value in weighted)
+                    rows.append([checkpoint, prior, title, *segments, each])
+    head = ["checkpoint", "prior", "baseline", *(f"segment {j + 1}" for j in range(num_budgets))]
+    return markdown([*head, "token-weighted, each seed"], rows)
+
+
+def correlation_table(results: Results, cell: Cell, num_budgets: int = 4) -> str:
+    """Corr[V, R] by segment."""
+    rows = []
+    for arm in ("", "grpo", "ar_uniform"):
+        variances = _settings(results.measures[cell][arm], num_budgets, 8, "uniform")
+        for name, title in BASELINES.items():
+            if variances:
+                rows.append([NAMES.get(arm, "warm start"), title, *_segments(variances, "correlation", name)])
+    return markdown(["checkpoint", "baseline", *(f"segment {j + 1}" for j in range(num_budgets))], rows)
+
+
+def adaptive_table(results: Results) -> str:
+    """Adaptive's normalised variance minus the others', with the bootstrap's 95 % interval over prompts."""
+    rows = []
+    for cell, by_arm in results.measures.items():
+        for arm, records in by_arm.items():
+            for record in records:
+                for variance in _settings([record], 4, 8, "uniform"):
+                    for name in ("v1", "v2_others", "brpo_others"):
+                        own, other = (variance["variance_ratio"][n] for n in ("adaptive", name))
+                        segments = [
+                            "" if a is None or b is None or lo is None else f"{a - b:+.2f} [{lo:+.2f}, {hi:+.2f}]"
+                            for a, b, (lo, hi) in zip(own, other, variance["adaptive_minus"][name], strict=True)
+                        ]
+                        where = f"{'/'.join(cell)}, {NAMES.get(arm, 'warm start')}, seed {record['job']['seed']}"
+                        rows.append([where, BASELINES[name], *segments])
+    return markdown(["checkpoint", "minus", *(f"segment {j + 1}" for j in range(4))], rows)
+
+
+def gradient_table(results: Results) -> str:
+    """Noise of the thinking's gradient, in units of that without a baseline."""
+    rows = []
+    for cell, by_arm in results.measures.items():
+        for arm, records in by_arm.items():
+            noise = [record["gradient"]["uniform"]["noise"] for record in records]
+            cells = [" ".join("–" if n[name] is None else f"{n[name]:.2f}" for n in noise) for name in BASELINES]
+            rows.append(["/".join(cell), NAMES.get(arm, "warm start"), *cells])
+    return markdown(["", "checkpoint", *BASELINES.values()], rows)
+
+
+def goals_table(results: Results, cell: Cell) -> str:
+    """The goals that were set for the study, each with its figure."""
+
+    def verdict(met: bool) -> str:
+        return "met" if met else "not met"
+
+    rows = []
+    for arm in MAIN_ARMS[1:]:
+        for axis, name in (("update", "updates"), ("seconds", "CPU seconds")):
+            delta = differences(results, cell, arm, axis)
+            if not len(delta):
+                continue
+            means = delta.mean(axis=0)
+            goal = f"{NAMES[arm]} at or above GRPO at every budget, at equal {name}"
+            rows.append([goal, f"smallest difference {means.min():+.3f}", verdict(means.min() >= 0)])
+            goal = f"{NAMES[arm]} 10 points above it at the second-smallest budget, at equal {name}"
+            rows.append([goal, text(delta[:, 1], signed=True), verdict(means[1] >= 0.10)])
+    for arm in MAIN_ARMS[1:]:
+        shares = _reach_shares(results, cell, arm)
+        if shares:
+            goal = f"{NAMES[arm]} reaches GRPO's final anytime accuracy with at most half of its updates"
+            rows.append([goal, f"median share {np.median(shares):.2f}", verdict(float(np.median(shares)) <= 0.5)])
+    for prior in ("uniform", "linear", "base"):
+        variances = _settings(results.measures[cell][""], 4, 8, prior)
+        for names, which in (
+            (("brpo", "v1", "v2"), "released group mean"),
+            (("brpo_others", "v1", "v2_others"), "own left out"),
+        ):
+            below = [
+                v["token_weighted"][names[0]] < min(v["token_weighted"][n] for n in names[1:])
+                for v in variances
+                if None not in (v["token_weighted"][n] for n in names)
+            ]
+            if below:
+                goal = f"token-weighted variance of V below V1's and V2's in every seed, {prior} prior, {which}"
+                rows.append([goal, f"{sum(below)} of {len(below)} seeds", verdict(all(below))])
+    return markdown(["goal", "figure", ""], rows)
+
+
+def _reach_shares(results: Results, cell: Cell, arm: str) -> list[float]:
+    runs, n, shares = results.runs[cell], results.updates(cell), []
+    for seed in sorted(set(runs[arm]) & set(runs["grpo"])):
+        target = float(results.at(runs["grpo"][seed], "update", n).mean())
+        shares.append(reach(results.progress(runs[arm][seed]), target, "update") / n)
+    return shares
+
+
+def cells_table(results: Results) -> str:
+    """How many seeds of each arm are done."""
+    rows = [
+        ["/".join(cell), *(str(len(runs[arm])) if runs[arm] else "–" for arm in NAMES)]
+        for cell, runs in results.runs.items()
+    ]
+    columns = zip(["", *NAMES.values()], *rows, strict=True)
+    head, *body = columns
+    return markdown(head, body)
+
+
+# Figures
+
+
+def training_figure(results: Results, cell: Cell, path: Path) -> None:
+    """Curves before and after; anytime accuracy over updates and tokens; thinking length over updates."""
+    runs, n = results.runs[cell], results.updates(cell)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (curve, updates), (tokens, length) = figure.subplots(2, 2)
+    budgets = grid(results, next(iter(runs["grpo"].values())))
+    warm = np.mean([r["accuracy"] for (of_cell, _), r in results.warm_starts.items() if of_cell == cell], axis=0)
+    curve.plot(budgets, warm, "o--", color="tab:gray", label="before")
+    for arm in MAIN_ARMS:
+        if not runs[arm]:
+            continue
+        after = np.array([results.at(record, "update", n) for record in runs[arm].values()])
+        means, halves = zip(*(interval(column) for column in after.T), strict=True)
+        color, label = _COLORS[arm], f"{NAMES[arm]} ({len(after)} seeds)"
+        curve.errorbar(budgets, means, np.nan_to_num(halves), fmt="o-", capsize=3, color=color, label=label)
+        progress = [results.progress(record) for record in runs[arm].values()]
+        for axes, axis, value in (
+            (updates, "update", "anytime"),
+            (tokens, "tokens", "anytime"),
+            (length, "update", "thinking_length"),
+        ):
+            x, y = (np.mean([p[name] for p in progress], axis=0) for name in (axis, value))
+            axes.plot(x, y, "o-", color=color, label=NAMES[arm])
+            for p in progress:
+                axes.plot(p[axis], p[value], color=color, alpha=0.2, linewidth=0.8)
+    curve.set(xlabel="thinking budget (tokens)", ylabel="accuracy", title=f"after {n} updates")
+    updates.set(xlabel="updates", ylabel="anytime accuracy")
+    tokens.set(xlabel="generated tokens", ylabel="anytime accuracy")
+    length.set(xlabel="updates", ylabel="thinking length (tokens)")
+    curve.legend()
+    for axes in (curve, updates, tokens, length):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=70)
+
+
+def write_page(results: Results, page: Path) -> None:
+    """Put all tables into the page, and the figures beside it."""
+    makers: dict[str, Callable[[], str]] = {
+        "cells": lambda: cells_table(results),
+        "tuning": lambda: tuning_table(results),
+        "adaptive": lambda: adaptive_table(results),
+        "gradient": lambda: gradient_table(results),
+    }
+    images = page.parent / "images"
+    images.mkdir(exist_ok=True)
+    for cell in [cell for cell, runs in results.runs.items() if runs["grpo"]]:
+        training_figure(results, cell, images / f"learning_{'_'.join(cell)}.png")
+        for name, table in (
+            ("curves", curves_table),
+            ("differences", differences_table),
+            ("reach", reach_table),
+            ("arms", arms_table),
+            ("variance", variance_table),
+            ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8)),
+            ("variance pairs", lambda r, c: variance_table(r, c, group_size=2)),
+            ("correlation", correlation_table),
+            ("goals", goals_table),
+        ):
+            makers[f"{name} {'/'.join(cell)}"] = lambda table=table, cell=cell: table(results, cell)
+
+    def filled(match: re.Match) -> str:
+        name = match.group(1)
+        if name not in makers:
+            raise ValueError(f"{page} asks for the table {name!r}; there are {sorted(makers)}.")
+        return f"<!-- table: {name} -->\n\n{makers[name]()}\n\n<!-- end -->"
+
+    page.write_text(re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", filled, page.read_text(), flags=re.DOTALL))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put the tables and figures of the studies into a page.")
+    parser.add_argument("results", type=Path, help="folder with tuning.jsonl and main.jsonl")
+    parser.add_argument("page", type=Path, help="Markdown page")
+    options = parser.parse_args()
+    write_page(Results(options.results), options.page)
+
+
+if __name__ == "__main__":
+    main()
