@@ -11,6 +11,8 @@ from benchmarks.learning import analysis, run
 from benchmarks.learning.study import Job, Study
 from benchmarks.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 
+pytestmark = pytest.mark.heavy
+
 MAIN = Path(__file__).parent.parent / "benchmarks" / "learning" / "studies" / "main.yaml"
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},
@@ -80,7 +82,7 @@ def test_intervals():
     assert analysis.interval([1, 2, 3]) == pytest.approx((2, 2.484), abs=1e-3)
     assert analysis.text([1, 2, 3], signed=True) == "+2.000 ± 2.484"
     assert analysis.text([10, 11, 12], signed=True) == "**+11.000** ± 2.484"
-    assert analysis.text([0.5]) == "0.500"
+    assert analysis.text([0.25, 0.75]) == "0.500"
 
 
 def run_record(seed, arm, anytime, tokens):

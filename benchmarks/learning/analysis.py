@@ -62,12 +62,18 @@ BASELINES = {
 }
 _COLORS = {"grpo": "tab:red", "ar_base": "tab:green", "ar_linear": "tab:orange", "ar_uniform": "tab:blue"}
 # Quantile 0.975 of Student's t by degrees of freedom
-_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 class Results:
     """
-    The records of both studies, by what they are about.
+    The records of the tuning study and the main one, by what they are about.
+
+    Args:
+        folder (`Path`):
+            Where the results of studies lie, named after them.
+        main (`str`, *optional*, defaults to `"main"`):
+            Name of the main study.
 
     Attributes:
         runs (`dict`): main study, by cell, arm and seed.
@@ -76,12 +82,12 @@ class Results:
         warm_starts (`dict`): by cell and seed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, main: str = "main"):
         self.warm_starts: dict[tuple[Cell, int], Record] = {}
         self.tuning: list[Record] = []
         self.runs: dict[Cell, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
         self.measures: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-        for study in ("tuning", "main"):
+        for study in ("tuning", main):
             path = folder / f"{study}.jsonl"
             for line in path.read_text().splitlines() if path.exists() else ():
                 record = json.loads(line)
@@ -122,15 +128,15 @@ class Results:
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval, NaN for a single value."""
+    """Mean and half the width of its 95 % interval; NaN for fewer than three values, which do not show their spread."""
     values = np.asarray(values, dtype=float)
-    if len(values) < 2:
+    if len(values) < 3:
         return float(values.mean()), float("nan")
     return float(values.mean()), float(_T[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def text(values: Sequence[float] | np.ndarray, signed: bool = False) -> str:
-    """`0.812 ± 0.031`, or without an interval for a single value; bold where a difference's interval leaves out 0."""
+    """`0.812 ± 0.031`, without an interval for fewer than three; bold where that of a difference leaves out 0."""
     mean, half = interval(values)
     number = f"{mean:+.3f}" if signed else f"{mean:.3f}"
     if np.isnan(half):
@@ -483,8 +489,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Put the tables and figures of the studies into a page.")
     parser.add_argument("results", type=Path, help="folder with tuning.jsonl and main.jsonl")
     parser.add_argument("page", type=Path, help="Markdown page")
+    parser.add_argument("--main", default="main", help="name of the main study")
     options = parser.parse_args()
-    write_page(Results(options.results), options.page)
+    write_page(Results(options.results, options.main), options.page)
 
 
 if __name__ == "__main__":
