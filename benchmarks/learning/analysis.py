@@ -128,7 +128,7 @@ class Results:
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval; NaN for fewer than three values, which do not show their spread."""
+    """Mean and half the width of its 95 % interval; NaN for fewer than three values, which show no spread."""
     values = np.asarray(values, dtype=float)
     if len(values) < 3:
         return float(values.mean()), float("nan")
