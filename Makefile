@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
 	matplotlib==3.9.0
 
-.PHONY: quickstart test test-oldest lint clean
+.PHONY: quickstart test test-oldest test-vllm lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -17,9 +17,13 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples
-# train long enough to be too slow with it.
+# and the tests marked as heavy train long enough to be too slow with it.
 test-oldest: $(VENV)-oldest/.installed
-	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py --ignore=tests/test_learning_study.py
+	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py -m "not heavy"
+
+# With a real vLLM engine, on the CPU
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/vllm_engine
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -27,7 +31,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,4 +45,11 @@ $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
 	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest hypothesis rich triton
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)-vllm/.installed: pyproject.toml Makefile tests/vllm_engine/requirements.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
+	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@

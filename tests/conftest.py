@@ -12,3 +12,14 @@ from hypothesis import settings
 # The same examples in every run; `pytest --hypothesis-profile default` looks for new ones
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
+
+import pytest  # noqa: E402
+from ranks import Ranks  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Starts real processes, see ranks.py."""
+    started = Ranks()
+    yield started
+    started.close()

@@ -12,6 +12,7 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from trl_anytime import BRPOTrainer
 from trl_anytime.adaptive_baseline import _FORGETTING, AdaptiveBaseline, leave_one_out_mean
 from trl_anytime.advantages import segment_returns
+from trl_anytime.checkpoint import load_rank_state
 
 BUDGETS = [10, 20]
 
@@ -168,9 +169,9 @@ def test_evaluation_teaches_it_nothing(tmp_path):
 def test_a_checkpoint_carries_it_on(tmp_path):
     trainer = make_adaptive_trainer(tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
-    learned = torch.load(tmp_path / "checkpoint-2" / "adaptive_baseline.pt")
+    learned = load_rank_state(tmp_path / "checkpoint-2", 0, torch.device("cpu"))["adaptive_baseline"]
     assert learned["rows"][0] > 8  # both batches of eight thinkings
-    resumed = make_adaptive_trainer(tmp_path, max_steps=3)
+    resumed = make_adaptive_trainer(tmp_path, max_steps=3, save_strategy="steps")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # One more batch of eight thinkings, all of which have a first segment
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8

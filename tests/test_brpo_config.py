@@ -45,6 +45,7 @@ def test_defaults_are_the_papers():
         ({"loss_type": "vespo"}, "weighs whole sequences"),
         ({"loss_type": "luspo"}, "weighs whole sequences"),
         ({"generation_kwargs": {"max_new_tokens": 5}}, r"must not set \['max_new_tokens'\]"),
+        ({"generation_kwargs": {"structured_outputs": {"regex": "a+"}}}, r"must not set \['structured_outputs'\]"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # refused by TRL itself
     ],
 )

@@ -11,6 +11,8 @@ from benchmarks.learning import analysis, run
 from benchmarks.learning.study import Job, Study
 from benchmarks.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 
+pytestmark = pytest.mark.heavy
+
 MAIN = Path(__file__).parent.parent / "benchmarks" / "learning" / "studies" / "main.yaml"
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},

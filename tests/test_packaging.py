@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ REQUIREMENTS = {
 }
 PINNED = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 OLDEST = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "Makefile").read_text().split("OLDEST =")[1].split("\n\n")[0]))
+
+
+def test_the_command():
+    module, _, function = PROJECT["scripts"]["trl-anytime"].partition(":")
+    assert callable(getattr(import_module(module), function))
 
 
 @pytest.mark.parametrize("name", REQUIREMENTS)

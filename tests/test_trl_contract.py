@@ -2,14 +2,19 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import trl
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 import trl_anytime.brpo_trainer
+import trl_anytime.vllm_generation
 from trl_anytime import BRPOTrainer
 
 # Overridden methods and the parameters they are called with
@@ -17,14 +22,20 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
-    "_save_checkpoint": ["self", "model", "trial"],
-    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_prepare_inputs": ["self", "generation_batch"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save_checkpoint": ["self", "model", "trial"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "save_model": ["self", "output_dir", "_internal_call"],
 }
 # Called methods
 CALLED = {
+    "_get_output_dir": ["self", "trial"],
     "_generate_single_turn": [
         "self",
         "prompt_ids",
@@ -34,22 +45,38 @@ CALLED = {
         "has_tool_images",
     ],
     "_tokenize_prompts": ["self", "prompts"],
-    "_get_output_dir": ["self", "trial"],
 }
 # Attributes that TRL sets in `__init__` and that we read or set
 ATTRIBUTES = {"_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_step", "_tokenizer"}
+# Attributes that transformers sets when training begins: the loss since the last log, and when that was
+TRAINING_ATTRIBUTES = {"_globalstep_last_logged", "_tr_loss"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 OWN = {
+    "_action",
+    "_admit_sharded",
+    "_is_sharded",
+    "_at_train_begin",
     "_adaptive_baseline",
     "_batch",
+    "_check_finite",
+    "_checkpoint",
+    "_find_checkpoint",
+    "_leave_out",
+    "_num_counted",
+    "_preemption",
+    "_prompt_text",
+    "_rank_state",
+    "_rollouts_in_use",
+    "_settings",
     "_check_context",
     "_choose_forward",
     "_choose_generation",
+    "_contract",
+    "_engine_context",
     "_find_markers",
     "_forward",
     "_generation",
     "_hold_model",
-    "_is_zero3",
     "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
     "_learned_baselines",
     "_log_table",
@@ -85,7 +112,8 @@ def test_private_members_are_all_listed():
             or (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")
         )
     }
-    assert used == (ATTRIBUTES | OWN | set(CALLED) | {name for name in OVERRIDDEN if name[0] == "_"})
+    overridden = {name for name in OVERRIDDEN if name[0] == "_"}
+    assert used == (ATTRIBUTES | TRAINING_ATTRIBUTES | OWN | set(CALLED) | overridden)
 
 
 def test_overridden_and_called_methods():
@@ -115,6 +143,76 @@ def test_attributes():
     for name in ("max_completion_length", "generation_kwargs"):
         assert f"self.{name} = " in inspect.getsource(VLLMGeneration.__init__), name
     assert "stop_token_ids" not in inspect.getsource(VLLMGeneration)  # nothing that ours would overwrite
+
+
+def test_vllm_generation():
+    """What our vLLM backends use of TRL's."""
+    source = inspect.getsource(VLLMGeneration)
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(trl_anytime.vllm_generation.__file__).read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self._vllm", "vllm", "vllm_generation")
+    }
+    for name in used - {"sync_weights"}:
+        assert f"self.{name} = " in source or f"self.{name}, _ = " in source, name
+    # Sleep, as there: weights that it has discarded are sent anew, the cache is woken for each generation
+    assert 'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:' in source
+    assert 'self.llm.wake_up(tags=["weights"])' in inspect.getsource(VLLMGeneration.sync_weights)
+    assert 'self.llm.wake_up(tags=["kv_cache"])' in inspect.getsource(VLLMGeneration.generate)
+    assert "self.llm.sleep(level=2)" in inspect.getsource(VLLMGeneration.generate)
+    # The sampling parameters, and `n` besides
+    parameters_of_trl = source.split("generation_kwargs = {")[1].split("}")[0]
+    named = [line.split(":")[0].strip(' "') for line in parameters_of_trl.strip().splitlines()]
+    ours = inspect.getsource(trl_anytime.vllm_generation.ColocateGeneration._sampling)
+    assert {name for name in named if f'"{name}"' not in ours} == {"n"}
+    # Weights are sent before the roll-out
+    generate = inspect.getsource(GRPOTrainer._generate)
+    assert generate.index("self.vllm_generation.sync_weights()") < generate.index("self.rollout_func(prompts, self)")
+
+
+def test_vllm_client():
+    """The methods by which TRL talks to a server in training; our client stands in for them."""
+    calls = set(re.findall(r"self\.vllm_client\.(\w+)\(", inspect.getsource(VLLMGeneration)))
+    calls -= {"init_communicator", "image_features"}  # at the start, and for images
+    ours = {name for name in vars(trl_anytime.vllm_generation._PatientClient) if name[0] != "_"}
+    assert calls == ours
+    assert parameters(VLLMClient.update_named_params) == ["self", "metadata", "named_params"]
+    assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]
+
+
+def test_what_a_restart_relies_on():
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    for name in TRAINING_ATTRIBUTES:
+        before, after = loop.split("self.callback_handler.on_train_begin(")
+        assert f"self.{name} = " in before and f"self.{name} = " not in after  # so that a callback may set it
+    assert "self._init_training_state(" in before and "self._prepare_for_training(" in before
+    # The state of random numbers is loaded last, once the first batch has been fetched
+    assert "self._load_rng_state(resume_from_checkpoint)" in inspect.getsource(Trainer._run_epoch)
+    # Rollouts are generated anew between generation batches alone
+    source = inspect.getsource(GRPOTrainer._prepare_inputs)
+    assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in source
+    # The order of each epoch is drawn from one generator, which begins with the seed
+    source = inspect.getsource(RepeatSampler)
+    assert "self.generator.manual_seed(seed)" in source.split("def __iter__")[0]
+    assert source.count("generator=self.generator") == 1
+
+
+def test_what_saving_relies_on():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in source
+    assert "run_dir = self._get_output_dir(trial=trial)" in source
+    assert "save_total_limit=self.args.save_total_limit" in source
+    assert parameters(rotate_checkpoints)[:4] == [
+        "output_dir",
+        "save_total_limit",
+        "best_model_checkpoint",
+        "use_mtime",
+    ]
+
+
+def test_what_skipping_a_step_relies_on():
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
 
 
 def test_rollout_hook():

@@ -1,4 +1,4 @@
-"""Two processes with gloo: groups that are split across ranks, and rewards that fail on one of them."""
+"""Two processes with gloo: the same as one, groups that are split across ranks, uneven data, rewards that fail."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def trained(tmp_path_factory):
     """The results of both ranks, by kind of reward."""
     output_dir = tmp_path_factory.mktemp("ranks")
     script = Path(__file__).parent / "two_ranks.py"
@@ -20,8 +20,8 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["fine", "none"])
-def test_both_ranks_end_with_the_same_model(ranks, kind):
-    first, second = (rank[kind] for rank in ranks)
+def test_both_ranks_end_with_the_same_model(trained, kind):
+    first, second = (rank[kind] for rank in trained)
     assert first["weights"] == second["weights"]
     log = first["log"][0]
     assert log["loss"] != 0 and log["grad_norm"] > 0
@@ -39,6 +39,55 @@ def test_both_ranks_end_with_the_same_model(ranks, kind):
         ("raises", "`reward` failed: KeyError: 'no such column'"),
     ],
 )
-def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(ranks, kind, message):
-    for rank in ranks:
+def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(trained, kind, message):
+    for rank in trained:
         assert message in rank[kind]["error"]
+
+
+# Means over micro-batches, which are dealt out by length on each rank: the same only if there is one per step
+OF_MICRO_BATCHES = ("entropy", "clip_ratio/")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("num_generations", [4, 8], ids=["whole groups", "groups split across ranks"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_two_ranks_do_what_one_does(ranks, tmp_path, num_generations, micro_batches):
+    settings = {
+        "num_generations": num_generations,
+        "steps_per_generation": micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+    }
+    one, two = (
+        {"per_device_train_batch_size": size, "per_device_eval_batch_size": size, **settings} for size in (8, 4)
+    )
+    alone = ranks.run("equality", tmp_path / "one", **one)[0]
+    assert alone.code == 0, alone.output
+    recorded = str(tmp_path / "one" / "rollouts.json")
+    together = ranks.run("equality", tmp_path / "two", world_size=2, replay=recorded, **two)
+    for rank in together:
+        assert rank.code == 0, rank.output
+        assert len(rank.result["gradients"]) == 4
+        for gradient, expected in zip(rank.result["gradients"], alone.result["gradients"], strict=True):
+            assert max(map(abs, expected)) > 1e-2
+            assert gradient == pytest.approx(expected, abs=1e-6)  # float32 sums in another order
+        assert rank.result["weights"] == pytest.approx(alone.result["weights"], abs=1e-6)
+        for entry, expected in zip(rank.result["log"], alone.result["log"], strict=True):
+            assert entry.keys() == expected.keys()
+            for name, value in expected.items():
+                if micro_batches == 1 or name.startswith("eval_") or not name.startswith(OF_MICRO_BATCHES):
+                    assert entry[name] == (value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+    evaluations = [entry for entry in alone.result["log"] if "eval_loss" in entry]
+    assert len(evaluations) == 2
+
+
+@pytest.mark.heavy
+def test_ranks_with_nothing_in_common(ranks, tmp_path):
+    both = ranks.run(
+        "uneven", tmp_path, world_size=2, num_generations=8, save_strategy="no", max_steps=4, logging_steps=1
+    )
+    assert [rank.code for rank in both] == [0, 0], both[0].output + both[1].output
+    assert both[0].result == both[1].result
+    log = both[0].result["log"][0]
+    assert log["thinking/finished_ratio"] == 0.5
+    assert (log["rank_0"], log["rank_1"], log["anytime/unscored_ratio"]) == (1, 2, 0)
+    assert log["grad_norm"] > 0

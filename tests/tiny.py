@@ -30,9 +30,9 @@ def make_tokenizer(chat_template: str = OPENED, extra_words: tuple[str, ...] = (
     return fast
 
 
-def make_model(model_type: str = "qwen3", vocab_size: int = 20, **settings) -> PreTrainedModel:
+def make_model(model_type: str = "qwen3", vocab_size: int = 20, seed: int = 0, **settings) -> PreTrainedModel:
     """A random decoder with weights large enough for its tokens to influence each other."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         model_type,
         **{

@@ -6,11 +6,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .brpo_config import BRPOConfig
     from .brpo_trainer import BRPOTrainer
+    from .contract import AnytimeContract, Sampling
+    from .inference import ThinkingBudgetLogitsProcessor, anytime_generate
+    from .server import CompletionClient
 
 __version__ = "0.1.0"
-__all__ = ["BRPOConfig", "BRPOTrainer"]
+__all__ = [
+    "AnytimeContract",
+    "BRPOConfig",
+    "BRPOTrainer",
+    "CompletionClient",
+    "Sampling",
+    "ThinkingBudgetLogitsProcessor",
+    "anytime_generate",
+]
 
-_MODULE_OF = {"BRPOConfig": ".brpo_config", "BRPOTrainer": ".brpo_trainer"}
+_MODULE_OF = {
+    "AnytimeContract": ".contract",
+    "BRPOConfig": ".brpo_config",
+    "BRPOTrainer": ".brpo_trainer",
+    "CompletionClient": ".server",
+    "Sampling": ".contract",
+    "ThinkingBudgetLogitsProcessor": ".inference",
+    "anytime_generate": ".inference",
+}
 
 
 # Lazy, so that a verifier's worker process, which imports `trl_anytime.rewards`, does not load torch and TRL.

@@ -3,10 +3,11 @@
 from typing import cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .attention import forward_packed
 from .branches import BranchContext, BranchRows, Trunk
+from .cache import growing_cache
 from .separate_rows import forward_rows
 from .tree import PackedRollouts
 
@@ -25,10 +26,67 @@ def structural_objection(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def _tolerance(model: PreTrainedModel, half_precision: bool = False) -> float:
     # A right layout is off by rounding: 1e-5 in float32, and in half precision what rounds logits of 10 to 0.03. A
     # wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
-    return 2e-4 if model.dtype == torch.float32 else 0.25
+    return 0.25 if half_precision or model.dtype != torch.float32 else 2e-4
+
+
+def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
+    """A tiny packed rollout, its row with a prompt, the words it is made of, and the generator they come from."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
+    words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads
+
+    def sample(length):
+        return words[torch.randint(len(words), (length,), generator=generator).to(words.device)].tolist()
+
+    packed = PackedRollouts.pack(
+        thinkings=[sample(7)],
+        cuts=[[3, 7]],
+        bridges=[[sample(2), sample(1)]],
+        summaries=[[[sample(2), sample(1)], [sample(1), sample(3)]]],
+    )
+    packed = PackedRollouts(*(x.to(words.device) for x in (packed.token_ids, packed.cuts, packed.spans)))
+    row = torch.cat([torch.tensor([sample(5)], device=words.device), packed.token_ids], dim=1)
+    return packed, row, words, generator
+
+
+def sharded_objection(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
+    """
+    Collective: as [`measured_objection`], for a model whose parameters are gathered in its forward pass. Compares
+    log-probabilities alone, since gradients go through the hooks that shard.
+
+    Args:
+        wrapped (`torch.nn.Module`):
+            The model as it is trained, which gathers its parameters. DeepSpeed's has another `config`.
+        model ([`~transformers.PreTrainedModel`]):
+            The same, unwrapped.
+        half_precision (`bool`):
+            Whether it computes in half precision.
+
+    Returns:
+        `str`, *optional*: why the model must not train on packed rollouts.
+    """
+    tolerance = _tolerance(model, half_precision)
+    packed, row, _, _ = _example(model)
+    training = wrapped.training
+    wrapped.eval()  # dropout would differ
+    try:
+        with torch.no_grad():
+            tree, separate = (
+                forward(wrapped, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True).log_probs.float()
+                for forward in (forward_packed, forward_rows)
+            )
+    finally:
+        wrapped.train(training)
+    error = (tree - separate).abs().max().item()
+    if error <= tolerance:  # false for NaN
+        return None
+    return (
+        f"on a small example its log-probabilities differ by {error:.2g} from those of separate rows (tolerance "
+        f"{tolerance:.2g})"
+    )
 
 
 def measured_objection(model: PreTrainedModel) -> str | None:
@@ -44,22 +102,8 @@ def measured_objection(model: PreTrainedModel) -> str | None:
         `str`, *optional*: why the model must not train on packed rollouts.
     """
     tolerance = _tolerance(model)
-    generator = torch.Generator().manual_seed(0)
+    packed, row, words, generator = _example(model)
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
-    words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
-    words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads
-
-    def sample(length):
-        return words[torch.randint(len(words), (length,), generator=generator).to(words.device)].tolist()
-
-    packed = PackedRollouts.pack(
-        thinkings=[sample(7)],
-        cuts=[[3, 7]],
-        bridges=[[sample(2), sample(1)]],
-        summaries=[[[sample(2), sample(1)], [sample(1), sample(3)]]],
-    )
-    packed = PackedRollouts(*(x.to(words.device) for x in (packed.token_ids, packed.cuts, packed.spans)))
-    row = torch.cat([torch.tensor([sample(5)], device=words.device), packed.token_ids], dim=1)
     weights = torch.randn(row.size(1) - 1, generator=generator).to(words.device)
     # Zeros that are added to the embedding of each word, to differentiate by whatever the model's parameters are
     probe = torch.zeros(
@@ -116,7 +160,7 @@ def decoding_objection(model: PreTrainedModel) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            cache = DynamicCache()
+            cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)
             branches = BranchRows(model, [Trunk.of(cache, start, [0])], contexts)

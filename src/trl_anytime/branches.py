@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache
 
 from .attention import layout_in_use
+from .cache import growing_cache
 
 # Scores held at once where trunks are read: 1 GiB in float32
 _MAX_SCORES = 2**28
@@ -43,7 +44,7 @@ class Trunk:
     rollouts: list[int]
 
     @classmethod
-    def of(cls, cache: DynamicCache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
+    def of(cls, cache: Cache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
         """The trunk in a cache."""
         layers = cast(list[Any], cache.layers)
         return cls([(layer.keys, layer.values) for layer in layers], starts, rollouts)
@@ -225,7 +226,7 @@ class BranchRows:
         self.trunks = list(trunks)
         self.contexts = contexts
         self.owners = list(range(len(contexts)))  # the context of each row
-        self.tail = DynamicCache()
+        self.tail = growing_cache()
         width = max(len(context.token_ids) for context in contexts)
         self.starts = torch.tensor([width - len(context.token_ids) for context in contexts], device=self.device)
         self.seen = torch.tensor([context.seen for context in contexts], device=self.device)

@@ -16,6 +16,12 @@ else:
 # Inherited settings that have no meaning for packed rollouts: (name, the only value allowed, why, what to do instead)
 _FIXED_SETTINGS = (
     (
+        "enable_jit_checkpoint",
+        False,
+        "BRPOTrainer itself saves on SIGTERM, on all ranks at the same step",
+        "remove it",
+    ),
+    (
         "scale_rewards",
         "none",
         "BRPO's advantages are not divided by a standard deviation",
@@ -53,9 +59,19 @@ _FIXED_SETTINGS = (
     ),
 )
 TREE_ATTENTION = ("auto", "tree", "rows")
+ON_NONFINITE = ("raise", "skip")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
-_OWN_GENERATION_KEYS = ("eos_token_id", "max_length", "max_new_tokens", "max_tokens", "n", "stop_token_ids")
+_OWN_GENERATION_KEYS = (
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "max_tokens",
+    "n",
+    "output_kind",
+    "stop_token_ids",
+    "structured_outputs",  # refused for the reason of `vllm_structured_outputs_regex`
+)
 
 
 @dataclass
@@ -103,6 +119,16 @@ class BRPOConfig(GRPOConfig):
         max_cached_tokens (`int`, *optional*):
             Most tokens whose keys and values a rank holds at a time while it generates with transformers; more are
             split into parts, one after the other. Not split if not set.
+        vllm_overlap (`bool`, *optional*, defaults to `True`):
+            Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
+            others still think. `False` waits for the last thinking, which takes more steps of the engine.
+
+        > Parameters that control what happens on faults
+
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do when log-probabilities, loss or gradient are NaN or infinite: `"raise"` stops with the step and
+            the prompts, `"skip"` leaves the optimiser step out on all ranks and counts it in the metric
+            `nonfinite/skipped_ratio`. Rewards that are not finite always stop.
 
         > Parameters that control what is spliced into a thinking
 
@@ -183,6 +209,24 @@ class BRPOConfig(GRPOConfig):
             "more are split into parts. Not split if not set."
         },
     )
+    vllm_overlap: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed "
+            "it, while others still think."
+        },
+    )
+
+    # Parameters that control what happens on faults
+    on_nonfinite: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do when log-probabilities, loss or gradient are NaN or infinite: 'raise' stops with the "
+            "step and the prompts, 'skip' leaves the optimiser step out and counts it in the metric "
+            "`nonfinite/skipped_ratio`.",
+            "choices": list(ON_NONFINITE),
+        },
+    )
 
     # Parameters that control what is spliced into a thinking
     think_end: str | None = field(
@@ -238,6 +282,12 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
         if self.tree_attention not in TREE_ATTENTION:
             raise ValueError(f"`tree_attention` must be one of {TREE_ATTENTION}, got {self.tree_attention!r}.")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"`on_nonfinite` must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}.")
+        if self.on_nonfinite == "skip" and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
+            )
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
 
@@ -260,5 +310,5 @@ class BRPOConfig(GRPOConfig):
         if own:
             raise ValueError(
                 f"`generation_kwargs` must not set {own}: thinkings end at the last budget and summaries at "
-                "`max_summary_length`."
+                "`max_summary_length`, and neither is constrained otherwise."
             )

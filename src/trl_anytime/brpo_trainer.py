@@ -1,41 +1,49 @@
 """The [`BRPOTrainer`]: Budget Relative Policy Optimization as thin overrides of TRL's [`~trl.GRPOTrainer`]."""
 
+import math
 import textwrap
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import trl
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from packaging.version import Version
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
+from . import checkpoint
 from .adaptive_baseline import AdaptiveBaseline
-from .admission import decoding_objection, measured_objection, structural_objection
+from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
 from .advantages import Returns, segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
+from .contract import AnytimeContract, Sampling
+from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
-from .markers import ThinkingMarkers, find_markers
+from .markers import ThinkingMarkers, find_markers, render_prompt
+from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
+from .vllm_generation import ColocateGeneration, ServerSampler, check_server
 
 logger = get_logger(__name__)
 
@@ -46,7 +54,6 @@ _METRICS_OF_PLAIN_ROWS = (
     "completions/min_terminated_length",
     "completions/max_terminated_length",
 )
-_ADAPTIVE_BASELINE_FILE = "adaptive_baseline.pt"
 
 
 @dataclass
@@ -62,6 +69,7 @@ class _Batch:
     num_summaries: int
     num_generations: int
     num_rollouts: int
+    num_counted: int  # W·N, less where the last batch of an evaluation is filled up with prompts it has seen
     rollouts: list[Rollout] = field(default_factory=list)  # N
     rewards_per_func: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A, F)
     rewards: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (W·N, M, A), NaN where none scored it
@@ -69,6 +77,16 @@ class _Batch:
         default_factory=dict
     )  # from reward functions, one value per rollout and budget
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class _AtTrainBegin(TrainerCallback):
+    """Calls the trainer back when model, optimizer and state are ready, before the first step."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._action()
 
 
 class BRPOTrainer(GRPOTrainer):
@@ -84,10 +102,14 @@ class BRPOTrainer(GRPOTrainer):
     - `__init__`: checks, markers, tree attention.
     - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
     - `_calculate_rewards`: reward functions are called once per summary.
+    - `prediction_step`: every rollout counts once in an evaluation, however many ranks there are.
     - `_prepare_inputs`: rollouts of like length share a micro-batch.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
-    - `_save_checkpoint`, `_load_optimizer_and_scheduler`: with them, what the adaptive baseline has learned.
+    - `_get_grad_norm`: refuses to step along a gradient that is not finite.
+    - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
+      saves, checkpoints are whole and resumed exactly (docs/reliability.md).
+    - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: says at which budgets the model was trained.
 
     Example:
@@ -174,6 +196,12 @@ class BRPOTrainer(GRPOTrainer):
         self._rollout_seconds = 0.0
         self._update_seconds = 0.0
         self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
+        # What `train()` goes on from, if anything
+        self._checkpoint: Path | None = None
+
+        self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
+        if args.use_vllm and args.vllm_mode == "server":
+            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
 
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
 
@@ -189,6 +217,8 @@ class BRPOTrainer(GRPOTrainer):
             else func
             for func in self.reward_funcs
         ]
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         self._check_context(self._longest_prompts())
         packed, _ = self._most_tokens()
         self.max_completion_length = args.max_completion_length or packed
@@ -196,24 +226,16 @@ class BRPOTrainer(GRPOTrainer):
         self._forward = self._choose_forward()
         self._generation = self._choose_generation()
 
+        self._preemption = Preemption(self.accelerator, enabled=args.save_strategy != "no")
+        self.add_callback(self._preemption)
+        self.add_callback(_AtTrainBegin(self._at_train_begin))
+
     # Set-up
 
     def _find_markers(self) -> ThinkingMarkers:
         """Markers and bridges, from the first prompt as the model will see it."""
         prompt = next(iter(self.train_dataset))["prompt"]
-        generation_prompt = None
-        if is_conversational({"prompt": prompt}):
-            if self._tokenizer.chat_template is None:
-                raise ValueError(
-                    "The prompts are conversational but the tokenizer has no chat template: set "
-                    "`processing_class.chat_template`, or pass prompts as text."
-                )
-            render = partial(self._tokenizer.apply_chat_template, prompt, tokenize=False, **self.chat_template_kwargs)
-            without, prompt = render(add_generation_prompt=False), render(add_generation_prompt=True)
-            # What the template added for the answer; some templates add it always
-            generation_prompt = (
-                prompt.removeprefix(without) if prompt.startswith(without) and prompt != without else None
-            )
+        prompt, generation_prompt = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         return find_markers(
             self._tokenizer,
             prompt,
@@ -232,17 +254,26 @@ class BRPOTrainer(GRPOTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
         thinking = max(self.args.budgets + (self.args.eval_budgets or []))
         needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
-        if context is not None and needed > context:
-            raise ValueError(
-                f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
-                f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
-                f"tokens, more than the model's context of {context}. Lower `budgets`, `eval_budgets` or "
-                "`max_summary_length`, or drop the longest prompts."
-            )
+        in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        raise_it = (
+            "Raise `vllm_max_model_length`"
+            if self.vllm_mode == "colocate"
+            else "Restart the vLLM server with a larger `--max-model-len`"
+        )
+        for context, whose, remedy in (
+            (in_model, "the model's", "Lower"),
+            (self._engine_context, "vLLM's", f"{raise_it}, or lower"),
+        ):
+            if context is not None and needed > context:
+                raise ValueError(
+                    f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
+                    f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
+                    f"tokens, more than {whose} context of {context}. {remedy} `budgets`, `eval_budgets` or "
+                    "`max_summary_length`, or drop the longest prompts."
+                )
 
     def _most_tokens(self) -> tuple[int, int]:
         """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
@@ -261,8 +292,8 @@ class BRPOTrainer(GRPOTrainer):
         if objection is None:
             plain_attention = base_model.config._attn_implementation
             enable_tree_attention(base_model)
-            # Sharded parameters are not at hand before training starts
-            objection = None if self.is_fsdp_enabled or self._is_zero3() else measured_objection(model)
+            # Sharded parameters are not at hand before training starts: `_admit_sharded` measures then
+            objection = None if self._is_sharded else measured_objection(model)
             if objection is None:
                 if self.ref_model is not None:
                     enable_tree_attention(self.accelerator.unwrap_model(self.ref_model))
@@ -279,15 +310,32 @@ class BRPOTrainer(GRPOTrainer):
         )
         return forward_rows
 
-    def _is_zero3(self) -> bool:
-        return getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
+
+    def _admit_sharded(self) -> None:
+        """Collective: compare tree attention with separate rows on a sharded model, once it is ready to train."""
+        if self._is_sharded and self._forward is forward_packed:
+            model = self.accelerator.unwrap_model(self.model)
+            half_precision = self.args.bf16 or self.args.fp16
+            objection = sharded_objection(cast(torch.nn.Module, self.model_wrapped), model, half_precision)
+            if objection is not None:
+                raise ValueError(
+                    f"{type(model).__name__} cannot train on packed rollouts: {objection}. Set "
+                    "`tree_attention='rows'` to train on separate rows instead."
+                )
 
     def _choose_generation(self) -> Generation:
         """The backend of the two generation phases."""
-        if self.use_vllm or self.use_transformers_continuous_batching:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            return ColocateGeneration(self.vllm_generation, overlap=self.args.vllm_overlap)
+        if self.use_vllm:
+            return PrefixGeneration(ServerSampler(self._sample, self.vllm_generation))
+        if self.use_transformers_continuous_batching:
             return PrefixGeneration(self._sample)
         objection: str | None
-        if self.is_fsdp_enabled or (self._is_zero3() and not self.args.ds3_gather_for_generation):
+        if self.is_fsdp_enabled or (self._is_sharded and not self.args.ds3_gather_for_generation):
             # Every rank must forward equally often; `generate()` sees to that by itself
             objection = "the model is sharded"
         elif self._forward is forward_rows:
@@ -361,10 +409,11 @@ class BRPOTrainer(GRPOTrainer):
     @contextmanager
     def _hold_model(self) -> Iterator[PreTrainedModel]:
         """The model as TRL unwraps it to generate, without dropout."""
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        gather = self.args.ds3_gather_for_generation
+        checkpointing = {}
+        if Version(trl.__version__) >= Version("1.16"):  # 1.15 forgets how checkpointing was switched on
+            checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
         with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather, gradient_checkpointing_kwargs=checkpointing
+            self.model_wrapped, self.accelerator, self.args.ds3_gather_for_generation, **cast(Any, checkpointing)
         ) as model:
             training = model.training
             model.eval()
@@ -411,7 +460,7 @@ class BRPOTrainer(GRPOTrainer):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         rows = [{**inputs[i // per_rollout], "well_formed": formed} for i, formed in enumerate(well_formed)]
         prompts = [prompts[i // per_rollout] for i in range(len(rows))]
-        guard, reward_funcs = RewardGuard(), self.reward_funcs
+        guard, reward_funcs = RewardGuard(self.state.global_step), self.reward_funcs
         self.reward_funcs = [
             guard.guard(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
         ]
@@ -421,6 +470,7 @@ class BRPOTrainer(GRPOTrainer):
         finally:
             self.reward_funcs = reward_funcs
         guard.raise_on_all_ranks()
+        guard.check_models(reward_funcs, self.reward_func_names, rewards_per_func, prompts)
 
         # TRL's completions table gets one row per budget, for which the first summary stands
         batch.extra_logs = {name: values[::num_summaries] for name, values in self._pending_extra_logs.items()}
@@ -432,14 +482,17 @@ class BRPOTrainer(GRPOTrainer):
         # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, per function
         weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
-        return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+        objective_NF = torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+        objective_NF[batch.num_counted :] = torch.nan
+        return objective_NF
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         start = time.perf_counter()
         self._batch = batch = self._new_batch(mode, len(inputs))
         try:
-            output = super()._generate_and_score_completions(inputs)
+            with memory_advice("rollouts"):
+                output = super()._generate_and_score_completions(inputs)
             packed = self._packed_rows(output["completion_ids"])
         finally:
             self._batch = self._packed = None
@@ -464,8 +517,14 @@ class BRPOTrainer(GRPOTrainer):
 
         for name in _METRICS_OF_PLAIN_ROWS:
             self._metrics[mode].pop(name)
+        counted = slice(batch.num_counted)
+        groups = slice(batch.num_counted // batch.num_generations)
+        if batch.num_counted < len(batch.rewards):
+            self._leave_out(output, first, counted)
+            segments = segment_returns(rewards_PGMA[groups], batch.budgets, batch.prior, self.args.progress_decay)
+            learned = {name: values[groups] for name, values in learned.items()}
         metrics = {
-            **reward_metrics(batch.rewards, batch.budgets),
+            **reward_metrics(batch.rewards[counted], batch.budgets),
             **rollout_metrics(
                 batch.rollouts,
                 output["advantages"],
@@ -473,9 +532,9 @@ class BRPOTrainer(GRPOTrainer):
                 self.markers,
                 self.eos_token_ids,
                 self.args.max_summary_length,
-                self.accelerator.gather,
+                lambda rows: self.accelerator.gather(rows)[counted],
             ),
-            **baseline_metrics(segments, cuts_PGM, batch.budgets, learned),
+            **baseline_metrics(segments, cuts_PGM[groups], batch.budgets, learned),
             **{f"time/{phase}": [batch.seconds[phase]] for phase in ("thinking", "summarising", "grading", "scoring")},
         }
         for name, values in metrics.items():
@@ -484,6 +543,35 @@ class BRPOTrainer(GRPOTrainer):
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         self._rollout_seconds = time.perf_counter() - start
         return output
+
+    def _leave_out(self, output: dict[str, Any], first: int, counted: slice) -> None:
+        """Take rollouts that fill up an evaluation's last batch out of its loss and of what TRL has logged."""
+        lengths = self.accelerator.gather((output["tool_mask"] * output["completion_mask"]).sum(dim=1))
+        metrics, kept = self._metrics["eval"], lengths[counted].float()
+        for name, value in (("mean", kept.mean()), ("min", kept.min()), ("max", kept.max())):
+            metrics[f"completions/{name}_length"][-1] = value.item()
+        metrics["frac_reward_zero_std"][-1] *= len(lengths) / len(kept)  # theirs was NaN, which is not zero
+        output["tool_mask"][max(0, len(kept) - first) :] = 0
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.accelerator.gradient_state.end_of_dataloader:
+            # transformers keeps the first few ranks' losses of the last batch: give each the loss of all
+            num_rollouts = len(inputs)
+            share = num_rollouts / self._num_counted("eval", num_rollouts)
+            loss = self.accelerator.reduce(loss, reduction="sum") * share
+        return (loss, *rest)
+
+    def _num_counted(self, mode: str, num_rollouts: int) -> int:
+        """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
+        of_all = num_rollouts * self.accelerator.num_processes
+        state = self.accelerator.gradient_state
+        if mode == "train" or not state.end_of_dataloader:
+            return of_all
+        loader = state.active_dataloader
+        if not hasattr(loader.dataset, "__len__"):  # a stream does not know where it began anew
+            return of_all
+        return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
 
     def _learned_baselines(
         self, mode: str, rewards: torch.Tensor, segments: Returns, live: torch.Tensor
@@ -496,17 +584,6 @@ class BRPOTrainer(GRPOTrainer):
         predicted = self._adaptive_baseline.predict(rewards, segments)
         self._adaptive_baseline.update(rewards, segments, live)
         return {"adaptive": predicted}
-
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self._adaptive_baseline is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(self._adaptive_baseline.state_dict(), folder / _ADAPTIVE_BASELINE_FILE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._adaptive_baseline is not None and checkpoint is not None:
-            self._adaptive_baseline.load_state_dict(torch.load(Path(checkpoint) / _ADAPTIVE_BASELINE_FILE))
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -524,11 +601,14 @@ class BRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % steps]
 
     def _new_batch(self, mode: str, num_rollouts: int) -> _Batch:
-        args = self.args
+        args, num_counted = self.args, self._num_counted(mode, num_rollouts)
         if mode == "train":
-            return _Batch(args.budgets, args.prior, args.num_summaries, self.num_generations, num_rollouts)
+            return _Batch(
+                args.budgets, args.prior, args.num_summaries, self.num_generations, num_rollouts, num_counted
+            )
         # Evaluation estimates the plain curve: every budget counts alike, one summary each
-        return _Batch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval, num_rollouts)
+        budgets = args.eval_budgets or args.budgets
+        return _Batch(budgets, "uniform", 1, self.num_generations_eval, num_rollouts, num_counted)
 
     # Packed rows in TRL's forward passes
 
@@ -551,26 +631,190 @@ class BRPOTrainer(GRPOTrainer):
             return self._forward(model, rows, input_ids, **model_inputs)
 
         with self._timed("scoring"):
-            return super()._get_per_token_logps_and_entropies(
+            output = super()._get_per_token_logps_and_entropies(
                 packed_model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
+            self._check_finite("log-probabilities", output[0], input_ids[:, :-logits_to_keep])
+        return output
 
     def _compute_loss(self, model, inputs):
         self._packed = PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
             self._packed = None
+        self._check_finite("loss", loss.expand(len(inputs["prompt_ids"]), 1), inputs["prompt_ids"])
+        return loss
+
+    def _check_finite(self, name: str, values: torch.Tensor, prompt_ids: torch.Tensor) -> None:
+        """`values` has one row per prompt; both ranks of `prompt_ids` may be padded."""
+        if self.args.on_nonfinite == "skip" or torch.isfinite(values).all():
+            return
+        rows = (~torch.isfinite(values)).any(dim=1)
+        texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
+        raise FloatingPointError(
+            f"Step {self.state.global_step}: {name} not finite for {len(texts)} of {len(rows)} rollouts of a "
+            f"micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
+        )
+
+    def _prompt_text(self, ids: torch.Tensor) -> str:
+        text = self._tokenizer.decode(ids[ids != self._tokenizer.pad_token_id])
+        return text if len(text) <= 200 else f"{text[:100]} [...] {text[-100:]}"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         start = time.perf_counter()
         self._rollout_seconds = 0.0
-        output = super().training_step(model, inputs, num_items_in_batch)
+        with memory_advice("update"):
+            output = super().training_step(model, inputs, num_items_in_batch)
         self._update_seconds += time.perf_counter() - start - self._rollout_seconds
         if self._step % self.current_gradient_accumulation_steps == 0:
             self._metrics["train"]["time/updating"].append(self._update_seconds)
             self._update_seconds = 0.0
         return output
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With fp16 an overflow is part of scaling the loss, which leaves the step out by itself
+        if grad_norm is None or self.args.fp16:
+            return grad_norm
+        finite = math.isfinite(grad_norm)
+        if self.args.on_nonfinite == "skip":
+            self._metrics["train"]["nonfinite/skipped_ratio"].append(float(not finite))
+            if not finite:  # the norm is the same on all ranks: all of them leave the step out
+                model.zero_grad()
+        elif not finite:
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: the norm of the gradient is {float(grad_norm)}, while loss and "
+                "log-probabilities were finite. `on_nonfinite='skip'` leaves such steps out."
+            )
+        return grad_norm
+
+    # Faults, checkpoints and restarts
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        with FaultWatch(), self._preemption:
+            self._checkpoint = self._find_checkpoint(resume_from_checkpoint)
+            output = super().train(
+                resume_from_checkpoint=None if self._checkpoint is None else str(self._checkpoint),
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+        if self._preemption.stopped:
+            # What a script does after training is meant for a trained model, and may take longer than there is time
+            raise SystemExit(0)
+        return output
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
+        if not resume_from_checkpoint:
+            return None
+        folder, objection = Path(), None
+        warnings: list[str] = []
+        if self.accelerator.is_main_process:
+            try:
+                if resume_from_checkpoint is True:
+                    folder, warnings = checkpoint.last_whole(Path(str(self.args.output_dir)))
+                else:
+                    folder = Path(resume_from_checkpoint)
+                saved = checkpoint.manifest(folder)["settings"]
+                changed = checkpoint.compare_settings(saved, self._settings(), folder)
+                if changed:
+                    warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
+            except ValueError as error:
+                objection = str(error)
+        folder, warnings, objection = broadcast_object_list([folder, warnings, objection])
+        if objection is not None:
+            raise ValueError(objection)
+        for warning in warnings:
+            logger.warning(warning)
+        return folder
+
+    def _settings(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        frozen = model if is_peft_model(model) else self.ref_model
+        if self._is_sharded:
+            frozen = None  # its weights are not at hand
+        return checkpoint.settings_of(
+            self.args,
+            self.markers,
+            model,
+            None if frozen is None else self.accelerator.unwrap_model(frozen),
+            None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
+            self._rollouts_in_use,
+        )
+
+    @property
+    def _rollouts_in_use(self) -> bool:
+        return self._step % checkpoint.generate_every(self.args) != 0
+
+    def _save_checkpoint(self, model, trial):
+        args, run_dir = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if args.should_save:
+            checkpoint.begin(folder)
+        self.accelerator.wait_for_everyone()
+        # No older one is deleted before this one is whole
+        save_total_limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = save_total_limit
+        if not args.save_only_model:
+            checkpoint.save_rank_state(folder, args.process_index, self._rank_state())
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # has been saved without its limit
+            checkpoint.finish(folder, self._settings())
+            if save_total_limit is not None:
+                checkpoint.remove_unfinished(run_dir)
+            rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
+        return {
+            # Between generation batches the count may start anew, and must if the next ones are dealt out otherwise
+            "step": self._step if self._rollouts_in_use else 0,
+            "buffered_inputs": self._buffered_inputs if self._rollouts_in_use else None,
+            "metrics": checkpoint.to_plain(self._metrics["train"]),
+            "logs": checkpoint.to_plain(self._logs) if self.log_completions else None,
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+            "adaptive_baseline": None if self._adaptive_baseline is None else self._adaptive_baseline.state_dict(),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads adapters in float32, also where TRL trains them in bfloat16 (QLoRA)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if self._checkpoint is not None:
+            # Each epoch draws its order from the sampler's one generator: go past those of the epochs already done
+            state = TrainerState.load_from_json(str(self._checkpoint / TRAINER_STATE_NAME))
+            for _ in range(int(state.epoch)):
+                next(iter(sampler))
+        return sampler
+
+    def _at_train_begin(self) -> None:
+        self._admit_sharded()
+        if self._checkpoint is None:
+            return
+        if self._adaptive_baseline is not None:  # the same on all ranks, and with other ranks than at the time
+            state = checkpoint.load_rank_state(self._checkpoint, 0, torch.device("cpu"))
+            self._adaptive_baseline.load_state_dict(state["adaptive_baseline"])
+        if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):
+            return  # other ranks than at the time, and no rollouts in use
+        state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
+        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        self._metrics["train"].update(state["metrics"])
+        if self.log_completions and state["logs"] is not None:
+            self._logs.update(_as_logs(state["logs"]))
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["last_logged"]
 
     # Logging
 
@@ -596,6 +840,31 @@ class BRPOTrainer(GRPOTrainer):
         self._logs["rewards"] = defaultdict(deque, zip(self.reward_func_names, map(deque, rewards), strict=True))
         self._logs["advantages"] = deque(summary[:, :, 0].flatten().tolist())
         self._logs["extra"] = defaultdict(deque, extra)
+
+    # Saving
+
+    def _contract(self) -> AnytimeContract:
+        """What is needed to use the model as it was trained."""
+        args = self.args
+        return AnytimeContract(
+            markers=self.markers,
+            budgets=args.budgets,
+            prior=prior_weights(args.prior, args.budgets).tolist(),
+            max_summary_length=args.max_summary_length,
+            sampling=Sampling(
+                args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty
+            ),
+            eos_token_ids=self.eos_token_ids,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.should_save:
+            # First, because saving may push the folder to the Hub; and beside the last model too, because what is
+            # pushed during training is that folder
+            for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
+                self._contract().save(str(folder))
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -635,6 +904,16 @@ def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort(descending=True, stable=True)
     dealt = {name: values[order].chunk(len(batches)) for name, values in rows.items()}
     return [{**batch, **{name: dealt[name][i] for name in rows}} for i, batch in enumerate(batches)]
+
+
+def _as_logs(plain: dict[str, Any]) -> dict[str, Any]:
+    """TRL's table of completions, from lists."""
+    return {
+        name: defaultdict(deque, {key: deque(column) for key, column in values.items()})
+        if isinstance(values, dict)
+        else deque(values)
+        for name, values in plain.items()
+    }
 
 
 def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:

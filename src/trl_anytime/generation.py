@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from .markers import ThinkingMarkers
@@ -35,6 +36,9 @@ class RolloutSettings:
             Tokens that end a summary, or a thinking without its end.
         num_generations (`int`, *optional*, defaults to `1`):
             So many adjacent prompts are the same.
+        share_summaries (`bool`, *optional*, defaults to `False`):
+            Whether budgets that share a cut share its summaries: the curve of an evaluation costs less and keeps its
+            mean. In training each budget has its own.
     """
 
     budgets: list[int]
@@ -43,6 +47,7 @@ class RolloutSettings:
     markers: ThinkingMarkers
     eos_token_ids: list[int]
     num_generations: int = 1
+    share_summaries: bool = False
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -50,6 +55,30 @@ class RolloutSettings:
         it is dropped afterwards."""
         end = self.markers.think_end_ids
         return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
+
+    def contexts(self, thinking: Thinking) -> list[tuple[int, tuple[int, ...], list[int]]]:
+        """
+        Where a thinking is summarised.
+
+        Returns:
+            `list`: the distinct cuts in tokens, each with its bridge and the indices of the budgets that share it.
+        """
+        budgets_at: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for j, budget in enumerate(self.budgets):
+            budgets_at.setdefault(thinking.cut(budget, self.markers), []).append(j)
+        return [(cut, bridge, indices) for (cut, bridge), indices in budgets_at.items()]
+
+    def num_summaries_at(self, budget_indices: list[int]) -> int:
+        """Summaries to sample at a cut that these budgets share."""
+        return self.num_summaries if self.share_summaries else self.num_summaries * len(budget_indices)
+
+    def of_budgets(self, budget_indices: list[int], summaries: list) -> dict[int, list]:
+        """The summaries of a cut, or anything else that there is one of for each, dealt out to its budgets."""
+        if self.share_summaries:
+            return {j: list(summaries) for j in budget_indices}
+        return {
+            j: summaries[k * self.num_summaries : (k + 1) * self.num_summaries] for k, j in enumerate(budget_indices)
+        }
 
     @property
     def max_new_tokens(self) -> int:
@@ -141,29 +170,38 @@ class PrefixGeneration(Generation):
         ]
 
         # Ordered by budget, so that rows of similar length meet in a batch
-        num_budgets, num_summaries = len(settings.budgets), settings.num_summaries
+        slots = sorted(
+            ((i, *context) for i, thinking in enumerate(thinkings) for context in settings.contexts(thinking)),
+            key=lambda slot: slot[-1][0],
+        )
         contexts = []
-        for budget in settings.budgets:
-            for prompt, thinking in zip(prompts, thinkings, strict=True):
-                cut, bridge = thinking.cut(budget, markers)
-                contexts += [[*prompt, *thinking.token_ids[:cut], *bridge]] * num_summaries
+        for i, cut, bridge, indices in slots:
+            context = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
+            contexts += [context] * settings.num_summaries_at(indices)
         with self._timed("summarising"):
             sampled, logprobs = self._sample(
-                contexts, settings.max_summary_length, settings.eos_token_ids, num_summaries
+                contexts, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
             )
 
-        def of_rollout(values: list, i: int) -> list[list]:  # from (budget, rollout, summary) to M × A
-            starts = ((j * len(prompts) + i) * num_summaries for j in range(num_budgets))
-            return [values[start : start + num_summaries] for start in starts]
+        def by_rollout(values: list) -> list[list[list]]:  # from slots to N × M × A
+            rest = iter(values)
+            rollouts: list[list[list]] = [[[] for _ in settings.budgets] for _ in prompts]
+            for i, _, _, indices in slots:
+                of_slot = list(islice(rest, settings.num_summaries_at(indices)))
+                for j, of_budget in settings.of_budgets(indices, of_slot).items():
+                    rollouts[i][j] = of_budget
+            return rollouts
 
+        summaries = by_rollout(sampled)
+        summary_logprobs = None if logprobs is None else by_rollout(logprobs)
         return [
             Rollout.of(
                 prompt,
                 thinkings[i],
                 settings.budgets,
                 markers,
-                of_rollout(sampled, i),
-                None if logprobs is None else of_rollout(logprobs, i),
+                summaries[i],
+                None if summary_logprobs is None else summary_logprobs[i],
             )
             for i, prompt in enumerate(prompts)
         ]

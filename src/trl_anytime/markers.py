@@ -4,8 +4,10 @@ Thinking markers and bridges, as token ids.
 What a chat template does with the thinking is read off the rendered prompt, never off the model's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
@@ -101,6 +103,40 @@ def thinking_state(prompt: str, generation_prompt: str | None, think_start: str,
         return "closed"
     tail = prompt if generation_prompt is None else generation_prompt
     return "opened" if tail.rfind(think_start) > tail.rfind(think_end) else "left"
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    """
+    A prompt as the model will see it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        prompt (`str` or `list[dict]`):
+            A text, which is left as it is, or a conversation.
+        chat_template_kwargs (`Mapping[str, Any]`):
+            Arguments of the chat template.
+
+    Returns:
+        `tuple`: the rendered prompt, and its end that the chat template added for the answer, if it did.
+
+    Raises:
+        `ValueError`: For a conversation if the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return prompt, None
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompts are conversational but the tokenizer has no chat template: set "
+            "`processing_class.chat_template`, or pass prompts as text."
+        )
+    render = partial(tokenizer.apply_chat_template, prompt, tokenize=False, **chat_template_kwargs)
+    without, rendered = str(render(add_generation_prompt=False)), str(render(add_generation_prompt=True))
+    # Some templates add it always
+    added = rendered.startswith(without) and rendered != without
+    return rendered, rendered.removeprefix(without) if added else None
 
 
 def find_markers(

@@ -1,8 +1,10 @@
 """What reward functions return, checked: a mistake on one rank becomes the same clear error on all ranks."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import is_async_callable
@@ -14,9 +16,14 @@ class RewardGuard:
 
     A guarded function never raises, so that every rank reaches TRL's gathering of the rewards; [`raise_on_all_ranks`]
     reports afterwards.
+
+    Args:
+        step (`int`):
+            The optimiser step, for messages.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int) -> None:
+        self._step = step
         self._errors: list[str] = []
         self._exception: Exception | None = None
 
@@ -56,7 +63,7 @@ class RewardGuard:
         return rewards
 
     def _failed(self, error: Exception, prompts: list, name: str) -> list[float | None]:
-        self._errors.append(f"Reward function `{name}` failed: {type(error).__name__}: {error}.")
+        self._errors.append(f"Step {self._step}: reward function `{name}` failed: {type(error).__name__}: {error}.")
         self._exception = error
         return [0.0] * len(prompts)
 
@@ -70,3 +77,31 @@ class RewardGuard:
         errors = gather_object(self._errors)
         if errors:
             raise ValueError("\n".join(dict.fromkeys(errors))) from self._exception
+
+    def check_models(
+        self, reward_funcs: Sequence[Any], names: Sequence[str], rewards: torch.Tensor, prompts: Sequence[Any]
+    ) -> None:
+        """
+        Collective: check what reward models returned, who have no way to leave a summary out.
+
+        Args:
+            reward_funcs (`Sequence`):
+                F reward functions.
+            names (`Sequence[str]`):
+                Their names.
+            rewards (`torch.Tensor`):
+                Shape (W·N, F), the rewards of the N summaries of each of W ranks.
+            prompts (`Sequence`):
+                N prompts of this rank.
+
+        Raises:
+            `FloatingPointError`: On all ranks. Names model and prompt.
+        """
+        for func, name, column in zip(reward_funcs, names, rewards.unbind(dim=1), strict=True):
+            rows = (~torch.isfinite(column)).nonzero().flatten().tolist()
+            if isinstance(func, nn.Module) and rows:
+                prompt = gather_object(list(prompts))[rows[0]]
+                raise FloatingPointError(
+                    f"Step {self._step}: reward model `{name}` returned {column[rows[0]].item()} for "
+                    f"{len(rows)} of {len(column)} summaries, first for the prompt {str(prompt)[:200]!r}."
+                )

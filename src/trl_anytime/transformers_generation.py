@@ -1,7 +1,6 @@
 """The two phases of a rollout by transformers: `generate()` thinks, and summaries are branches on top of its cache."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -9,10 +8,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, logits_process
 
 from .branches import BranchContext, Trunk, decode_branches
+from .cache import growing_cache
 from .generation import Generation, RolloutSettings
 from .rollout import Rollout, Thinking
 
@@ -89,7 +89,7 @@ class TransformersGeneration(Generation):
         token_ids = torch.tensor(padded, device=model.device)
         starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
         rows = list(range(len(prompts)))  # whose thinking each row is
-        cache = DynamicCache()  # without a config: layers with a window keep what later branches of early cuts see
+        cache = growing_cache()
         sampled: list[list[int]] = [[] for _ in prompts]
         running, trunks = set(rows), []
         # `generate()` runs until the last row has finished: it is called for some tokens at a time, and finished rows
@@ -139,16 +139,12 @@ class TransformersGeneration(Generation):
             for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
         }
         # Budgets that share a cut share a context
-        budgets_at: dict[tuple[int, tuple[int, ...], int], list[int]] = defaultdict(list)
-        for j, budget in enumerate(settings.budgets):
-            for i, thinking in enumerate(thinkings):
-                cut, bridge = thinking.cut(budget, settings.markers)
-                budgets_at[cut, bridge, i].append(j)
+        slots = [(i, *context) for i, thinking in enumerate(thinkings) for context in settings.contexts(thinking)]
         contexts = []
-        for (cut, bridge, i), budgets in budgets_at.items():
+        for i, cut, bridge, indices in slots:
             history = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
             seen = min(cached[i], len(prompts[i]) + cut)
-            contexts.append(BranchContext(i, seen, history[seen:], len(budgets) * settings.num_summaries, history))
+            contexts.append(BranchContext(i, seen, history[seen:], settings.num_summaries_at(indices), history))
 
         logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
         held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
@@ -166,9 +162,9 @@ class TransformersGeneration(Generation):
             )
             for (c, _), of_context in zip(part, branches, strict=True):
                 decoded[c] += of_context
-        for (_, _, i), budgets, of_context in zip(budgets_at, budgets_at.values(), decoded, strict=True):
-            for k, j in enumerate(budgets):
-                summaries[i][j] = of_context[k * settings.num_summaries : (k + 1) * settings.num_summaries]
+        for (i, _, _, indices), of_context in zip(slots, decoded, strict=True):
+            for j, of_budget in settings.of_budgets(indices, of_context).items():
+                summaries[i][j] = of_budget
         return [
             Rollout.of(prompt, thinking, settings.budgets, settings.markers, of_rollout)
             for prompt, thinking, of_rollout in zip(prompts, thinkings, summaries, strict=True)

@@ -62,7 +62,9 @@ def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
 def main() -> None:
     cpu_seconds, memory_mib, parent = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our input
+    # Ctrl-C and a scheduler's SIGTERM go to all processes and are for the parent, which may still want the last grades
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, _out_of_time)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,0 +1,453 @@
+"""The command `trl-anytime`. Libraries are imported by the subcommand that needs them, so that help comes at once."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .contract import AnytimeContract
+
+# Exit codes
+FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED = 1, 2, 3, 130
+_EXIT_CODES = f"""exit codes:
+  0  done
+  {FAILED}  a check failed (probe)
+  {BAD_INPUT}  bad input: what is wrong and what to do is said on stderr
+  {SERVER_FAILED}  a server or the Hub failed for too long; the same command goes on where it stopped
+  {INTERRUPTED}  interrupted; likewise"""
+
+# `None` leaves what the model's contract says
+_PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's evaluation: the settings of its released scripts, and the data sets of its figures
+    "paper": {
+        "datasets": ["amc", "aime24", "math500", "minerva", "olympiadbench"],
+        "budgets": list(range(250, 8001, 250)),
+        "temperature": 0.6,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_summary_length": 118,
+        "samples": 1,
+    }
+}
+
+
+def parse_budgets(text: str) -> list[int]:
+    """Budgets from `250:8000:250` (first, last and step) or `250,1000,8000`."""
+    try:
+        if ":" in text:
+            first, last, step = (int(part) for part in text.split(":"))
+            budgets = list(range(first, last + 1, step))
+        else:
+            budgets = [int(part) for part in text.split(",")]
+    except ValueError:
+        budgets = []
+    if not budgets or budgets[0] < 1 or any(a >= b for a, b in zip(budgets, budgets[1:], strict=False)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of increasing budgets such as 250,1000,8000 or 250:8000:250 (first:last:step)"
+        )
+    return budgets
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-anytime",
+        description="Evaluate, use and deploy reasoning models at any thinking budget.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str, examples: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=f"{help[0].upper()}{help[1:]}.",
+            epilog=f"examples:\n{examples}\n\n{_EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    evaluate = add(
+        "eval",
+        _eval,
+        "measure a whole accuracy-versus-budget curve",
+        "  trl-anytime eval outputs/model --dataset aime24 --budgets 250:8000:250 --samples 16\n"
+        "  trl-anytime eval outputs/model --dataset mine.jsonl --answer-column truth --limit 100\n"
+        "  trl-anytime eval deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --preset paper --backend vllm --output base\n"
+        "  trl-anytime eval outputs/model --preset paper --backend vllm --baseline base/results.json\n"
+        "  trl-anytime eval outputs/model --dataset math500 --base-url http://localhost:8000 --concurrency 64",
+    )
+    _add_model(evaluate, with_backend=True)
+    _add_sampling(evaluate)
+    problems = evaluate.add_argument_group("problems")
+    problems.add_argument(
+        "--dataset",
+        dest="datasets",
+        action="append",
+        metavar="NAME",
+        help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]) or a json, jsonl, "
+        "parquet or csv file; NAME=SOURCE names it; can be repeated",
+    )
+    problems.add_argument("--question-column", metavar="COLUMN")
+    problems.add_argument("--answer-column", metavar="COLUMN")
+    problems.add_argument("--split", help="split of Hub data sets (default: test, else train)")
+    problems.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each data set")
+    problems.add_argument("--skip-bad-answers", action="store_true", help="leave out rows without a usable answer")
+    problems.add_argument("--instruction", help="text behind each question (default: the paper's)")
+    measure = evaluate.add_argument_group("measurement")
+    measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
+    measure.add_argument("--samples", type=int, metavar="N", help="thinkings for each question (default: 1)")
+    measure.add_argument("--summaries", type=int, default=1, metavar="N", help="answers at each cut (default: 1)")
+    measure.add_argument(
+        "--reward", metavar="FILE.py:NAME", help="a reward function as TRL's (default: this package's maths verifier)"
+    )
+    measure.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")
+    measure.add_argument("--batch-size", type=int, metavar="N", help="samples that are computed together")
+    measure.add_argument("--output", type=Path, help="folder of the results (default: outputs/eval/MODEL)")
+
+    generate = add(
+        "generate",
+        _generate,
+        "answer a question at thinking budgets, as the tokens come",
+        '  trl-anytime generate outputs/model "What is 2 + 2?" --budgets 100,1000\n'
+        '  trl-anytime generate outputs/model "What is 2 + 2?" --base-url http://localhost:8000',
+    )
+    _add_model(generate, with_backend=False)
+    generate.add_argument("question", help="the question; - reads it from standard input")
+    generate.add_argument("--instruction", default="", help="text behind the question (default: none)")
+    generate.add_argument("--seed", type=int)
+    _add_sampling(generate)
+
+    probe = add(
+        "probe",
+        _probe,
+        "check that a server keeps to thinking budgets and uses the trained markers",
+        "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budgets 32,128,512\n"
+        "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budget-field vllm_xargs.thinking_budget",
+    )
+    _add_model(probe, with_backend=False, base_url_required=True)
+    probe.add_argument("--budgets", type=parse_budgets, default=[32, 128, 512], help="default: 32,128,512")
+    probe.add_argument(
+        "--budget-field",
+        default="thinking_token_budget",
+        metavar="FIELD",
+        help="field of the request, dots lead into objects (default: %(default)s, which is vLLM's own; that of "
+        "`serve-command` is vllm_xargs.thinking_budget)",
+    )
+    probe.add_argument("--question", help="what to ask: something that takes long to think about")
+
+    serve = add(
+        "serve-command",
+        _serve_command,
+        "print how to serve a model as it was trained",
+        "  trl-anytime serve-command outputs/model\n  trl-anytime serve-command outputs/model --server llama.cpp",
+    )
+    _add_model(serve, with_backend=False, with_server=False)
+    serve.add_argument("--server", choices=["vllm", "sglang", "llama.cpp"], default="vllm")
+    serve.add_argument("--budget", type=int, metavar="TOKENS", help="of the requests (default: the largest trained)")
+
+    plot = add(
+        "plot",
+        _plot,
+        "draw curves of results, or of a training run over its steps",
+        "  trl-anytime plot base/results.json trained/results.json --output curves.png\n"
+        "  trl-anytime plot outputs/model/checkpoint-100 --output training.png",
+    )
+    plot.add_argument("sources", nargs="+", type=Path, help="results.json files; or one trainer_state.json")
+    plot.add_argument("--output", type=Path, default=Path("curves.png"), help="default: curves.png")
+    return parser
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, with_backend: bool, with_server: bool = True, base_url_required: bool = False
+) -> None:
+    parser.add_argument("model", help="folder or Hub id; of a served model too, for its tokenizer and contract")
+    parser.add_argument("--think-end", metavar="TEXT", help="text that ends the thinking, for models without contract")
+    parser.add_argument("--truncation-bridge", metavar="TEXT", help="likewise, the text that closes a cut thinking")
+    parser.add_argument("--answer-bridge", metavar="TEXT", help="likewise, the text before the answer")
+    if not with_server:
+        return
+    server = parser.add_argument_group("server")
+    server.add_argument("--base-url", metavar="URL", required=base_url_required, help="an OpenAI-compatible server")
+    server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
+    server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
+    server.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte (default: %(default)g)")
+    server.add_argument(
+        "--patience", type=float, default=900.0, help="seconds of trying one request again (default: %(default)g)"
+    )
+    if base_url_required:
+        return
+    server.add_argument("--concurrency", type=int, default=32, help="requests at a time (default: %(default)s)")
+    local = parser.add_argument_group("local model")
+    if with_backend:
+        local.add_argument("--backend", choices=["transformers", "vllm"], default="transformers")
+        local.add_argument(
+            "--max-cached-tokens", type=int, metavar="N", help="transformers: tokens held in a cache at a time"
+        )
+        local.add_argument(
+            "--max-model-len", type=int, metavar="N", help="vLLM: tokens of its context (default: the model's)"
+        )
+    local.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: that of the checkpoint)")
+    local.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    sampling = parser.add_argument_group("budgets and sampling (default: those of the model's contract)")
+    sampling.add_argument("--budgets", type=parse_budgets, help="250,1000,8000 or 250:8000:250 (first:last:step)")
+    sampling.add_argument("--max-summary-length", type=int, metavar="TOKENS", help="most tokens of an answer")
+    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--top-p", type=float)
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--min-p", type=float)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not sys.stderr.isatty():
+            _hide_progress_bars()
+        return options.run(options)
+    except ConnectionError as error:
+        print(f"trl-anytime: {error}", file=sys.stderr)
+        return SERVER_FAILED
+    except (ValueError, OSError) as error:
+        print(f"trl-anytime: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("trl-anytime: interrupted", file=sys.stderr)
+        if vars(options).get("base_url"):  # threads may be waiting for the server, and what is finished is on the disk
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+        return INTERRUPTED
+
+
+def _hide_progress_bars() -> None:
+    """Those of the libraries; ours hide themselves in a pipe."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
+    """The model's tokenizer and contract, changed by the options for budgets and sampling where there are any."""
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from .contract import AnytimeContract
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    contract = AnytimeContract.of_model(
+        options.model,
+        tokenizer,
+        think_end=options.think_end,
+        truncation_bridge=options.truncation_bridge,
+        answer_bridge=options.answer_bridge,
+    )
+    given = vars(options)
+    sampling = {
+        name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None
+    }
+    changes = {name: given[name] for name in ("budgets", "max_summary_length") if given.get(name) is not None}
+    return tokenizer, replace(contract, sampling=replace(contract.sampling, **sampling), **changes)
+
+
+def _client(options: argparse.Namespace) -> Any:
+    from .server import CompletionClient
+
+    return CompletionClient(
+        options.base_url,
+        options.served_name,
+        options.api_key,
+        options.timeout,
+        options.patience,
+        concurrency=vars(options).get("concurrency", 1),
+    )
+
+
+def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any:
+    """A server's client, an engine, or a model."""
+    if options.base_url:
+        return _client(options)
+    if vars(options).get("backend") == "vllm":
+        from vllm import LLM
+
+        return LLM(
+            options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            generation_config="vllm",
+            enable_prefix_caching=True,
+        )
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    return model.to(device)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from .evaluation import (
+        INSTRUCTION,
+        Evaluation,
+        comparison,
+        differences,
+        load_results,
+        results_of,
+        save_samples,
+        table,
+    )
+    from .evaluation import NOT_COMPARED as not_compared
+    from .problems import load_problems
+
+    for name, value in _PRESETS.get(options.preset, {}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if not options.datasets:
+        raise ValueError("There is nothing to evaluate on: set --dataset (such as --dataset aime24) or --preset.")
+    baseline = None if options.baseline is None else load_results(options.baseline)
+    reward = None if options.reward is None else _load_function(options.reward)
+    problem_sets = [
+        load_problems(
+            source,
+            options.question_column,
+            options.answer_column,
+            options.split,
+            options.limit,
+            options.skip_bad_answers,
+        )
+        for source in options.datasets
+    ]
+    tokenizer, contract = _contract(options)
+    output = options.output or Path("outputs", "eval", Path(options.model).name)
+    evaluation = Evaluation(
+        _load_model(options, contract),
+        tokenizer,
+        contract,
+        problem_sets,
+        options.model,
+        num_samples=1 if options.samples is None else options.samples,
+        num_summaries=options.summaries,
+        instruction=INSTRUCTION if options.instruction is None else options.instruction,
+        reward=reward,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        max_cached_tokens=options.max_cached_tokens,
+    )
+    if baseline is not None:  # before hours are spent
+        found = differences(evaluation.protocol.as_dict(), baseline["protocol"], not_compared)
+        if found:
+            raise ValueError(f"{options.baseline} comes from another protocol: {'; '.join(found)}.")
+    records = evaluation.run(output / "samples.jsonl")
+    results = results_of(evaluation.protocol, records)
+    if baseline is not None:
+        results["baseline"] = comparison(results, baseline)
+    _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    save_samples(records, problem_sets, output / "samples.parquet")
+    _draw([results] if baseline is None else [baseline, results], output / "curve.png")
+    print(table(results))
+    print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", file=sys.stderr)
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _draw(results: list[dict[str, Any]], path: Path) -> None:
+    try:
+        from .plots import plot_results
+    except ModuleNotFoundError as error:
+        print(f"No {path.name}, because {error.name} is missing: pip install 'trl-anytime[plot]', then "
+              f"trl-anytime plot {path.with_name('results.json')}", file=sys.stderr)  # fmt: skip
+        return
+    plot_results(results, path)
+
+
+def _load_function(text: str) -> Any:
+    """A function given as FILE.py:NAME."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    path, _, name = text.rpartition(":")
+    spec = spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"A reward is given as FILE.py:NAME, and there is no such file: {text!r}.")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"There is no function {name!r} in {path}.")
+    return getattr(module, name)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .inference import context_of, stream_answers, streaming_sampler
+
+    tokenizer, contract = _contract(options)
+    model = _load_model(options, contract)
+    question = sys.stdin.read() if options.question == "-" else options.question
+    prompt = contract.question(tokenizer, f"{question} {options.instruction}".strip())
+    sample = streaming_sampler(model, tokenizer, contract.sampling, options.seed)
+    stream_answers(sample, tokenizer, contract, prompt, context_of(model))
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from .probe import QUESTION, probe, report, verdict
+
+    budgets, options.budgets = options.budgets, None  # those of the contract stay
+    tokenizer, contract = _contract(options)
+    findings = probe(
+        _client(options), contract, tokenizer, budgets, options.budget_field, options.question or QUESTION
+    )
+    print(report(findings))
+    wrong = verdict(findings)
+    print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
+    return FAILED if wrong else 0
+
+
+def _serve_command(options: argparse.Namespace) -> int:
+    from .serving import deployment
+
+    _, contract = _contract(options)
+    print(deployment(options.server, options.model, contract, options.budget or contract.budgets[-1]).text())
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from .evaluation import load_results
+
+    try:
+        from .plots import plot_results, plot_training
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'trl-anytime[plot]'.") from error
+
+    states = [path / "trainer_state.json" if path.is_dir() else path for path in options.sources]
+    if states[0].name == "trainer_state.json":
+        if len(states) > 1:
+            raise ValueError("Only one training run can be drawn at a time.")
+        if not states[0].exists():
+            raise ValueError(
+                f"There is no {states[0]}: give a checkpoint of a training run, or its trainer_state.json."
+            )
+        plot_training(json.loads(states[0].read_text())["log_history"], options.output)
+    else:
+        plot_results([load_results(path) for path in options.sources], options.output)
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

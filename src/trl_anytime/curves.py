@@ -1,0 +1,124 @@
+"""
+Accuracy-versus-budget curves with their uncertainty, and the comparison of two. Questions are what is resampled.
+
+Dimensions: Q questions, M budgets, B bootstrap samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_RESAMPLES = 10_000
+_CONFIDENCE = 0.95
+_ROWS_AT_ONCE = 1000  # of the resampling weights, which are B × Q
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A mean over questions with its 95 % confidence interval.
+
+    Args:
+        mean, low, high (`float`):
+            The mean, and both ends of the interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    The difference of two curves over the same questions.
+
+    Args:
+        difference ([`Estimate`]):
+            Mean difference.
+        p_value (`float`):
+            Probability of a difference at least as large if both were the same, two-sided, by exchanging the two at
+            random within each question.
+    """
+
+    difference: Estimate
+    p_value: float
+
+
+def resampled_means(values_QM: np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    Means over questions that are drawn with replacement.
+
+    Args:
+        values_QM (`np.ndarray`):
+            Shape (Q, M).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `np.ndarray`: shape (B, M).
+    """
+    generator = np.random.default_rng(seed)
+    num_questions = len(values_QM)
+    even = np.full(num_questions, 1 / num_questions)
+    return np.concatenate(
+        [
+            generator.multinomial(num_questions, even, size=_ROWS_AT_ONCE) @ values_QM / num_questions
+            for _ in range(_RESAMPLES // _ROWS_AT_ONCE)
+        ]
+    )
+
+
+def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """
+    A curve and its average over budgets; of several sets of questions, the mean of the sets, each resampled by itself.
+
+    Args:
+        sets (`list[np.ndarray]`):
+            Accuracies of shape (Q, M), the mean over samples for each question and budget.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `tuple`: M estimates, and the estimate of their mean (the anytime average).
+    """
+    means_M = np.mean([values_QM.mean(axis=0) for values_QM in sets], axis=0)
+    means_BM = np.mean([resampled_means(values_QM, seed + i) for i, values_QM in enumerate(sets)], axis=0)
+    curve = [_estimate(mean, means_BM[:, j]) for j, mean in enumerate(means_M)]
+    return curve, _estimate(means_M.mean(), means_BM.mean(axis=1))
+
+
+def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> tuple[list[Comparison], Comparison]:
+    """
+    The difference of two curves, by budget and of their average.
+
+    Args:
+        ours, theirs (`list[np.ndarray]`):
+            The same sets of questions in the same order, each of shape (Q, M).
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    curve, average = estimates(differences, seed)
+    generator = np.random.default_rng(seed)
+    observed_M = np.mean([d.mean(axis=0) for d in differences], axis=0)
+    flipped = []
+    for _ in range(_RESAMPLES // _ROWS_AT_ONCE):
+        of_sets = [generator.choice([-1.0, 1.0], size=(_ROWS_AT_ONCE, len(d))) @ d / len(d) for d in differences]
+        flipped.append(np.mean(of_sets, axis=0))
+    flipped_BM = np.concatenate(flipped)
+
+    def p_value(observed: float, under_exchange_B: np.ndarray) -> float:
+        # The exchange that was observed counts; rounding must not make equal differences unequal
+        as_large = (np.abs(under_exchange_B) >= abs(observed) - 1e-12).sum()
+        return float((as_large + 1) / (len(under_exchange_B) + 1))
+
+    return (
+        [Comparison(e, p_value(observed_M[j], flipped_BM[:, j])) for j, e in enumerate(curve)],
+        Comparison(average, p_value(observed_M.mean(), flipped_BM.mean(axis=1))),
+    )
+
+
+def _estimate(mean: float, means_B: np.ndarray) -> Estimate:
+    low, high = np.quantile(means_B, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return Estimate(float(mean), float(low), float(high))

@@ -1,0 +1,116 @@
+"""
+What happens to the other ranks, and to the message, when something fails on one.
+
+A rank that fails cannot tell the others through a collective: they may be waiting in another one, such as that of a
+backward pass. It leaves its exception in the store of the process group, at which every rank looks once a second.
+"""
+
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, cast
+
+import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
+
+_POLL_SECONDS = 1.0
+# For a rank that is about to raise the same error itself, or to catch it; more than a poll of the others
+_GRACE_SECONDS = 3.0
+# Without torchrun the store lives in rank 0, which may have finished normally a little earlier
+_LOST_STORE_SECONDS = 30.0
+
+# Each use has a key of its own in the store. Ranks enter the same ones in the same order.
+_uses = itertools.count()
+
+
+class FaultWatch:
+    """
+    Context manager: while all ranks are inside, an exception that leaves it on one rank ends all ranks within seconds,
+    with that exception shown, wherever they are. Without a process group it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._left = threading.Event()
+        self._store: dist.Store | None = None
+        self._fault: str | None = None  # of another rank, once it is known
+
+    def __enter__(self) -> "FaultWatch":
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._rank, self._key = dist.get_rank(), f"trl_anytime/fault/{next(_uses)}"
+            # A connection of its own: the main thread may hold the other one while it waits for a rank that failed
+            self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
+            threading.Thread(target=self._watch, name="fault-watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        if self._store is None or error is None or (isinstance(error, SystemExit) and not error.code):
+            return
+        if self._fault is None:
+            report = f"Rank {self._rank} failed:\n{''.join(traceback.format_exception(error))}"
+            try:  # the first exception is the cause, those after it are of ranks that miss this one
+                first = self._store.compare_set(self._key, "", report).decode()
+            except RuntimeError:  # the store is gone, with the rank or the launcher that held it
+                return
+            self._fault = None if first == report else first
+        if self._fault is not None:
+            error.add_note(self._fault)
+        time.sleep(1.5 * _POLL_SECONDS)  # without torchrun the store ends with rank 0: let the others see it
+
+    def _watch(self) -> None:
+        assert self._store is not None
+        while not self._left.wait(_POLL_SECONDS):
+            grace = _GRACE_SECONDS
+            try:
+                if not self._store.check([self._key]):
+                    continue
+                self._fault = self._store.get(self._key).decode()
+            except RuntimeError as error:
+                self._fault = f"The store of the process group is gone: {error}"
+                grace = _LOST_STORE_SECONDS
+            if not self._left.wait(grace):
+                print(f"Rank {self._rank} ends, because another failed. {self._fault}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread may be in a collective that never returns
+            return
+
+
+_MEMORY_ADVICE = {
+    "rollouts": (
+        "Sampling, scoring or grading rollouts ran out of memory. What helps, the first where the paper's setting is "
+        "kept: a smaller `per_device_train_batch_size` with as many more `gradient_accumulation_steps`; with vLLM, "
+        "another `vllm_gpu_memory_utilization` (lower, if training needs the memory; higher, if the engine does) or "
+        "`vllm_enable_sleep_mode`; a smaller last budget (`budgets[-1]`), `num_summaries` or `max_summary_length`."
+    ),
+    "update": (
+        "Forward and backward ran out of memory. What helps, the first where the paper's setting is kept: a smaller "
+        "`per_device_train_batch_size` with as many more `gradient_accumulation_steps`; "
+        "`gradient_checkpointing=True`; `bf16=True`; LoRA or sharding (`examples/accelerate_configs`); with vLLM in "
+        "this process, a lower `vllm_gpu_memory_utilization` or `vllm_enable_sleep_mode`; a smaller last budget "
+        "(`budgets[-1]`), `num_summaries` or `max_summary_length`."
+    ),
+}
+
+
+@contextmanager
+def memory_advice(phase: str) -> Iterator[None]:
+    """
+    Add to an out-of-memory error which settings help.
+
+    Args:
+        phase (`str`):
+            What is done inside: `"rollouts"` or `"update"`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if should_reduce_batch_size(error) and not getattr(error, "__notes__", ()):  # the innermost phase knows best
+            error.add_note(_MEMORY_ADVICE[phase])
+        raise

