@@ -29,3 +29,4 @@ if __name__ == "__main__":
         "rows": trainer._adaptive_baseline.rows.tolist(),
     }
     (output_dir / f"rank{os.environ['RANK']}.json").write_text(json.dumps(learned))
+    trainer.accelerator.end_training()  # else a rank may abort as the other leaves
