@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.faults import FaultWatch
+from trl_anytime.generation import PrefixGeneration
 from trl_anytime.rollout import Rollout, Thinking
 
 # Steps 1 to 4 train on one generation batch, 5 to 8 on the next; then an epoch is over
@@ -94,11 +95,14 @@ def summary(trainer):
     return {"log": log, "weights": weights.tolist(), "steps": trainer.state.global_step}
 
 
-def train(directory, resume=None, kill=None, **settings):
+def train(directory, resume=None, kill=None, by_prefix=False, **settings):
     """
     Train to the end, unless `kill` names the place, the rank and the how-manieth time at which a rank kills itself.
+    With `by_prefix`, generate as sharded models do.
     """
     trainer = make_trainer(directory, **settings)
+    if by_prefix:
+        trainer._generation = PrefixGeneration(trainer._sample)
     if kill is not None:
         place, rank, count = kill
         if this_rank() == rank:

@@ -13,7 +13,7 @@ SETTINGS = {"world_size": 2, "max_steps": 4, "logging_steps": 1, "eval_steps": 2
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_fsdp2_trains_like_ddp(ranks, tmp_path, lora):
-    ddp = ranks.run("train", tmp_path / "ddp", lora=lora, save_strategy="no", **SETTINGS)
+    ddp = ranks.run("train", tmp_path / "ddp", by_prefix=True, lora=lora, save_strategy="no", **SETTINGS)
     fsdp = ranks.run("sharded", tmp_path / "fsdp", lora=lora, save_strategy="no", **SETTINGS)
     assert [rank.code for rank in ddp + fsdp] == [0] * 4, fsdp[0].output
     for rank, expected in zip(fsdp, ddp, strict=True):
