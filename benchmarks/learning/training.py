@@ -11,6 +11,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     TrainerCallback,
     set_seed,
 )
@@ -86,7 +87,8 @@ def make_trainer(
             **settings,
         },
     )
-    trainer.remove_callback(quickstart.ProgressBar)
+    for printing in (quickstart.ProgressBar, PrinterCallback):
+        trainer.remove_callback(printing)
     return trainer
 
 
