@@ -71,9 +71,7 @@ class Results:
 
     Args:
         folder (`Path`):
-            Where the results of studies lie, named after them.
-        main (`str`, *optional*, defaults to `"main"`):
-            Name of the main study.
+            Where the results of the two studies lie, named after them.
 
     Attributes:
         runs (`dict`): main study, by cell, arm and seed.
@@ -82,12 +80,12 @@ class Results:
         warm_starts (`dict`): by cell and seed.
     """
 
-    def __init__(self, folder: Path, main: str = "main"):
+    def __init__(self, folder: Path):
         self.warm_starts: dict[tuple[Cell, int], Record] = {}
         self.tuning: list[Record] = []
         self.runs: dict[Cell, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
         self.measures: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-        for study in ("tuning", main):
+        for study in ("tuning", "main"):
             path = folder / f"{study}.jsonl"
             for line in path.read_text().splitlines() if path.exists() else ():
                 record = json.loads(line)
@@ -272,18 +270,18 @@ def arms_table(results: Results, cell: Cell) -> str:
 
 
 def tuning_table(results: Results) -> str:
-    """Learning rates: mean anytime accuracy over the evaluations."""
+    """Learning rates: anytime accuracy up to the updates that all arms have, and over all of their own."""
+    n = min((len(record["tokens"]) for record in results.tuning), default=0)
     rows = []
     for record in sorted(results.tuning, key=lambda r: (r["job"]["task"], r["job"]["arm"], r["job"]["learning_rate"])):
         job, progress = record["job"], results.progress(record)
-        early = progress["anytime"][(progress["update"] > 0) & (progress["update"] <= 40)]
+        early = progress["anytime"][(progress["update"] > 0) & (progress["update"] <= n)]
         last = f"{progress['anytime'][-1]:.3f} ({progress['update'][-1]})"
         rate = f"{job['learning_rate']:g}"
         cells = [f"{early.mean():.3f}", f"{early[-1]:.3f}", last, f"{progress['anytime'][1:].mean():.3f}"]
         rows.append([f"{job['task']}/{job['family']}", NAMES[job["arm"]], rate, *cells])
-    return markdown(
-        ["", "", "learning rate", "mean up to update 40", "at update 40", "at the end (update)", "mean of all"], rows
-    )
+    means = f"mean up to update {n}", f"at update {n}", "at the end (update)", "mean of all"
+    return markdown(["", "", "learning rate", *means], rows)
 
 
 def _settings(records: list[Record], num_budgets: int, group_size: int, prior: str) -> list[Record]:
@@ -327,21 +325,25 @@ def correlation_table(results: Results, cell: Cell, num_budgets: int = 4) -> str
 
 
 def adaptive_table(results: Results) -> str:
-    """Adaptive's normalised variance minus the others', with the bootstrap's 95 % interval over prompts."""
+    """
+    Adaptive's normalised variance minus the others', mean and interval over the measured seeds; behind it, of how
+    many seeds the bootstrap's own 95 % interval over prompts lies wholly above 0.
+    """
     rows = []
     for cell, by_arm in results.measures.items():
         for arm, records in by_arm.items():
-            for record in records:
-                for variance in _settings([record], 4, 8, "uniform"):
-                    for name in ("v1", "v2_others", "brpo_others"):
-                        own, other = (variance["variance_ratio"][n] for n in ("adaptive", name))
-                        segments = [
-                            "" if a is None or b is None or lo is None else f"{a - b:+.2f} [{lo:+.2f}, {hi:+.2f}]"
-                            for a, b, (lo, hi) in zip(own, other, variance["adaptive_minus"][name], strict=True)
-                        ]
-                        where = f"{'/'.join(cell)}, {NAMES.get(arm, 'warm start')}, seed {record['job']['seed']}"
-                        rows.append([where, BASELINES[name], *segments])
-    return markdown(["checkpoint", "minus", *(f"segment {j + 1}" for j in range(4))], rows)
+            variances = _settings(records, 4, 8, "uniform")
+            for name in ("v1", "v2_others", "brpo_others") if variances else ():
+                segments = []
+                for j in range(4):
+                    pairs = [(v["variance_ratio"]["adaptive"][j], v["variance_ratio"][name][j]) for v in variances]
+                    lows = [v["adaptive_minus"][name][j][0] for v in variances]
+                    known = [own - other for own, other in pairs if own is not None and other is not None]
+                    above = sum(low is not None and low > 0 for low in lows)
+                    segments.append(f"{text(known, signed=True)} ({above})" if known else "")
+                where = f"{'/'.join(cell)}, {NAMES.get(arm, 'warm start')}"
+                rows.append([where, BASELINES[name], str(len(variances)), *segments])
+    return markdown(["checkpoint", "minus", "n", *(f"segment {j + 1}" for j in range(4))], rows)
 
 
 def gradient_table(results: Results) -> str:
@@ -492,9 +494,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Put the tables and figures of the studies into a page.")
     parser.add_argument("results", type=Path, help="folder with tuning.jsonl and main.jsonl")
     parser.add_argument("page", type=Path, help="Markdown page")
-    parser.add_argument("--main", default="main", help="name of the main study")
     options = parser.parse_args()
-    write_page(Results(options.results, options.main), options.page)
+    write_page(Results(options.results), options.page)
 
 
 if __name__ == "__main__":
