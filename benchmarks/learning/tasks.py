@@ -10,15 +10,12 @@ registers, of which the question asks for one:
 The entries come in any order, `a=3` starts register a, `b+4` and so on are its next steps, and `c.` ends it. A chain
 can be wrong by a slip in any step. It wastes tokens in five ways that have nothing to do with being right: a preamble,
 fillers, repeated steps, steps of the register that was not asked for, and the whole computation again.
-
-`pointers_recited` and `registers_recited` are the same with fillers in a fixed order: what is wasted then has hardly
-any entropy, only how much is. Any training that sharpens the distribution drops random fillers, but not these.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from examples import quickstart
 
@@ -118,23 +115,6 @@ def make_register_thinking(problem: RegisterProblem, rng: random.Random) -> tupl
     return thinking, str(results[-1])
 
 
-def recited(make_thinking: Callable[..., tuple[list[str], str]]) -> Callable[..., tuple[list[str], str]]:
-    """The same chains, but every run of fillers goes through the fillers in their order, from the first."""
-
-    def make_recited_thinking(problem: Any, rng: random.Random) -> tuple[list[str], str]:
-        thinking, answer = make_thinking(problem, rng)
-        run = 0
-        for i, word in enumerate(thinking):
-            if word in quickstart.FILLERS:
-                thinking[i] = quickstart.FILLERS[run % len(quickstart.FILLERS)]
-                run += 1
-            else:
-                run = 0
-        return thinking, answer
-
-    return make_recited_thinking
-
-
 def _register_words() -> tuple[str, ...]:
     starts = [f"{labels[0]}={n}" for labels in REGISTERS for n in range(MODULUS)]
     steps = [label + step for labels in REGISTERS for label in labels[1:] for step in (*_STEPS, ".")]
@@ -143,11 +123,7 @@ def _register_words() -> tuple[str, ...]:
     return (*quickstart.FILLERS, *queries, *map(str, range(MODULUS)), *starts, *steps, *results)
 
 
-_POINTERS = Task(quickstart.WORDS, quickstart.make_problem, quickstart.make_thinking)
-_REGISTERS = Task(_register_words(), make_register_problem, make_register_thinking)
 TASKS = {
-    "pointers": _POINTERS,
-    "registers": _REGISTERS,
-    "pointers_recited": replace(_POINTERS, make_thinking=recited(_POINTERS.make_thinking)),
-    "registers_recited": replace(_REGISTERS, make_thinking=recited(_REGISTERS.make_thinking)),
+    "pointers": Task(quickstart.WORDS, quickstart.make_problem, quickstart.make_thinking),
+    "registers": Task(_register_words(), make_register_problem, make_register_thinking),
 }
