@@ -65,7 +65,16 @@ def rollout_metrics(
         `dict[str, list[float]]`: one value per rollout.
     """
     per_rollout = torch.tensor(
-        [(len(rollout.thinking.token_ids), rollout.thinking.finished) for rollout in rollouts], dtype=torch.float32
+        [
+            (
+                len(thinking.token_ids),
+                thinking.finished,
+                thinking.finished and len(thinking.token_ids) == len(markers.think_end_ids),
+                (thinking.finished or thinking.abandoned) and len(thinking.token_ids) <= budgets[0],
+            )
+            for thinking in (rollout.thinking for rollout in rollouts)
+        ],
+        dtype=torch.float32,
     )
     per_summary = torch.tensor(
         [
@@ -81,12 +90,16 @@ def rollout_metrics(
         dtype=torch.float32,
     )
     no_advantage = (advantages == 0).all(dim=1, keepdim=True).float()
-    length, finished, no_advantage = gather(torch.cat([per_rollout.to(advantages), no_advantage], dim=1)).unbind(1)
+    length, finished, empty, uncut, no_advantage = gather(
+        torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
+    ).unbind(1)
     summary_length, clipped, formed = gather(per_summary.to(advantages)).unbind(dim=3)
     metrics = {
         "anytime/no_advantage_ratio": no_advantage,
         "thinking/mean_length": length,
         "thinking/finished_ratio": finished,
+        "thinking/empty_ratio": empty,
+        "thinking/never_cut_ratio": uncut,
         "summary/mean_length": summary_length.mean(dim=(1, 2)),
         "summary/clipped_ratio": clipped.mean(dim=(1, 2)),
         **{f"anytime/formatted@{budget}": formed[:, j].mean(dim=1) for j, budget in enumerate(budgets)},
