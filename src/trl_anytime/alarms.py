@@ -191,14 +191,14 @@ ALARMS = (
     ),
     Alarm(
         "vLLM and trainer disagree on log-probabilities",
-        "`sampling/sampling_logp_difference/mean`",
+        "the difference per token (`sampling/sampling_logp_difference/mean`)",
         _logged("sampling/sampling_logp_difference/mean"),
         LOGPROB_DIFFERENCE,
         "let vLLM compute what the trainer does: the same dtype, no quantization, `top_p=1`, `top_k=0`, no `min_p`",
     ),
     Alarm(
         "the reward is the same at all budgets",
-        "largest less smallest `anytime/reward@…`, as a share",
+        "the spread of `anytime/reward@…`, as a share of the largest,",
         _reward_spread,
         SAME,
         "lower the first of `budgets` if thinkings end before it, and else check that the reward function reads the "

@@ -12,6 +12,9 @@ from .budgets import live_segments
 from .markers import ThinkingMarkers
 from .rollout import Rollout
 
+# Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
+_ROUNDING = 1e-6
+
 
 def reward_metrics(rewards: torch.Tensor, budgets: Sequence[int]) -> dict[str, list[float]]:
     """
@@ -89,7 +92,7 @@ def rollout_metrics(
         ],
         dtype=torch.float32,
     )
-    no_advantage = (advantages == 0).all(dim=1, keepdim=True).float()
+    no_advantage = (advantages.abs() < _ROUNDING).all(dim=1, keepdim=True).float()
     length, finished, empty, uncut, no_advantage = gather(
         torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
     ).unbind(1)
