@@ -92,6 +92,7 @@ OWN = {
     "_sample",
     "_sampling",
     "_timed",
+    "_trackers",
     "_update_seconds",
 }
 

@@ -42,6 +42,7 @@ from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
+from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
@@ -110,7 +111,7 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
     - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
       saves, checkpoints are whole and resumed exactly (docs/reliability.md).
-    - `log`: sounds the alarms (docs/monitoring.md).
+    - `log`: sounds the alarms, and gives trackers figures and tables (docs/monitoring.md).
     - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: says at which budgets the model was trained.
 
@@ -232,6 +233,7 @@ class BRPOTrainer(GRPOTrainer):
         self._preemption = Preemption(self.accelerator, enabled=args.save_strategy != "no")
         self.add_callback(self._preemption)
         self.add_callback(_AtTrainBegin(self._at_train_begin))
+        self._trackers = Trackers(cast(list[str], args.report_to), self.callback_handler)
 
     # Set-up
 
@@ -833,6 +835,8 @@ class BRPOTrainer(GRPOTrainer):
         if self._alarms is not None:
             for warning in self._alarms.update(self.state.global_step, logs):
                 logger.warning(warning)
+        if self.accelerator.is_main_process:
+            self._trackers.update(logs, self.state, self._logs if self.log_completions else None)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
