@@ -110,5 +110,5 @@ def evaluations_figure(curves: Mapping[int, Mapping[int, float]], title: str) ->
         )
     axes.set(title=title, xlabel="thinking budget (tokens)", ylabel="mean reward")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(fontsize="small")
     return figure

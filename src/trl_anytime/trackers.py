@@ -5,17 +5,17 @@ TensorBoard the table of completions, which TRL itself gives to the other two.
 A tracker is imported only if `report_to` names it.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from accelerate.logging import get_logger
 from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _TRACKERS = ("trackio", "wandb", "tensorboard")
 _TABLE_ROWS = 64  # TensorBoard renders text as a whole; all rows are in TRL's parquet files
@@ -146,7 +146,7 @@ def _markdown(table: Mapping[str, Any]) -> str:
     columns["prompt"] = table["prompt"]
     rows = list(zip(*columns.values(), strict=True))
     lines = [
-        f"Step's last batch, {min(len(rows), _TABLE_ROWS)} of {len(rows)} rows.",
+        f"{min(len(rows), _TABLE_ROWS)} of {len(rows)} rows",
         "",
         _row(columns),
         _row("---" for _ in columns),
