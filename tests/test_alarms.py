@@ -352,3 +352,14 @@ def test_only_the_main_process_warns_and_a_restart_knows(ranks, tmp_path):
     assert said() == [1, 0]
     assert said(str(tmp_path / "out/checkpoint-14")) == [1, 0]
     assert said(str(tmp_path / "out/checkpoint-16")) == [0, 0]
+
+
+def test_the_documentation_lists_every_alarm_with_its_threshold():
+    table = {}
+    for line in (STUDY.parents[2] / "docs/monitoring.md").read_text().split("## Alarms")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3:
+            table[cells[0]] = cells[1]
+    words = {"boxes are missing": "half", "the reward is the same at all budgets": "no difference at all"}
+    for alarm in ALARMS:
+        assert words.get(alarm.name, f"{alarm.threshold:.2g}") in table[alarm.name], alarm.name
