@@ -30,6 +30,7 @@ OVERRIDDEN = {
     "_get_train_sampler": ["self", "dataset"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "log": ["self", "logs", "start_time"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "save_model": ["self", "output_dir", "_internal_call"],
 }
@@ -57,6 +58,7 @@ OWN = {
     "_is_sharded",
     "_at_train_begin",
     "_adaptive_baseline",
+    "_alarms",
     "_batch",
     "_check_finite",
     "_checkpoint",
@@ -90,6 +92,7 @@ OWN = {
     "_sample",
     "_sampling",
     "_timed",
+    "_trackers",
     "_update_seconds",
 }
 

@@ -123,12 +123,15 @@ class BRPOConfig(GRPOConfig):
             Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
             others still think. `False` waits for the last thinking, which takes more steps of the engine.
 
-        > Parameters that control what happens on faults
+        > Parameters that control what happens when something is wrong
 
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             What to do when log-probabilities, loss or gradient are NaN or infinite: `"raise"` stops with the step and
             the prompts, `"skip"` leaves the optimiser step out on all ranks and counts it in the metric
             `nonfinite/skipped_ratio`. Rewards that are not finite always stop.
+        alarms (`bool`, *optional*, defaults to `True`):
+            Whether to warn, once each, of training that goes wrong in a way that shows in what is logged: no rewards,
+            nothing to learn from, summaries cut off and the like (docs/monitoring.md).
 
         > Parameters that control what is spliced into a thinking
 
@@ -217,7 +220,7 @@ class BRPOConfig(GRPOConfig):
         },
     )
 
-    # Parameters that control what happens on faults
+    # Parameters that control what happens when something is wrong
     on_nonfinite: str = field(
         default="raise",
         metadata={
@@ -226,6 +229,10 @@ class BRPOConfig(GRPOConfig):
             "`nonfinite/skipped_ratio`.",
             "choices": list(ON_NONFINITE),
         },
+    )
+    alarms: bool = field(
+        default=True,
+        metadata={"help": "Whether to warn, once each, of training that goes wrong in a way that shows in the logs."},
     )
 
     # Parameters that control what is spliced into a thinking

@@ -12,6 +12,9 @@ from .budgets import live_segments
 from .markers import ThinkingMarkers
 from .rollout import Rollout
 
+# Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
+_ROUNDING = 1e-6
+
 
 def reward_metrics(rewards: torch.Tensor, budgets: Sequence[int]) -> dict[str, list[float]]:
     """
@@ -65,7 +68,16 @@ def rollout_metrics(
         `dict[str, list[float]]`: one value per rollout.
     """
     per_rollout = torch.tensor(
-        [(len(rollout.thinking.token_ids), rollout.thinking.finished) for rollout in rollouts], dtype=torch.float32
+        [
+            (
+                len(thinking.token_ids),
+                thinking.finished,
+                thinking.finished and len(thinking.token_ids) == len(markers.think_end_ids),
+                (thinking.finished or thinking.abandoned) and len(thinking.token_ids) <= budgets[0],
+            )
+            for thinking in (rollout.thinking for rollout in rollouts)
+        ],
+        dtype=torch.float32,
     )
     per_summary = torch.tensor(
         [
@@ -80,13 +92,17 @@ def rollout_metrics(
         ],
         dtype=torch.float32,
     )
-    no_advantage = (advantages == 0).all(dim=1, keepdim=True).float()
-    length, finished, no_advantage = gather(torch.cat([per_rollout.to(advantages), no_advantage], dim=1)).unbind(1)
+    no_advantage = (advantages.abs() < _ROUNDING).all(dim=1, keepdim=True).float()
+    length, finished, empty, uncut, no_advantage = gather(
+        torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
+    ).unbind(1)
     summary_length, clipped, formed = gather(per_summary.to(advantages)).unbind(dim=3)
     metrics = {
         "anytime/no_advantage_ratio": no_advantage,
         "thinking/mean_length": length,
         "thinking/finished_ratio": finished,
+        "thinking/empty_ratio": empty,
+        "thinking/never_cut_ratio": uncut,
         "summary/mean_length": summary_length.mean(dim=(1, 2)),
         "summary/clipped_ratio": clipped.mean(dim=(1, 2)),
         **{f"anytime/formatted@{budget}": formed[:, j].mean(dim=1) for j, budget in enumerate(budgets)},

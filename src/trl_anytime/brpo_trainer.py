@@ -28,6 +28,7 @@ from . import checkpoint
 from .adaptive_baseline import AdaptiveBaseline
 from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
 from .advantages import Returns, segment_returns, summary_advantages
+from .alarms import Alarms
 from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
@@ -41,6 +42,7 @@ from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
+from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
@@ -109,6 +111,7 @@ class BRPOTrainer(GRPOTrainer):
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
     - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
       saves, checkpoints are whole and resumed exactly (docs/reliability.md).
+    - `log`: sounds the alarms, and gives trackers figures and tables (docs/monitoring.md).
     - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: says at which budgets the model was trained.
 
@@ -198,6 +201,7 @@ class BRPOTrainer(GRPOTrainer):
         self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
         # What `train()` goes on from, if anything
         self._checkpoint: Path | None = None
+        self._alarms: Alarms | None = None  # of the main process, once training begins
 
         self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
         if args.use_vllm and args.vllm_mode == "server":
@@ -229,6 +233,7 @@ class BRPOTrainer(GRPOTrainer):
         self._preemption = Preemption(self.accelerator, enabled=args.save_strategy != "no")
         self.add_callback(self._preemption)
         self.add_callback(_AtTrainBegin(self._at_train_begin))
+        self._trackers = Trackers(cast(list[str], args.report_to), self.callback_handler)
 
     # Set-up
 
@@ -541,6 +546,8 @@ class BRPOTrainer(GRPOTrainer):
             self._metrics[mode][name].extend(values)
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
+        if mode == "train" and self._alarms is not None:
+            self._alarms.rollouts = batch.rollouts
         self._rollout_seconds = time.perf_counter() - start
         return output
 
@@ -780,6 +787,7 @@ class BRPOTrainer(GRPOTrainer):
             "loss": self._tr_loss,
             "last_logged": self._globalstep_last_logged,
             "adaptive_baseline": None if self._adaptive_baseline is None else self._adaptive_baseline.state_dict(),
+            "alarms": None if self._alarms is None else self._alarms.state_dict(),
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -801,6 +809,8 @@ class BRPOTrainer(GRPOTrainer):
 
     def _at_train_begin(self) -> None:
         self._admit_sharded()
+        if self.args.alarms and self.accelerator.is_main_process:
+            self._alarms = Alarms(self._tokenizer)
         if self._checkpoint is None:
             return
         if self._adaptive_baseline is not None:  # the same on all ranks, and with other ranks than at the time
@@ -813,10 +823,20 @@ class BRPOTrainer(GRPOTrainer):
         self._metrics["train"].update(state["metrics"])
         if self.log_completions and state["logs"] is not None:
             self._logs.update(_as_logs(state["logs"]))
+        if self._alarms is not None and state["alarms"] is not None:
+            self._alarms.load_state_dict(state["alarms"])
         self._tr_loss += state["loss"]
         self._globalstep_last_logged = state["last_logged"]
 
     # Logging
+
+    def log(self, logs, start_time=None):
+        super().log(logs, start_time)
+        if self._alarms is not None:
+            for warning in self._alarms.update(self.state.global_step, logs):
+                logger.warning(warning)
+        if self.accelerator.is_main_process:
+            self._trackers.update(logs, self.state, self._logs if self.log_completions else None)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -1,9 +1,10 @@
 """Curves as pictures. Needs matplotlib, the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .curves import Estimate
@@ -39,13 +40,27 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     """
-    A training run's accuracy at each budget over its steps, on training prompts and in its evaluations.
+    [`training_figure`] as a file.
 
     Args:
         log_history (`Sequence[dict]`):
             `log_history` of a `trainer_state.json`.
         path (`Path`):
             The picture.
+
+    Raises:
+        `ValueError`: If there is no such metric in it.
+    """
+    training_figure(log_history).savefig(path, dpi=150)
+
+
+def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """
+    A training run's mean reward at each budget over its steps, on training prompts and in its evaluations.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            `log_history` of a [`~transformers.TrainerState`].
 
     Raises:
         `ValueError`: If there is no such metric in it.
@@ -69,4 +84,31 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="step", ylabel="mean reward")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def evaluations_figure(curves: Mapping[int, Mapping[int, float]], title: str) -> Figure:
+    """
+    Mean reward against budget, a line for each evaluation, from light to dark.
+
+    Args:
+        curves (`Mapping[int, Mapping[int, float]]`):
+            Mean reward by step and budget.
+        title (`str`):
+            Title.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (step, curve) in enumerate(sorted(curves.items())):
+        named = i in (0, len(curves) - 1)  # those between can be told by their shade
+        axes.plot(
+            *zip(*sorted(curve.items()), strict=True),
+            "o-",
+            ms=3,
+            color=colormaps["viridis_r"](0.15 + 0.85 * (i + 1) / len(curves)),
+            label=f"step {step}" if named else None,
+        )
+    axes.set(title=title, xlabel="thinking budget (tokens)", ylabel="mean reward")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
