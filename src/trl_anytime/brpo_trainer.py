@@ -29,18 +29,22 @@ from .adaptive_baseline import AdaptiveBaseline
 from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
 from .advantages import Returns, segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed, plain_attention
+from .batch_arithmetic import BatchArithmetic, most_tokens
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
+from .finding import ERROR, WARNING
 from .generation import Generation, PrefixGeneration, RolloutSettings
+from .idle_settings import idle_settings
 from .markers import ThinkingMarkers, find_markers, render_prompt
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
+from .start_checks import context_objection, reward_findings, sampled_rows, splice_findings
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
@@ -219,9 +223,11 @@ class BRPOTrainer(GRPOTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "colocate":
             self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        self._check_context(self._longest_prompts())
-        packed, _ = self._most_tokens()
+        longest_prompts = self._longest_prompts()
+        self._check_context(longest_prompts)
+        packed, _ = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
+        self._longest_row = max(map(len, longest_prompts)) + packed  # tokens
 
         self._forward = self._choose_forward()
         self._generation = self._choose_generation()
@@ -254,32 +260,11 @@ class BRPOTrainer(GRPOTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
-        longest = max(len(ids) for ids in prompt_ids)
-        thinking = max(self.args.budgets + (self.args.eval_budgets or []))
-        needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
         in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        raise_it = (
-            "Raise `vllm_max_model_length`"
-            if self.vllm_mode == "colocate"
-            else "Restart the vLLM server with a larger `--max-model-len`"
-        )
-        for context, whose, remedy in (
-            (in_model, "the model's", "Lower"),
-            (self._engine_context, "vLLM's", f"{raise_it}, or lower"),
-        ):
-            if context is not None and needed > context:
-                raise ValueError(
-                    f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
-                    f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
-                    f"tokens, more than {whose} context of {context}. {remedy} `budgets`, `eval_budgets` or "
-                    "`max_summary_length`, or drop the longest prompts."
-                )
-
-    def _most_tokens(self) -> tuple[int, int]:
-        """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
-        branch = self.markers.max_bridge_length + self.args.max_summary_length
-        thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
-        return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
+        longest = max(len(ids) for ids in prompt_ids)
+        objection = context_objection(longest, self.args, self.markers, in_model, self._engine_context)
+        if objection is not None:
+            raise ValueError(" ".join(objection))
 
     def _choose_forward(self) -> Callable[..., Any]:
         """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""
@@ -303,7 +288,7 @@ class BRPOTrainer(GRPOTrainer):
         message = f"{type(base_model).__name__} cannot train on packed rollouts: {objection}."
         if mode == "tree":
             raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
-        packed, separate = self._most_tokens()
+        packed, separate = most_tokens(self.args, self.markers.max_bridge_length)
         logger.warning(
             f"{message} It trains on separate rows, one for each summary, which forward up to {separate / packed:.1f} "
             "times as many tokens."
@@ -799,7 +784,32 @@ class BRPOTrainer(GRPOTrainer):
                 next(iter(sampler))
         return sampler
 
+    def _check_start(self) -> None:
+        """Main process: say what the run is going to be, and what is odd about it; the checks of `trl-anytime doctor`."""
+        data = self.train_dataset
+        rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
+        num_prompts = None if isinstance(data, IterableDataset) else len(data)
+        batch = BatchArithmetic.of(self.args, num_prompts, self._longest_row)
+        in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in self.reward_funcs)
+        findings = [
+            *batch.findings(),
+            *idle_settings(self.args, has_eval_data=self.eval_dataset is not None),
+            *splice_findings(
+                self._tokenizer, rows[0]["prompt"], self.args, self.markers, self.eos_token_ids, in_boxes
+            ),
+            *reward_findings(self.args, self.reward_funcs, rows),
+        ]
+        print(batch.table(), flush=True)
+        for finding in findings:
+            if finding.level == WARNING:
+                logger.warning(str(finding))
+        errors = [str(finding) for finding in findings if finding.level == ERROR]
+        if errors:
+            raise ValueError("\n".join(errors))
+
     def _at_train_begin(self) -> None:
+        if self.accelerator.is_main_process:
+            self._check_start()
         self._admit_sharded()
         if self._checkpoint is None:
             return
