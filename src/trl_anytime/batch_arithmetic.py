@@ -68,7 +68,7 @@ class BatchArithmetic:
     @classmethod
     def of(cls, args: BRPOConfig, num_prompts: int | None, tokens_per_row: int | None) -> "BatchArithmetic":
         """The arithmetic of settings, for `num_prompts` rows of data and packed rows of `tokens_per_row` tokens."""
-        assert args.steps_per_generation is not None  # filled in by TRL
+        assert args.steps_per_generation is not None and args.num_generations is not None  # filled in by TRL
         given_steps = args.max_steps > 0
         return cls(
             args.world_size,
@@ -118,10 +118,11 @@ class BatchArithmetic:
         columns = {
             "generation batch": self.thinkings_per_rank * ranks,
             "optimiser step": self.thinkings_per_step * ranks,
-            "generation batch, per rank": self.thinkings_per_rank,
-            "optimiser step, per rank": self.thinkings_per_step,
             "micro-batch": self.micro_batch,
         }
+        if ranks > 1:
+            columns["generation batch, per rank"] = self.thinkings_per_rank
+            columns["optimiser step, per rank"] = self.thinkings_per_step
         tokens = self.tokens_per_row
         rows = [
             ["", *columns],

@@ -44,7 +44,7 @@ from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
-from .start_checks import context_objection, reward_findings, sampled_rows, splice_findings
+from .start_checks import context_objection, reward_findings, sampled_rows, splice_findings, text_of
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
@@ -785,18 +785,18 @@ class BRPOTrainer(GRPOTrainer):
         return sampler
 
     def _check_start(self) -> None:
-        """Main process: say what the run is going to be, and what is odd about it; the checks of `trl-anytime doctor`."""
+        """Main process: say what the run is going to be and what is odd about it, as `trl-anytime doctor` does."""
         data = self.train_dataset
         rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
         num_prompts = None if isinstance(data, IterableDataset) else len(data)
         batch = BatchArithmetic.of(self.args, num_prompts, self._longest_row)
+        prompt = rows[0]["prompt"]
+        rendered, _ = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in self.reward_funcs)
         findings = [
             *batch.findings(),
             *idle_settings(self.args, has_eval_data=self.eval_dataset is not None),
-            *splice_findings(
-                self._tokenizer, rows[0]["prompt"], self.args, self.markers, self.eos_token_ids, in_boxes
-            ),
+            *splice_findings(self._tokenizer, rendered, text_of(prompt), self.markers, self.eos_token_ids, in_boxes),
             *reward_findings(self.args, self.reward_funcs, rows),
         ]
         print(batch.table(), flush=True)

@@ -58,9 +58,9 @@ def report(findings: Sequence[Finding], tables: Sequence[str]) -> str:
     return "\n\n".join(["\n".join(lines), *tables, summary])
 
 
-def as_json(findings: Sequence[Finding], **numbers: object) -> str:
-    """Findings, and numbers by name, as JSON."""
-    return json.dumps({"findings": [asdict(finding) for finding in findings], **numbers}, indent=1)
+def as_json(findings: Sequence[Finding], tables: Sequence[str]) -> str:
+    """The same as JSON."""
+    return json.dumps({"findings": [asdict(finding) for finding in findings], "tables": list(tables)}, indent=1)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

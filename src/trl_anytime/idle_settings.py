@@ -276,10 +276,7 @@ def _changed(settings: Any) -> set[str]:
     """Names of the settings that differ from their default."""
     changed = set()
     for f in fields(settings):
-        if f.default_factory is not MISSING:
-            default = f.default_factory()
-        else:
-            default = f.default
+        default = f.default if f.default_factory is MISSING else f.default_factory()
         if f.name == "eval_budgets":  # filled in
             default = settings.budgets
         if default is not MISSING and getattr(settings, f.name) != default:

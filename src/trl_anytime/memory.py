@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from .admission import structural_objection
 from .attention import TreeLayout, enable_tree_attention, layout_in_use
 from .batch_arithmetic import most_tokens
 from .brpo_config import BRPOConfig
@@ -84,18 +85,18 @@ class MemoryEstimate:
             rows += [[f"{name}{note}", _gib(size)] for name, size in parts.items()]
         return aligned([*rows, ["at most at a time", _gib(self.peak)]])
 
-    def findings(self, available: int | None) -> list[Finding]:
+    def finding(self, available: int | None) -> Finding:
         """Whether it fits into the `available` bytes of a GPU."""
+        said = f"About {_gib(self.peak)} GiB per GPU at most."
         if available is None:
-            return [
-                Finding("memory", OK, f"About {_gib(self.peak)} GiB per GPU; there is none here to compare it with.")
-            ]
-        said = f"About {_gib(self.peak)} GiB per GPU of {_gib(available)} GiB."
+            return Finding("memory", OK, f"{said} Give `--gpu-memory` to compare it with a GPU.")
+        said += f" It has {_gib(available)} GiB."
         if self.peak <= available:
-            return [Finding("memory", OK, said)]
-        parts = {**self.always, **self.training, **self.generating}
+            return Finding("memory", OK, said)
+        updating = sum(self.training.values()) >= sum(self.generating.values())
+        parts = {**self.always, **(self.training if updating else self.generating)}
         largest = max(parts, key=lambda name: parts[name])
-        return [Finding("memory", WARNING, f"{said} The largest part: {largest}.", _ADVICE[largest])]
+        return Finding("memory", WARNING, f"{said} The largest part: {largest}.", _ADVICE[largest])
 
 
 _SHARDING_ADVICE = (
@@ -137,6 +138,45 @@ def planned_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Any
 
         model = cast(PreTrainedModel, get_peft_model(model, peft_config))
     return model
+
+
+def memory_findings(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    peft_config: Any,
+    args: BRPOConfig,
+    launch: Launch,
+    prompt_length: int,
+    max_bridge_length: int,
+    available: int | None,
+) -> tuple[list[Finding], str | None]:
+    """
+    The estimate of [`estimate_memory`] for a report, in a few seconds.
+
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            The model's.
+        dtype (`torch.dtype`):
+            Precision of its weights.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters that are trained.
+        args, launch, prompt_length, max_bridge_length, available:
+            As there.
+
+    Returns:
+        `tuple`: what is to be said, and the parts as a table; `None` where the model is one that cannot be estimated.
+    """
+    try:
+        with without_memory() as mode:
+            model = planned_model(config, dtype, peft_config)
+            objection = structural_objection(model)
+            if args.tree_attention == "rows" or objection is not None:
+                objection = objection or "`tree_attention` is 'rows'"
+                return [Finding("memory", OK, f"Not estimated: it trains on separate rows, as {objection}.")], None
+            estimate = estimate_memory(model, args, launch, prompt_length, max_bridge_length, mode, available)
+    except Exception as error:  # whatever an unusual architecture comes to without content
+        return [Finding("memory", OK, f"Not estimated for this architecture ({type(error).__name__}: {error}).")], None
+    return [estimate.finding(available)], estimate.table()
 
 
 def _size(tensors: Any) -> int:
@@ -181,8 +221,8 @@ def estimate_memory(
     launch: Launch,
     prompt_length: int,
     max_bridge_length: int,
+    mode: FakeTensorMode,
     available: int | None = None,
-    mode: FakeTensorMode | None = None,
 ) -> MemoryEstimate:
     """
     Estimate what one GPU holds at the most.
@@ -198,13 +238,10 @@ def estimate_memory(
             Tokens of the longest prompt.
         max_bridge_length (`int`):
             Tokens of the longest bridge.
+        mode (`FakeTensorMode`):
+            The mode in which the model was made, from [`without_memory`].
         available (`int`, *optional*):
             Bytes of the GPU, of which vLLM takes a share in colocate mode.
-        mode (`FakeTensorMode`):
-            The mode in which the model was made.
-
-    Raises:
-        `ValueError`: If the model's layers cannot be run on tensors without content.
     """
     always = held_always(model, args, launch)
     config = model.config.get_text_config()
@@ -248,7 +285,7 @@ def _cached_tokens(args: BRPOConfig, prompt_length: int, max_bridge_length: int)
 
 
 def _layers(
-    model: PreTrainedModel, args: BRPOConfig, prompt_length: int, max_bridge_length: int, mode: FakeTensorMode | None
+    model: PreTrainedModel, args: BRPOConfig, prompt_length: int, max_bridge_length: int, mode: FakeTensorMode
 ) -> tuple[int, int, torch.Tensor]:
     """
     Run the model's layers forward and backward on a micro-batch that reaches every budget.
@@ -258,27 +295,26 @@ def _layers(
             and the last hidden states.
     """
     batch, budgets, num_summaries = args.per_device_train_batch_size, args.budgets, args.num_summaries
-    with _outside(mode):  # the layout's sizes are read off
+    with unset_fake_temporarily():  # the layout's sizes are read off
         packed = PackedRollouts.pack(
             [[0] * budgets[-1]] * batch,
             [budgets] * batch,
             [[[0] * max_bridge_length] * len(budgets)] * batch,
             [[[[0] * args.max_summary_length] * num_summaries] * len(budgets)] * batch,
         )
-        prompts = torch.full((batch,), prompt_length)
         length = prompt_length + packed.token_ids.size(1)
-        layout = TreeLayout.of(packed, prompts, length)
-    if mode is not None:
-        layout = _emptied(layout, mode)
+        layout = TreeLayout.of(packed, torch.full((batch,), prompt_length), length)
+    layout = _emptied(layout, mode)
 
-    base_model = model.get_base_model() if is_peft_model(model) else model
+    base_model: Any = cast(Any, model).get_base_model() if is_peft_model(model) else model
     enable_tree_attention(base_model)
     model.train()
     if args.gradient_checkpointing:
         # The states of random generators have content
-        kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {}), "preserve_rng_state": False}
+        given = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
+        kwargs = {"use_reentrant": False, **given, "preserve_rng_state": False}
         if is_peft_model(model):
-            model.enable_input_require_grads()
+            base_model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -299,18 +335,6 @@ def _layers(
         forwarded = memory.live
         hidden.backward(torch.ones_like(hidden))
     return forwarded, memory.peak, hidden.detach()
-
-
-@contextmanager
-def _outside(mode: FakeTensorMode | None) -> Iterator[None]:
-    """Tensors that are made inside have content again."""
-    if mode is None:
-        yield
-        return
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        yield
 
 
 def _emptied(layout: TreeLayout, mode: FakeTensorMode) -> TreeLayout:

@@ -1,10 +1,10 @@
 """What a training recipe is made of: the settings of examples/train.py, and problems that become prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from datasets import Dataset, load_dataset
@@ -113,7 +113,7 @@ def model_init_kwargs(training_args: BRPOConfig, model_args: ModelConfig) -> dic
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **cast(dict[str, Any], training_args.model_init_kwargs or {}),
     }
 
 
@@ -164,7 +164,7 @@ def read_recipe(
         if name not in content and name not in changes:
             raise UnreadableRecipe(f"{path}: `{name}` is missing.")
 
-    parser = TrlParser(classes)
+    parser = TrlParser(cast(Any, classes))
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print hundreds of options and exit
     words = [word for name, value in changes.items() for word in (f"--{name}", *value.split())]
     return parser.parse_args_and_config(["--config", str(path), *words])  # type: ignore[return-value]

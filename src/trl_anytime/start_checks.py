@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .brpo_config import BRPOConfig
 from .finding import ERROR, OK, WARNING, Finding
-from .markers import ThinkingMarkers, render_prompt, thinking_state
+from .markers import ThinkingMarkers, thinking_state
 from .rewards import AnswerReward, MathReward
 from .rollout import Rollout, Thinking
 
@@ -25,26 +25,30 @@ def sampled_rows(dataset: Dataset) -> list[dict[str, Any]]:
     return [dataset[i] for i in indices]
 
 
+def text_of(prompt: Any) -> str:
+    """The text of a prompt, or of the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
 # Template and markers
 
 
 def template_findings(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig, markers: ThinkingMarkers
+    rendered: str, generation_prompt: str | None, args: BRPOConfig, markers: ThinkingMarkers
 ) -> list[Finding]:
     """
     What the chat template does with the thinking, and what its markers are made of.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        prompt (`str` or `list[dict]`):
-            A prompt of the data.
+        rendered (`str`):
+            A prompt as the model will see it.
+        generation_prompt (`str`, *optional*):
+            Its end, that the chat template added for the answer; `None` for a prompt without a template.
         args ([`BRPOConfig`]):
             Settings.
         markers ([`ThinkingMarkers`]):
             What was found from the same prompt; a template that closes the thinking has none.
     """
-    rendered, generation_prompt = render_prompt(tokenizer, prompt, args.chat_template_kwargs or {})
     start = markers.think_end.replace("/", "", 1)
     state = thinking_state(rendered, generation_prompt, start, markers.think_end)
     opening = f"opens the thinking with {start!r}" if state == "opened" else "leaves it to the model to start thinking"
@@ -73,8 +77,8 @@ def template_findings(
 
 def splice_findings(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    args: BRPOConfig,
+    rendered: str,
+    thinking: str,
     markers: ThinkingMarkers,
     eos_token_ids: Container[int],
     answers_in_boxes: bool,
@@ -85,10 +89,10 @@ def splice_findings(
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
-        prompt (`str` or `list[dict]`):
-            A prompt of the data. Its own text stands for the thinking.
-        args ([`BRPOConfig`]):
-            Settings.
+        rendered (`str`):
+            A prompt as the model will see it.
+        thinking (`str`):
+            Text that stands for a thinking, which is cut in the middle.
         markers ([`ThinkingMarkers`]):
             What is spliced in.
         eos_token_ids (`Container[int]`):
@@ -100,11 +104,11 @@ def splice_findings(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    rendered, _ = render_prompt(tokenizer, prompt, args.chat_template_kwargs or {})
-    question = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    thinking, summary = encode(question), encode(r"\boxed{42}")
-    cut = max(len(thinking) // 2, 1)
-    rollout = Rollout.of(encode(rendered), Thinking.of(thinking, markers, eos_token_ids), [cut], markers, [[summary]])
+    thinking_ids, summary = encode(thinking), encode(r"\boxed{42}")
+    cut = max(len(thinking_ids) // 2, 1)
+    rollout = Rollout.of(
+        encode(rendered), Thinking.of(thinking_ids, markers, eos_token_ids), [cut], markers, [[summary]]
+    )
     parts = {
         "prompt": rollout.prompt_ids,
         "thinking": rollout.thinking.token_ids[: rollout.cuts[0]],
@@ -122,27 +126,27 @@ def splice_findings(
             )
         ]
     findings = []
-    text = tokenizer.decode(summary, skip_special_tokens=True)
+    text = str(tokenizer.decode(summary, skip_special_tokens=True))
     if answers_in_boxes and "".join(text.split()) != r"\boxed{42}":
         findings.append(
             Finding(
                 "splice",
-                ERROR,
+                WARNING,
                 rf"The tokenizer turns the summary '\boxed{{42}}' into {text!r}, in which the reward finds no answer.",
                 r"Use a tokenizer that can write `\boxed{}`, or another reward.",
             )
         )
 
     spliced = [token for ids in parts.values() for token in ids]
-    again = encode(tokenizer.decode(spliced))
+    again = encode(str(tokenizer.decode(spliced)))
     kept = spliced[len(parts["prompt"]) :]
     if markers.count_think_end(again) != markers.count_think_end(spliced):
         findings.append(
             Finding(
                 "splice",
                 WARNING,
-                f"As text, the splice of thinking and bridge has {markers.think_end!r} in other tokens. Training works "
-                "on token ids and does not mind, but a server that is sent text would not see the end of thinking.",
+                f"As text, the splice of thinking and bridge has {markers.think_end!r} in other tokens. Training "
+                "works on token ids and does not mind, but a server that is sent text misses the end of thinking.",
                 "Put white space before and behind the end of the thinking in `truncation_bridge`, or make it one "
                 "special token of the tokenizer.",
             )
@@ -243,17 +247,15 @@ def context_findings(
 # Rewards
 
 
-def reward_findings(
-    args: BRPOConfig, reward_funcs: Sequence[Callable], rows: Sequence[dict[str, Any]]
-) -> list[Finding]:
+def reward_findings(args: BRPOConfig, reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> list[Finding]:
     """
     Self-test of the rewards with gold answers, and sampled gold answers graded against themselves.
 
     Args:
         args ([`BRPOConfig`]):
             Settings.
-        reward_funcs (`Sequence[Callable]`):
-            The rewards; those of other kinds are left out.
+        reward_funcs (`Sequence`):
+            The rewards; those without gold answers are left out.
         rows (`Sequence[dict]`):
             Sampled rows of the data; none if there is no data to look at.
     """
@@ -268,7 +270,8 @@ def reward_findings(
 def _grade(reward: AnswerReward, answers: Sequence[str], golds: Sequence[Any]) -> list[float | None]:
     summaries = [rf"\boxed{{{answer}}}" for answer in answers]
     formed = [True] * len(summaries)
-    return reward([""] * len(summaries), summaries, well_formed=formed, **{reward.answer_columns[0]: list(golds)})
+    columns: dict[str, Any] = {reward.answer_columns[0]: list(golds)}
+    return reward([""] * len(summaries), summaries, well_formed=formed, **columns)
 
 
 def _self_test(reward: AnswerReward) -> list[Finding]:
