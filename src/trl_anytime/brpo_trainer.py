@@ -29,22 +29,21 @@ from .adaptive_baseline import AdaptiveBaseline
 from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
 from .advantages import Returns, segment_returns, summary_advantages
 from .attention import enable_tree_attention, forward_packed, plain_attention
-from .batch_arithmetic import BatchArithmetic, most_tokens
+from .batch_arithmetic import most_tokens
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
-from .finding import ERROR, WARNING
 from .generation import Generation, PrefixGeneration, RolloutSettings
-from .idle_settings import idle_settings
 from .markers import ThinkingMarkers, find_markers, render_prompt
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
+from .run_start import report_start
 from .separate_rows import forward_rows
-from .start_checks import context_objection, reward_findings, sampled_rows, splice_findings, text_of
+from .start_checks import context_objection
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
 from .vllm_generation import ColocateGeneration, ServerSampler, check_server
@@ -227,7 +226,7 @@ class BRPOTrainer(GRPOTrainer):
         self._check_context(longest_prompts)
         packed, _ = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
-        self._longest_row = max(map(len, longest_prompts)) + packed  # tokens
+        self._longest_prompt = max(map(len, longest_prompts))  # tokens
 
         self._forward = self._choose_forward()
         self._generation = self._choose_generation()
@@ -240,7 +239,10 @@ class BRPOTrainer(GRPOTrainer):
 
     def _find_markers(self) -> ThinkingMarkers:
         """Markers and bridges, from the first prompt as the model will see it."""
-        prompt = next(iter(self.train_dataset))["prompt"]
+        example = next(iter(self.train_dataset), None)
+        if example is None:
+            raise ValueError("`train_dataset` is empty.")
+        prompt = example["prompt"]
         prompt, generation_prompt = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         return find_markers(
             self._tokenizer,
@@ -784,32 +786,9 @@ class BRPOTrainer(GRPOTrainer):
                 next(iter(sampler))
         return sampler
 
-    def _check_start(self) -> None:
-        """Main process: say what the run is going to be and what is odd about it, as `trl-anytime doctor` does."""
-        data = self.train_dataset
-        rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
-        num_prompts = None if isinstance(data, IterableDataset) else len(data)
-        batch = BatchArithmetic.of(self.args, num_prompts, self._longest_row)
-        prompt = rows[0]["prompt"]
-        rendered, _ = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
-        in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in self.reward_funcs)
-        findings = [
-            *batch.findings(),
-            *idle_settings(self.args, has_eval_data=self.eval_dataset is not None),
-            *splice_findings(self._tokenizer, rendered, text_of(prompt), self.markers, self.eos_token_ids, in_boxes),
-            *reward_findings(self.args, self.reward_funcs, rows),
-        ]
-        print(batch.table(), flush=True)
-        for finding in findings:
-            if finding.level == WARNING:
-                logger.warning(str(finding))
-        errors = [str(finding) for finding in findings if finding.level == ERROR]
-        if errors:
-            raise ValueError("\n".join(errors))
-
     def _at_train_begin(self) -> None:
         if self.accelerator.is_main_process:
-            self._check_start()
+            report_start(self, self._longest_prompt)
         self._admit_sharded()
         if self._checkpoint is None:
             return

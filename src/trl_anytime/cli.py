@@ -333,9 +333,12 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    import warnings
+
     from .doctor import examine, read_launch
     from .finding import as_json, report
 
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
     examination = examine(
         options.config,
         dict(options.changes),

@@ -154,8 +154,11 @@ def examine(
         tokenizer, config = _model_files(found, name, init_kwargs)
         dataset = _data(found, data_args, tokenizer, reward)
     prompt_length = data_args.max_prompt_length
+    if tokenizer is not None:
+        # Without data, what follows every problem stands for a prompt, and the limit for the longest
+        instruction = [{"role": "user", "content": data_args.instruction}]
+        markers = _prompts(found, tokenizer, instruction if dataset is None else dataset[0]["prompt"], args)
     if tokenizer is not None and dataset is not None:
-        markers = _prompts(found, tokenizer, dataset, args)
         prompt_length = _longest_prompt(tokenizer, dataset, args)
     rows = [] if dataset is None else sampled_rows(dataset)
     found.findings += reward_findings(args, [reward], rows)
@@ -264,7 +267,8 @@ def _installed_version() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if line.endswith(".") else f"{line}."
 
 
 def _model_files(
@@ -341,10 +345,9 @@ def _of_problems(
 
 
 def _prompts(
-    found: Examination, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: BRPOConfig
+    found: Examination, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig
 ) -> ThinkingMarkers | None:
-    """Markers of the first prompt, with what template and splices make of them."""
-    prompt = dataset[0]["prompt"]
+    """Markers of a prompt, with what template and splices make of them."""
     try:
         rendered, generation_prompt = render_prompt(tokenizer, prompt, _template_kwargs(args))
         markers = find_markers(

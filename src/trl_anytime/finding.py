@@ -54,7 +54,7 @@ def report(findings: Sequence[Finding], tables: Sequence[str]) -> str:
                 break_on_hyphens=False,
             )
     counts = {level: sum(finding.level == level for finding in findings) for level in (ERROR, WARNING)}
-    summary = f"{counts[ERROR]} errors and {counts[WARNING]} warnings in {len(findings)} findings."
+    summary = f"Errors: {counts[ERROR]}. Warnings: {counts[WARNING]}."
     return "\n\n".join(["\n".join(lines), *tables, summary])
 
 

@@ -225,7 +225,7 @@ def estimate_memory(
     available: int | None = None,
 ) -> MemoryEstimate:
     """
-    Estimate what one GPU holds at the most.
+    Estimate what one GPU holds at the most, within [`without_memory`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
