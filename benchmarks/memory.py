@@ -1,6 +1,7 @@
 """
-Measure how far the memory estimate of `trl-anytime doctor` is off, on the CPU: forward and backward of one micro-batch
-whose rollouts reach every budget, in four precisions and ways, with every allocation counted by torch's profiler.
+Measure how far the memory estimate of `trl-anytime doctor` is off for a model's layers, on the CPU: forward and backward
+of one micro-batch whose rollouts reach every budget, with every allocation counted by torch's profiler. The LM head is
+left out: on a CPU it is another implementation.
 
     python benchmarks/memory.py
 """
@@ -11,11 +12,10 @@ import tempfile
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_anytime import BRPOConfig
-from trl_anytime.attention import enable_tree_attention, forward_packed
-from trl_anytime.memory import Launch, estimate_memory, planned_model, without_memory
+from trl_anytime.attention import TreeLayout, enable_tree_attention, layout_in_use
+from trl_anytime.memory import planned_model, run_layers, without_memory
 from trl_anytime.tree import PackedRollouts
 
 BRIDGE = 10
@@ -34,13 +34,11 @@ def allocated(run) -> int:
 
 
 def compare(config: Qwen2Config, args: BRPOConfig, prompt_length: int) -> tuple[int, int]:
-    """Bytes that an update needs beside weights, gradients and states: estimated and measured."""
+    """Bytes at the peak of forward and backward beside weights and gradients: estimated and measured."""
     with without_memory() as mode:
-        planned = planned_model(config, torch.float32)
-        estimate = estimate_memory(planned, args, Launch(), prompt_length, BRIDGE, mode)
+        _, estimated, _ = run_layers(planned_model(config, torch.float32), args, prompt_length, BRIDGE, mode)
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     enable_tree_attention(model)
     model.train()
     if args.gradient_checkpointing:
@@ -55,23 +53,24 @@ def compare(config: Qwen2Config, args: BRPOConfig, prompt_length: int) -> tuple[
         [[[[1] * args.max_summary_length] * args.num_summaries] * num_budgets] * rows,
     )
     ids = torch.ones(rows, prompt_length + packed.token_ids.size(1), dtype=torch.long)
+    layout = TreeLayout.of(packed, torch.full((rows,), prompt_length), ids.size(1))
 
     def update():
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            output = forward_packed(model, packed, ids, torch.ones_like(ids), labels=ids, fused_lm_head=True)
-        output.log_probs.sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16), layout_in_use():
+            hidden = model.model(input_ids=ids, position_ids=layout.position_ids, tree=layout, use_cache=False)
+        hidden.last_hidden_state.sum().backward()
 
-    return sum(estimate.training.values()), allocated(update)
+    return estimated, allocated(update)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 768, 1024])
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--summary", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=1000)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 384, 512])
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--summary", type=int, default=32)
     options = parser.parse_args()
     config = Qwen2Config(
         vocab_size=options.vocabulary,

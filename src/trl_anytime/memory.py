@@ -250,7 +250,7 @@ def estimate_memory(
     dtype = matrices[0].dtype
     compute_bytes = 2 if half_precision else dtype.itemsize
 
-    forwarded, peak, last_hidden = _layers(model, args, prompt_length, max_bridge_length, mode)
+    forwarded, peak, last_hidden = run_layers(model, args, prompt_length, max_bridge_length, mode)
     num_tokens = last_hidden.size(0) * last_hidden.size(1)
     head = cast(torch.nn.Linear, model.get_output_embeddings()).weight
     # Gradients in float32 of the hidden states and of the head, and a tile of logits
@@ -284,11 +284,12 @@ def _cached_tokens(args: BRPOConfig, prompt_length: int, max_bridge_length: int)
     return tokens if args.max_cached_tokens is None else max(min(tokens, args.max_cached_tokens), per_rollout)
 
 
-def _layers(
+def run_layers(
     model: PreTrainedModel, args: BRPOConfig, prompt_length: int, max_bridge_length: int, mode: FakeTensorMode
 ) -> tuple[int, int, torch.Tensor]:
     """
-    Run the model's layers forward and backward on a micro-batch that reaches every budget.
+    Run the model's layers forward and backward on a micro-batch that reaches every budget. Arguments as for
+    [`estimate_memory`].
 
     Returns:
         `tuple`: bytes that are alive after the forward pass, and at the peak of both, weights and gradients left out;
