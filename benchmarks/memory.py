@@ -1,7 +1,8 @@
 """
-Measure how far the memory estimate of `trl-anytime doctor` is off for a model's layers, on the CPU: forward and backward
-of one micro-batch whose rollouts reach every budget, with every allocation counted by torch's profiler. The LM head is
-left out: on a CPU it is another implementation.
+Measure how far the memory estimate of `trl-anytime doctor` is off for a model's layers, on the CPU.
+
+One micro-batch whose rollouts reach every budget goes forward and backward, and torch's profiler counts each
+allocation. The LM head is left out: on a CPU it is another implementation.
 
     python benchmarks/memory.py
 """

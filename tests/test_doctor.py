@@ -1,6 +1,7 @@
 """`trl-anytime doctor`: every check has a recipe that it finds fault with, and a healthy recipe has none."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -159,14 +160,16 @@ def test_shipped_recipes(path, monkeypatch):
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)  # whether it is installed is not the recipe's fault
     found = examine(path, {"bf16": "false"}, Launch(8), settings_only=True)
     assert [finding for finding in found.findings if finding.level != OK] == []
-    assert "optimiser steps per generation batch        2" in found.tables[0]
+    assert re.search(r"optimiser steps per generation batch +2$", found.tables[0], re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "multi_gpu", "single_gpu", "zero2", "zero3"])
+SHARDING = {"fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3", "multi_gpu": "none", "single_gpu": "none"}
+
+
+@pytest.mark.parametrize("name", SHARDING)
 def test_launch_files(name):
     launch = read_launch(EXAMPLES / "accelerate_configs" / f"{name}.yaml", None, None)
-    assert launch == Launch(1 if name == "single_gpu" else 8, name.rstrip("2") if name == "fsdp2" else
-                            name if name.startswith("zero") else "none")  # fmt: skip
+    assert launch == Launch(1 if name == "single_gpu" else 8, SHARDING[name])
 
 
 def test_a_launch_file_that_is_none(folder):
@@ -188,14 +191,10 @@ def test_a_launch_file_that_is_none(folder):
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "batch", WARNING, "in 1.5 optimiser steps",
          "a multiple of `gradient_accumulation_steps`"),
         ({"num_iterations": 5}, "batch", WARNING, "4 steps old", "`num_iterations`"),
-        ({"per_device_train_batch_size": 6}, "settings", ERROR, "", "Change the setting"),
     ],
 )  # fmt: skip
 def test_faults_of_settings(folder, changes, check, level, found, change):
     finding = look(folder, settings_only=True, **changes)
-    if changes == {"per_device_train_batch_size": 6}:  # 24 thinkings are 6 groups of 4: nothing is wrong
-        assert finding == {}
-        return
     assert finding.keys() == {check}
     assert finding[check].level == level
     assert found in finding[check].found and change in finding[check].change
@@ -230,7 +229,7 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
          "at most 96 thinkings"),
         ({"problem_column": "question"}, "data", ERROR, "no 'question'", "`problem_column`"),
         ({"max_prompt_length": 10}, "data", ERROR, "Nothing is left", "raise `max_prompt_length`"),
-        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "There is no file nowhere.jsonl", "`dataset_name`"),
+        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "nowhere.jsonl is not there", "`dataset_name`"),
         ({"remove_unused_columns": True}, "golds", ERROR, "takes the column 'answer' away", "Remove the setting"),
         ({"truncation_bridge": "no end"}, "template", ERROR, "exactly once", "the setting that is named"),
         ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING,
@@ -250,7 +249,7 @@ def test_golds_that_are_none(folder):
     name = save_rows(folder / "bad.jsonl", rows)
     assert "Row 24: column 'answer' holds None" in look(folder, dataset_name=name)["data"].found
     assert look(folder, dataset_name=name, on_bad_answer="skip") == {}
-    assert "cannot be used" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].found
+    assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].found
 
 
 def test_a_template_that_closes_the_thinking(folder, tmp_path):
@@ -286,7 +285,7 @@ def test_too_little_memory(folder):
 
 def test_splices_whose_text_says_something_else():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_bpe()._tokenizer, eos_token="<|end|>")
-    markers = find_markers(tokenizer, "How much", think_end="much", truncation_bridge=" How much", answer_bridge=" is")
+    markers = find_markers(tokenizer, "How", think_end="much", truncation_bridge=" How much", answer_bridge=" is")
     (melted,) = splice_findings(tokenizer, "How", "is 1 + 1", markers, [0], True)
     assert melted.level == WARNING and "in other tokens" in melted.found and "truncation_bridge" in melted.change
     words = make_tokenizer()
@@ -336,7 +335,7 @@ def test_the_tables_name_settings():
 def test_idle_settings(tmp_path, settings, idle):
     args = make_config(tmp_path, **{"save_strategy": "steps", **settings})
     found = " ".join(finding.found for finding in idle_settings(args, has_eval_data=False))
-    assert {name for f in fields(args) if f"`{f.name}=" in found for name in [f.name]} == idle
+    assert {f.name for f in fields(args) if f"`{f.name}=" in found} == idle
 
 
 def test_a_static_cache_is_ignored(tmp_path):
@@ -381,7 +380,7 @@ def test_what_the_trainer_says(tmp_path, capsys, caplog):
 
 def test_what_the_trainer_refuses(tmp_path):
     short = Dataset.from_list([{"prompt": "1 2 <think>", "answer": "3"}])
-    with pytest.raises(ValueError, match="fewer|takes 2: .*Lower `generation_batch_size`"):
+    with pytest.raises(ValueError, match="takes 2: .*Lower `generation_batch_size`"):
         make_trainer(tmp_path, train_dataset=short).train()
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         make_trainer(tmp_path, train_dataset=short.select([]))

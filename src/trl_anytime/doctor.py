@@ -29,7 +29,6 @@ from .recipe import (
     DataArguments,
     UnreadableRecipe,
     drop_long_prompts,
-    is_file,
     model_init_kwargs,
     read_recipe,
     read_rows,
@@ -306,8 +305,6 @@ def _data(
     dataset = None
     for source, (config, split) in sources.items():
         try:
-            if is_file(source) and not Path(source).exists():
-                raise FileNotFoundError(f"There is no file {source}.")
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always")
                 rows = read_rows(source, config, split, data_args)
@@ -405,7 +402,7 @@ def _tree_attention(
                     "Download them, or set `model_name_or_path` to a folder that has them.",
                 )
             ]
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        add_fused_lm_head(model)
         enable_tree_attention(model)
         objection, measured = measured_objection(model), True
         decoding = decoding_objection(model) if objection is None and not args.use_vllm else None

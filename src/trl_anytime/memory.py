@@ -131,12 +131,23 @@ def without_memory() -> Iterator[FakeTensorMode]:
 
 
 def planned_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Any = None) -> PreTrainedModel:
-    """The model that `config` describes, for [`without_memory`]; with adapters if `peft_config` is given."""
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if peft_config is not None:
-        from peft import get_peft_model
+    """The model that `config` describes, within [`without_memory`]; with adapters if `peft_config` is given."""
+    # PEFT cannot move adapters without content, and so they are made on the device that has none either
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if peft_config is not None:
+            from peft import get_peft_model
 
-        model = cast(PreTrainedModel, get_peft_model(model, peft_config))
+            model = cast(PreTrainedModel, get_peft_model(model, peft_config))
+    made: dict[torch.Tensor, torch.Tensor] = {}  # embeddings may be tied
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and tensor not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    made[tensor] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                own[name] = None if tensor is None else cast(Any, made[tensor])
     return model
 
 

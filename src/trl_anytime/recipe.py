@@ -53,9 +53,11 @@ def read_rows(name: str, config: str | None, split: str, data_args: DataArgument
     A dataset as it is stored.
 
     Raises:
-        `ValueError`: If it lacks the columns of problems and answers.
+        `ValueError`: If a file is missing or empty, or lacks the columns of problems and answers.
     """
     if is_file(name):
+        if not Path(name).is_file() or not Path(name).stat().st_size:
+            raise ValueError(f"{name} is {'empty' if Path(name).is_file() else 'not there'}.")
         # A file is one split, which `datasets` calls "train"
         dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
     else:
