@@ -103,6 +103,8 @@ def test_a_healthy_recipe(folder, capsys):
     checks = ["settings", "vllm", "model", "data", "template", "splice", "verifier", "golds", "batch", "context"]
     assert [finding["check"] for finding in printed["findings"]] == [*checks, "memory", "tree attention"]
     assert {finding["level"] for finding in printed["findings"]} == {OK}
+    page = (EXAMPLES.parent / "docs" / "doctor.md").read_text()
+    assert re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE) == [*checks, "memory", "tree attention"]
     found = {finding["check"]: finding["found"] for finding in printed["findings"]}
     assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
     assert "Packed rollouts agree with separate rows on these weights." in found["tree attention"]

@@ -108,7 +108,6 @@ _ADVICE = {
     "optimiser states": _SHARDING_ADVICE,
     "reference model": "Set `beta: 0`, or train LoRA adapters, which need no second model.",
     "gathered weights": "Train with more GPUs, or a smaller model.",
-    "half-precision copies of the weights": "Load the model in `dtype: bfloat16`, or train LoRA adapters.",
     "activations": (
         "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much; set "
         "`gradient_checkpointing: true`; or lower the last budget or `num_summaries`."
