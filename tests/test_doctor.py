@@ -25,7 +25,15 @@ from trl_anytime.doctor import examine, read_launch
 from trl_anytime.finding import ERROR, OK, WARNING
 from trl_anytime.idle_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
 from trl_anytime.markers import find_markers
-from trl_anytime.memory import Launch, estimate_memory, held_always, planned_model, run_layers, without_memory
+from trl_anytime.memory import (
+    Launch,
+    estimate_memory,
+    held_always,
+    memory_finding,
+    planned_model,
+    run_layers,
+    without_memory,
+)
 from trl_anytime.recipe import DataArguments
 from trl_anytime.rewards import MathReward
 from trl_anytime.start_checks import reward_findings, splice_findings
@@ -283,6 +291,13 @@ def test_too_little_memory(folder):
     assert found.keys() == {"memory"} and found["memory"].level == WARNING
     assert "The largest part: LM head." in found["memory"].found
     assert "Lower `per_device_train_batch_size`" in found["memory"].change
+
+
+def test_memory_of_a_mixture_of_experts(tmp_path):
+    config = make_model("qwen3_moe").config
+    finding, table = memory_finding(config, torch.float32, None, make_config(tmp_path), Launch(), 10, 3, 2**10)
+    assert finding.level == WARNING and finding.found.startswith("At least") and "not estimated" in finding.found
+    assert "weights" in table and "activations" not in table
 
 
 def test_splices_whose_text_says_something_else():

@@ -24,7 +24,7 @@ from .brpo_config import BRPOConfig
 from .finding import ERROR, OK, WARNING, Finding
 from .idle_settings import idle_recipe_settings, idle_settings
 from .markers import ThinkingMarkers, find_markers, render_prompt
-from .memory import Launch, memory_findings, planned_model, without_memory
+from .memory import Launch, memory_finding, planned_model, without_memory
 from .recipe import (
     DataArguments,
     UnreadableRecipe,
@@ -179,7 +179,7 @@ def examine(
         if model_args.load_in_4bit or model_args.load_in_8bit:
             found.findings.append(Finding("memory", OK, "Not estimated for quantized weights."))
         else:
-            findings, table = memory_findings(
+            finding, table = memory_finding(
                 config,
                 _dtype(config, init_kwargs),
                 get_peft_config(model_args),
@@ -189,8 +189,8 @@ def examine(
                 markers.max_bridge_length,
                 gpu_bytes,
             )
-            found.findings += findings
-            found.tables += [] if table is None else [table]
+            found.findings.append(finding)
+            found.tables.append(table)
     found.findings += _tree_attention(config, name, args, init_kwargs, load_model)
     return found
 

@@ -63,11 +63,14 @@ class MemoryEstimate:
             What an update needs besides, at most.
         generating (`dict[str, int]`):
             What generation needs besides, at most.
+        missing (`str`, *optional*):
+            Why the last two are not known, if they are not.
     """
 
     always: dict[str, int]
     training: dict[str, int]
     generating: dict[str, int]
+    missing: str | None = None
 
     @property
     def peak(self) -> int:
@@ -83,11 +86,13 @@ class MemoryEstimate:
             (self.generating, " (while generating)"),
         ):
             rows += [[f"{name}{note}", _gib(size)] for name, size in parts.items()]
-        return aligned([*rows, ["at most at a time", _gib(self.peak)]])
+        return aligned([*rows, ["at least" if self.missing else "at most at a time", _gib(self.peak)]])
 
     def finding(self, available: int | None) -> Finding:
         """Whether it fits into the `available` bytes of a GPU."""
         said = f"About {_gib(self.peak)} GiB per GPU at most."
+        if self.missing is not None:
+            said = f"At least {_gib(self.peak)} GiB per GPU; the rest is not estimated, because {self.missing}."
         if available is None:
             return Finding("memory", OK, f"{said} Give `--gpu-memory` to compare it with a GPU.")
         said += f" It has {_gib(available)} GiB."
@@ -150,7 +155,7 @@ def planned_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Any
     return model
 
 
-def memory_findings(
+def memory_finding(
     config: PretrainedConfig,
     dtype: torch.dtype,
     peft_config: Any,
@@ -159,7 +164,7 @@ def memory_findings(
     prompt_length: int,
     max_bridge_length: int,
     available: int | None,
-) -> tuple[list[Finding], str | None]:
+) -> tuple[Finding, str]:
     """
     The estimate of [`estimate_memory`] for a report, in a few seconds.
 
@@ -174,19 +179,20 @@ def memory_findings(
             As there.
 
     Returns:
-        `tuple`: what is to be said, and the parts as a table; `None` where the model is one that cannot be estimated.
+        `tuple`: what is to be said, and the parts as a table. Where layers cannot be run without content, only what is
+            held always.
     """
-    try:
-        with without_memory() as mode:
-            model = planned_model(config, dtype, peft_config)
-            objection = structural_objection(model)
-            if args.tree_attention == "rows" or objection is not None:
-                objection = objection or "`tree_attention` is 'rows'"
-                return [Finding("memory", OK, f"Not estimated: it trains on separate rows, as {objection}.")], None
-            estimate = estimate_memory(model, args, launch, prompt_length, max_bridge_length, mode, available)
-    except Exception as error:  # whatever an unusual architecture comes to without content
-        return [Finding("memory", OK, f"Not estimated for this architecture ({type(error).__name__}: {error}).")], None
-    return [estimate.finding(available)], estimate.table()
+    with without_memory() as mode:
+        model = planned_model(config, dtype, peft_config)
+        objection = "`tree_attention` is 'rows'" if args.tree_attention == "rows" else structural_objection(model)
+        if objection is None:
+            try:
+                estimate = estimate_memory(model, args, launch, prompt_length, max_bridge_length, mode, available)
+            except Exception as error:  # whatever layers that need the content of tensors come to, such as experts
+                objection = f"the model's layers do not run without content ({type(error).__name__})"
+        if objection is not None:
+            estimate = MemoryEstimate(held_always(model, args, launch), {}, {}, missing=objection)
+    return estimate.finding(available), estimate.table()
 
 
 def _size(tensors: Any) -> int:

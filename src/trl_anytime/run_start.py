@@ -12,7 +12,7 @@ from .batch_arithmetic import BatchArithmetic, most_tokens
 from .finding import ERROR, WARNING, Finding
 from .idle_settings import idle_settings
 from .markers import render_prompt
-from .memory import Launch, memory_findings
+from .memory import Launch, memory_finding
 from .rewards import AnswerReward, FormatReward
 from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
 
@@ -65,7 +65,7 @@ def _memory(trainer: "BRPOTrainer", prompt_length: int) -> list[Finding]:
         return []
     stage = getattr(args.deepspeed_plugin, "zero_stage", 0)
     sharding = "fsdp" if trainer.is_fsdp_enabled else f"zero{stage}" if stage in (2, 3) else "none"
-    findings, _ = memory_findings(
+    finding, _ = memory_finding(
         model.config,
         model.dtype,
         model.peft_config["default"] if is_peft_model(model) else None,
@@ -75,4 +75,4 @@ def _memory(trainer: "BRPOTrainer", prompt_length: int) -> list[Finding]:
         trainer.markers.max_bridge_length,
         torch.cuda.get_device_properties(trainer.accelerator.device).total_memory,
     )
-    return findings
+    return [finding]
