@@ -16,80 +16,13 @@ Every setting of BRPOConfig (and so of TRL's GRPOConfig) and of TRL's ModelConfi
 `--resume_from_checkpoint outputs/anytime/checkpoint-100` goes on, `--push_to_hub` uploads the model with its card.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
-
 from accelerate import PartialState
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_anytime import BRPOConfig, BRPOTrainer
+from trl_anytime.recipe import DataArguments, load_problems, model_init_kwargs
 from trl_anytime.rewards import MathReward
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-@dataclass
-class DataArguments:
-    """Where the problems come from, and how they become prompts."""
-
-    dataset_name: str = field(metadata={"help": "Dataset on the Hub, or path of a local JSONL, Parquet or CSV file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset to evaluate on, given as `dataset_name` is. None: no evaluation."}
-    )
-    eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub dataset to evaluate on."})
-    problem_column: str = field(default="problem", metadata={"help": "Column with the problem's text."})
-    answer_column: str = field(default="answer", metadata={"help": "Column with the true answer, or a list of them."})
-    on_bad_answer: str = field(
-        default="raise",
-        metadata={"help": "What to do about problems without a usable answer.", "choices": ["raise", "skip"]},
-    )
-    instruction: str = field(
-        default=r"Let's think step by step and output the final answer within \boxed{}.",
-        metadata={"help": "Follows the problem in the prompt; the default is the paper's."},
-    )
-    max_prompt_length: int | None = field(
-        default=1024, metadata={"help": "Problems with longer prompts, in tokens, are left out."}
-    )
-
-
-def load_problems(
-    name: str,
-    config: str | None,
-    split: str,
-    data_args: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    reward: MathReward,
-) -> Dataset:
-    """A dataset with the columns `prompt` (conversational) and `answer`, the latter checked by `reward`."""
-    if Path(name).suffix in FILE_FORMATS:
-        # A file is one split, which `datasets` calls "train"
-        dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
-    else:
-        dataset = load_dataset(name, config, split=split)
-    for column in (data_args.problem_column, data_args.answer_column):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"{name} has the columns {dataset.column_names} and no {column!r}: set `--problem_column` and "
-                "`--answer_column`."
-            )
-
-    def to_prompt(problem: str, answer: object) -> dict:
-        content = f"{problem} {data_args.instruction}".strip()
-        return {"prompt": [{"role": "user", "content": content}], "answer": answer}
-
-    def is_short(prompt: list[dict]) -> bool:
-        return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)) <= limit
-
-    columns = [data_args.problem_column, data_args.answer_column]
-    dataset = dataset.map(to_prompt, input_columns=columns, remove_columns=dataset.column_names)
-    dataset = reward.check_dataset(dataset)  # now, when an error can name the row as the file counts it
-    if (limit := data_args.max_prompt_length) is not None:
-        dataset = dataset.filter(is_short, input_columns="prompt")
-    return dataset
 
 
 def main(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
@@ -98,13 +31,7 @@ def main(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelC
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
 
     reward = MathReward(on_bad_gold=data_args.on_bad_answer)
     shared = {"data_args": data_args, "tokenizer": tokenizer, "reward": reward}

@@ -83,7 +83,7 @@ OWN = {
     "_learned_baselines",
     "_log_table",
     "_longest_prompts",
-    "_most_tokens",
+    "_longest_prompt",
     "_new_batch",
     "_packed",
     "_packed_rows",

@@ -30,6 +30,7 @@ from .admission import decoding_objection, measured_objection, sharded_objection
 from .advantages import Returns, segment_returns, summary_advantages
 from .alarms import Alarms
 from .attention import enable_tree_attention, forward_packed, plain_attention
+from .batch_arithmetic import most_tokens
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
@@ -41,7 +42,9 @@ from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
+from .run_start import report_start
 from .separate_rows import forward_rows
+from .start_checks import context_objection
 from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
@@ -223,9 +226,11 @@ class BRPOTrainer(GRPOTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "colocate":
             self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        self._check_context(self._longest_prompts())
-        packed, _ = self._most_tokens()
+        longest_prompts = self._longest_prompts()
+        self._check_context(longest_prompts)
+        packed, _ = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
+        self._longest_prompt = max(map(len, longest_prompts))  # tokens
 
         self._forward = self._choose_forward()
         self._generation = self._choose_generation()
@@ -239,7 +244,10 @@ class BRPOTrainer(GRPOTrainer):
 
     def _find_markers(self) -> ThinkingMarkers:
         """Markers and bridges, from the first prompt as the model will see it."""
-        prompt = next(iter(self.train_dataset))["prompt"]
+        example = next(iter(self.train_dataset), None)
+        if example is None:
+            raise ValueError("`train_dataset` is empty.")
+        prompt = example["prompt"]
         prompt, generation_prompt = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
         return find_markers(
             self._tokenizer,
@@ -259,32 +267,11 @@ class BRPOTrainer(GRPOTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
-        longest = max(len(ids) for ids in prompt_ids)
-        thinking = max(self.args.budgets + (self.args.eval_budgets or []))
-        needed = longest + thinking + self.markers.max_bridge_length + self.args.max_summary_length
         in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        raise_it = (
-            "Raise `vllm_max_model_length`"
-            if self.vllm_mode == "colocate"
-            else "Restart the vLLM server with a larger `--max-model-len`"
-        )
-        for context, whose, remedy in (
-            (in_model, "the model's", "Lower"),
-            (self._engine_context, "vLLM's", f"{raise_it}, or lower"),
-        ):
-            if context is not None and needed > context:
-                raise ValueError(
-                    f"A prompt of {longest} tokens, {thinking} thinking tokens, bridges of "
-                    f"{self.markers.max_bridge_length} and a summary of {self.args.max_summary_length} make {needed} "
-                    f"tokens, more than {whose} context of {context}. {remedy} `budgets`, `eval_budgets` or "
-                    "`max_summary_length`, or drop the longest prompts."
-                )
-
-    def _most_tokens(self) -> tuple[int, int]:
-        """Tokens after the prompt that one rollout can come to: packed, and as separate rows padded to the longest."""
-        branch = self.markers.max_bridge_length + self.args.max_summary_length
-        thinking, num_branches = self.args.budgets[-1], len(self.args.budgets) * self.args.num_summaries
-        return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
+        longest = max(len(ids) for ids in prompt_ids)
+        objection = context_objection(longest, self.args, self.markers, in_model, self._engine_context)
+        if objection is not None:
+            raise ValueError(" ".join(objection))
 
     def _choose_forward(self) -> Callable[..., Any]:
         """The forward pass of packed rollouts: tree attention where the model allows it, else separate rows."""
@@ -308,7 +295,7 @@ class BRPOTrainer(GRPOTrainer):
         message = f"{type(base_model).__name__} cannot train on packed rollouts: {objection}."
         if mode == "tree":
             raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
-        packed, separate = self._most_tokens()
+        packed, separate = most_tokens(self.args, self.markers.max_bridge_length)
         logger.warning(
             f"{message} It trains on separate rows, one for each summary, which forward up to {separate / packed:.1f} "
             "times as many tokens."
@@ -808,6 +795,8 @@ class BRPOTrainer(GRPOTrainer):
         return sampler
 
     def _at_train_begin(self) -> None:
+        if self.accelerator.is_main_process:
+            report_start(self, self._longest_prompt)
         self._admit_sharded()
         if self.args.alarms and self.accelerator.is_main_process:
             self._alarms = Alarms(self._tokenizer)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED = 1, 2, 3, 130
 _EXIT_CODES = f"""exit codes:
   0  done
-  {FAILED}  a check failed (probe)
+  {FAILED}  a check failed (doctor, probe)
   {BAD_INPUT}  bad input: what is wrong and what to do is said on stderr
   {SERVER_FAILED}  a server or the Hub failed for too long; the same command goes on where it stopped
   {INTERRUPTED}  interrupted; likewise"""
@@ -52,6 +52,13 @@ def parse_budgets(text: str) -> list[int]:
     return budgets
 
 
+def _parse_change(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name.removeprefix("--"), value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl-anytime",
@@ -71,6 +78,35 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
         return command
+
+    doctor = add(
+        "doctor",
+        _doctor,
+        "check a training recipe before it runs",
+        "  trl-anytime doctor examples/configs/8k_anytime_uniform.yaml --processes 8 --gpu-memory 80\n"
+        "  trl-anytime doctor mine.yaml --accelerate-config examples/accelerate_configs/fsdp2.yaml\n"
+        "  trl-anytime doctor mine.yaml --set budgets='1000 2000' --set model_name_or_path=outputs/sft --json",
+    )
+    doctor.add_argument("config", type=Path, help="file that `examples/train.py --config` takes")
+    doctor.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        type=_parse_change,
+        metavar="NAME=VALUE",
+        help="a setting, instead of what the file says; can be repeated",
+    )
+    doctor.add_argument("--settings-only", action="store_true", help="leave out what needs the model or the data")
+    doctor.add_argument("--load-model", action="store_true", help="measure tree attention on large weights too")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    launch = doctor.add_argument_group("GPUs that the run is going to have")
+    launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as for `accelerate launch`")
+    launch.add_argument(
+        "--processes", type=int, metavar="N", help="how many (default: of the file, else this machine's)"
+    )
+    launch.add_argument("--sharding", choices=["none", "fsdp", "zero2", "zero3"], help="(default: of the file)")
+    launch.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: of this machine's)")
 
     evaluate = add(
         "eval",
@@ -294,6 +330,26 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     return model.to(device)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import warnings
+
+    from .doctor import examine, read_launch
+    from .finding import as_json, report
+
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
+    examination = examine(
+        options.config,
+        dict(options.changes),
+        read_launch(options.accelerate_config, options.processes, options.sharding),
+        None if options.gpu_memory is None else int(options.gpu_memory * 2**30),
+        options.settings_only,
+        options.load_model,
+    )
+    findings, tables = examination.findings, examination.tables
+    print((as_json if options.json else report)(findings, tables))
+    return 0 if examination.passed else FAILED
 
 
 def _eval(options: argparse.Namespace) -> int:

