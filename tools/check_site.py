@@ -20,6 +20,7 @@ def problems(site: Path) -> list[str]:
     """What is wrong, one line each."""
     found = []
     for page in sorted(site.rglob("*.html")):
+        # Without code, of which only what could be a reference is looked at
         text = re.sub(
             r"<(script|style|pre).*?</\1>|<code>[^<]*[^\w.~<][^<]*</code>", "", page.read_text(), flags=re.DOTALL
         )
