@@ -35,7 +35,7 @@ PAGES = {
 }
 MAKEFILE, CI = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
 
-NEEDS = {"GPU", "network", "vLLM", "a server", "a trained model", "data sets", "minutes"}
+NEEDS = {"GPU", "network", "a server", "a trained model", "data sets", "minutes"}
 # How commands without a comment are run here: with these words behind them
 IN_SHORT = {
     "benchmarks/tree_attention.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
