@@ -30,9 +30,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site of docs/, in site/. The extensions of tools/ need no installed package; MkDocs' advertisement is turned off.
+# The site of docs/, in site/, with the extensions in tools/
 docs: $(VENV)/.installed
-	PYTHONPATH=tools PATH="$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_site.py site
 
 # The wheel, installed by itself; build/ could hold files that are no longer there

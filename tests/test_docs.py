@@ -295,6 +295,13 @@ def test_the_compatibility_table():
     ]
 
 
+def test_figures_of_scaling_are_those_of_the_benchmarks():
+    rows = re.findall(r"^\| .+ \|$", PAGES["docs/scaling.md"].read_text(), re.MULTILINE)
+    figures = {figure for row in rows for figure in re.findall(r"\d[\d,]*\.?\d+", row)}
+    assert len(figures) > 20
+    assert figures <= set(re.findall(r"\d[\d,]*\.?\d+", PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
+
+
 def test_the_map_names_every_module():
     text = PAGES["CONTRIBUTING.md"].read_text().partition("## The map")[2].partition("## Adding")[0]
     named = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)

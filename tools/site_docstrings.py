@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 _SECTION = re.compile(r"^(Args|Parameters|Returns|Raises|Example):[ ]*(.*)\n((?:[ ]+.*\n|\n)*)", re.MULTILINE)
-_ITEM = re.compile(r"^(\S+) (\(.*\)):\n((?:[ ]+.*\n|\n)*)", re.MULTILINE)
+_ITEM = re.compile(r"^(\S+?)( \(.*\))?:\n((?:[ ]+.*\n|\n)*)", re.MULTILINE)
 _REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 _TITLES = {"Args": "Arguments", "Parameters": "Settings"}
 _ELSEWHERE = {
@@ -27,9 +27,10 @@ class HuggingFaceDocstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         items = list(_items(pkg))
+        paths = [item.path for item in items]
         for item in items:
             if item.docstring is not None:
-                item.docstring.value = to_markdown(item.docstring.value, [item.path for item in items])
+                item.docstring.value = to_markdown(item.docstring.value, paths)
 
 
 def _items(parent: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
@@ -49,23 +50,25 @@ def to_markdown(docstring: str, paths: Sequence[str]) -> str:
         paths (`Sequence[str]`):
             Full name of everything in the package.
     """
-    text = _REFERENCE.sub(lambda match: _link(match[2], bool(match[1]), paths), docstring + "\n")
-    # [a][b] is meant as it stands; every other part of the split is code
-    parts = re.split(r"(```.*?```|`[^`]*`)", text, flags=re.DOTALL)
-    parts[::2] = [part.replace("][", r"]\[") for part in parts[::2]]
-    return _SECTION.sub(_section, "".join(parts))
+    # Every other part of the split is code. In the rest, formulas are meant as they stand
+    parts = re.split(r"(```.*?```|`[^`]*`)", docstring + "\n", flags=re.DOTALL)
+    parts[::2] = [re.sub(r"([_{}]|\](?=\[))", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    text = _REFERENCE.sub(lambda match: _link(match[2], bool(match[1]), paths), "".join(parts))
+    return _SECTION.sub(_section, text)
 
 
 def _section(match: re.Match[str]) -> str:
     name, first_line, body = match.groups()
-    body = _ITEM.sub(_item, textwrap.dedent(body))
-    body = re.sub(r"^> (.+)$", r"*\1*", body, flags=re.MULTILINE)  # BRPOConfig groups its settings
+    body = textwrap.dedent(body)
+    if name in _TITLES:
+        body = _ITEM.sub(_item, body)
+        body = re.sub(r"^> (.+)$", r"*\1*", body, flags=re.MULTILINE)  # BRPOConfig groups its settings
     return f"**{_TITLES.get(name, name)}**\n\n{first_line}\n\n{body}\n"
 
 
 def _item(match: re.Match[str]) -> str:
-    name, kind, description = match.groups()
-    return f"`{name}` {kind}\n\n:   {textwrap.indent(textwrap.dedent(description), '    ').strip()}\n\n"
+    name, kind, description = match[1].replace("\\", ""), match[2] or "", match[3]
+    return f"`{name}`{kind}\n\n:   {textwrap.indent(textwrap.dedent(description), '    ').strip()}\n\n"
 
 
 def _link(name: str, short: bool, paths: Sequence[str]) -> str:
