@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
 	matplotlib==3.9.0
 
-.PHONY: quickstart test test-oldest test-vllm lint clean
+.PHONY: quickstart test test-oldest test-vllm lint docs wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -30,14 +30,27 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of docs/, in site/, with the extensions in tools/
+docs: $(VENV)/.installed
+	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tools/check_site.py site
+
+# The wheel, installed by itself; build/ could hold files that are no longer there
+wheel: $(VENV)-wheel/.installed
+	rm -rf build dist
+	$(VENV)-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)-wheel/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(VENV)-wheel/bin/pip check
+	$(VENV)-wheel/bin/python tools/measure_start.py
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel build dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 $(VENV)-oldest/.installed: pyproject.toml Makefile
@@ -52,4 +65,11 @@ $(VENV)-vllm/.installed: pyproject.toml Makefile tests/vllm_engine/requirements.
 	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Without extras
+$(VENV)-wheel/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)-wheel/bin/pip install --quiet --constraint constraints.txt .
 	touch $@

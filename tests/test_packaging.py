@@ -1,6 +1,8 @@
 """What the packaging files promise about each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -36,3 +38,39 @@ def test_both_ends_of_each_range_are_tested(name):
     (lowest,) = (Version(s.version) for s in specifier if s.operator == ">=")
     oldest = Version(OLDEST[name])
     assert specifier.contains(OLDEST[name]) and oldest.release[:2] == lowest.release[:2]
+
+
+HEAVY = {"accelerate", "datasets", "matplotlib", "pandas", "sympy", "torch", "transformers", "trl", "vllm"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh process has after a statement, to which its exit does not belong."""
+    code = f"import sys\ntry:\n    {statement}\nexcept SystemExit:\n    pass\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import trl_anytime", HEAVY),
+        ("import trl_anytime.rewards", HEAVY),
+        ("from trl_anytime.cli import main; main(['--help'])", HEAVY),
+        ("from trl_anytime.cli import main; main(['eval', '--help'])", HEAVY),
+        # What only some runs need
+        (
+            "from trl_anytime import BRPOTrainer",
+            {"matplotlib", "vllm", "wandb", "trackio", "deepspeed", "bitsandbytes"},
+        ),
+    ],
+)
+def test_what_is_not_loaded(statement, absent):
+    """How soon it starts, without a clock; `make wheel` measures it."""
+    loaded = loaded_by(statement)
+    assert "trl_anytime" in loaded and not loaded & absent
+
+
+def test_extras_are_what_the_readme_says():
+    readme = (ROOT / "README.md").read_text()
+    named = re.search(r"\(extras: ([^)]*)\)", readme)[1]
+    assert set(re.findall(r"`(\w+)`", named)) == PROJECT["optional-dependencies"].keys()
