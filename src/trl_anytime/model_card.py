@@ -166,30 +166,37 @@ def write_card(facts: CardFacts, folder: Path) -> None:
         folder (`Path`):
             Where the model lies.
     """
-    for path in _card_files(folder):
-        path.unlink()
     pictures = [] if importlib.util.find_spec("matplotlib") is None else _draw(facts, folder)
     build_card(facts, pictures).save(folder / CARD)
-    for name, entries in eval_result_files(facts).items():
+    results = eval_result_files(facts)
+    for name, entries in results.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+    _remove_others(folder, [CARD, *pictures, *results])
 
 
 def copy_card(source: Path, target: Path) -> None:
     """Copy a card with its pictures and `.eval_results` from folder to folder."""
     if source.samefile(target):
         return
-    for path in _card_files(target):
-        path.unlink()
-    for path in _card_files(source):
-        copy = target / path.relative_to(source)
+    names = _files(source)
+    for name in names:
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        shutil.copyfile(source / name, copy)
+    _remove_others(target, names)
 
 
-def _card_files(folder: Path) -> list[Path]:
-    return [path for pattern in _FILES for path in folder.glob(pattern)]
+def _files(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for pattern in _FILES for path in folder.glob(pattern)]
+
+
+def _remove_others(folder: Path, names: Container[str]) -> None:
+    """Afterwards, not before: a push of the folder may be under way."""
+    for name in _files(folder):
+        if name not in names:
+            (folder / name).unlink()
 
 
 def _draw(facts: CardFacts, folder: Path) -> list[str]:
