@@ -294,7 +294,9 @@ def test_odd_names(name):
 
 
 def test_bridges_with_backticks():
-    contract = AnytimeContract.detect(make_tokenizer(extra_words=("``",)), truncation_bridge="`` </think>")
+    contract = AnytimeContract.detect(
+        make_tokenizer(extra_words=("``",)), truncation_bridge="`` </think>", answer_bridge="answer"
+    )
     assert "```'`` </think>'```" in build_card(make_facts(contract=contract)).text
 
 
@@ -468,6 +470,11 @@ def test_other_ranks_write_nothing(tmp_path):
     trainer.is_world_process_zero = lambda: False
     trainer.create_model_card()
     assert not (tmp_path / "out" / CARD).exists()
+
+
+def test_one_name_for_several_sets_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`card_eval_dataset` names one set"):
+        make_trainer(tmp_path, eval_dataset={"a": make_dataset(2)}, card_eval_dataset="owner/bench")
 
 
 def from_hub(dataset):

@@ -935,6 +935,10 @@ def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> N
     for name in ("tools", "rollout_func", "environment_factory"):
         if kwargs.get(name):
             raise ValueError(f"`{name}` is not supported: BRPO has its own rollout, a single thinking that is cut.")
+    if args.card_eval_dataset is not None and isinstance(kwargs.get("eval_dataset"), dict):
+        raise ValueError(
+            "`card_eval_dataset` names one set, and `eval_dataset` holds several, by names of their own: remove it."
+        )
     if getattr(kwargs.get("peft_config"), "is_prompt_learning", False):
         raise ValueError(
             "Prompt learning (prefix, prompt and p-tuning) is not supported: its virtual tokens are not part of the "

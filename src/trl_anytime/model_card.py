@@ -267,7 +267,7 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
         pipeline_tag="text-generation",
         tags=sorted({*facts.tags, *([facts.adapter.lower()] if facts.adapter else [])}),
         model_name=facts.name,
-        eval_results=_eval_results(facts),
+        eval_results=_eval_results(facts) or None,
     )
     sections = [
         f"# {_text(facts.name)}",
