@@ -285,7 +285,7 @@ def test_odd_names(name):
     card = ModelCard(str(build_card(facts)))  # written and read again
     assert card.data.model_name == name and card.data.tags == [name]
     assert {result.dataset_name for result in card.data.eval_results} == {name}
-    assert len(re.findall(r"^# ", card.text, flags=re.MULTILINE)) == 1 + card.text.count("\n# In one request")
+    assert len(re.findall(r"^# ", card.text, flags=re.MULTILINE)) == 1
     (code,) = blocks(card, "python")
     assert name == next(
         value for line in code.splitlines() if line.startswith("question") for value in [eval(line[11:])[0]["content"]]
@@ -430,18 +430,18 @@ def test_the_code_of_the_card_runs(trained, tmp_path, monkeypatch, capsys):
     markers = contract.markers
     assert bridges <= {markers.truncation_bridge_ids + markers.answer_bridge_ids, markers.answer_bridge_ids}
 
-    (commands,) = blocks(card, "bash")
+    serve, request = blocks(card, "bash")
     if (tmp_path / "adapter_config.json").exists():
-        assert commands.startswith("vllm serve merged ")
+        assert serve.startswith("vllm serve merged ")
         assert AnytimeContract.load("merged") == contract
         assert AutoTokenizer.from_pretrained("merged").get_vocab() == names["tokenizer"].get_vocab()
         merged = AutoModelForCausalLM.from_pretrained("merged")
         tokens = torch.tensor([[6, 8, 9, 3]])
         with torch.no_grad():
             torch.testing.assert_close(merged(tokens).logits, trained[0].model(tokens).logits, rtol=1e-4, atol=1e-5)
-    server = deployment("vllm", "merged" if "merged" in commands else ".", contract, 9)
-    assert commands.splitlines()[0] == server.command_line()
-    body = json.loads(commands.split("<<'END'\n")[1].removesuffix("\nEND"))
+    server = deployment("vllm", "merged" if "merged" in serve else ".", contract, 9)
+    assert serve == server.command_line()
+    body = json.loads(request.split("<<'END'\n")[1].removesuffix("\nEND"))
     assert body == {**server.requests[0].body, "messages": [{"role": "user", "content": "1 2"}]}
     assert body["vllm_xargs"] == {"thinking_budget": 9}
 

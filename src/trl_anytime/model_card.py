@@ -399,9 +399,9 @@ def _usage(facts: CardFacts) -> str:
             "## Use at any thinking budget",
             f"The model thinks until {_code(markers.think_end)}, or until the budget is used up; then "
             f"{_code(repr(markers.truncation_bridge))} closes its thinking. In both cases "
-            f"{_code(repr(markers.answer_bridge))} follows, and behind it the model answers, in training with at most "
-            f"{contract.max_summary_length} tokens ({sampling}). All of this, with the token ids, is in "
-            f"[`{CONTRACT_NAME}`]({CONTRACT_NAME}), which the package `trl-anytime` reads.",
+            f"{_code(repr(markers.answer_bridge))} follows, and then the answer, in training of at most "
+            f"{contract.max_summary_length} tokens. It was trained with {sampling}. All of this, with the token ids, "
+            f"is in [`{CONTRACT_NAME}`]({CONTRACT_NAME}), which the package `trl-anytime` reads.",
             "### transformers",
             f"```python\n{_transformers_code(facts)}\n```",
             "### vLLM",
@@ -475,15 +475,13 @@ def _vllm(facts: CardFacts, served: str) -> list[str]:
     server = deployment("vllm", served, facts.contract, facts.contract.budgets[-1])
     chat = server.requests[0]
     body = json.dumps({**chat.body, "messages": facts.question}, indent=2, ensure_ascii=False)
-    lines = [
-        server.command_line(),
-        "",
-        f"# {chat.purpose}",
-        f"curl http://localhost:8000{chat.path} -H 'Content-Type: application/json' -d @- <<'END'",
-        body,
-        "END",
+    url = f"http://localhost:8000{chat.path}"
+    return [
+        *parts,
+        f"```bash\n{server.command_line()}\n```",
+        "The server needs the package for its logits processor, which enforces the budget of each request:",
+        f"```bash\ncurl {url} -H 'Content-Type: application/json' -d @- <<'END'\n{body}\nEND\n```",
     ]
-    return [*parts, "```bash\n" + "\n".join(lines) + "\n```"]
 
 
 def _training(facts: CardFacts, pictures: Container[str]) -> str:

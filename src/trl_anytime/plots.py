@@ -103,7 +103,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _row_of_panels(count: int) -> tuple[Figure, Sequence[Any]]:
     """A figure and its axes. They are drawn at every checkpoint: a computed layout would take twice the time."""
-    width = 5 * count
+    width = 5 if count == 1 else 3.8 * count  # a page shrinks a wide picture, and its letters
     figure = Figure(figsize=(width, 4))
-    figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.12, top=0.91, wspace=0.2)
+    figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.12, top=0.91, wspace=0.27)
     return figure, figure.subplots(1, count, squeeze=False)[0]
