@@ -265,6 +265,12 @@ def test_several_evaluation_sets(tmp_path):
     ]
 
 
+def test_a_dollar_is_no_formula_in_a_picture(tmp_path):
+    log = [evaluation(0, 0.1, name="$x^$"), *LOG[1:3]]
+    write_card(make_facts(log_history=log, eval_datasets={"$x^$": DataSet("$x^$")}), tmp_path)
+    assert (tmp_path / BUDGET_PICTURE).exists() and (tmp_path / TRAINING_PICTURE).exists()
+
+
 def test_ungraded_answers_are_mentioned():
     log = [evaluation(4, 0.7, 0.8, 0.9, **{"eval_anytime/unscored_ratio": 0.125})]
     assert "12.5% of the answers could not be graded" in build_card(make_facts(log_history=log)).text

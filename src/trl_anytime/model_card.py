@@ -219,8 +219,8 @@ def _draw(facts: CardFacts, folder: Path) -> list[str]:
 
 def eval_result_files(facts: CardFacts) -> dict[str, list[EvalResultEntry]]:
     """
-    What the Hub reads from `.eval_results/*.yaml`: a file for each budget, as it asks for where one benchmark is run
-    in several ways. Accuracies of these very weights on data sets of the Hub alone, in percent.
+    What the Hub reads from `.eval_results/*.yaml`: a file for each budget. Accuracies of these very weights on data
+    sets of the Hub alone, in percent.
 
     Args:
         facts ([`CardFacts`]):

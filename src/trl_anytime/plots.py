@@ -58,7 +58,8 @@ def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Pa
         styles = [("o--", "tab:gray")] * (len(curves) - 1) + [("o-", "tab:blue")]
         for (label, curve), (line, color) in zip(curves.items(), styles, strict=True):
             axes.plot(list(curve.rewards), list(curve.rewards.values()), line, color=color, ms=4, label=label)
-        axes.set(title=title, xlabel="thinking budget (tokens)", ylabel=metric)
+        axes.set_title(title, parse_math=False)  # a name may have a dollar in it
+        axes.set(xlabel="thinking budget (tokens)", ylabel=metric)
         if metric == "accuracy":
             axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
@@ -91,7 +92,8 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
         for budget in sorted({budget for curve in curves for budget in curve.rewards}):
             points = [(curve.step, curve.rewards[budget]) for curve in curves if budget in curve.rewards]
             axes.plot(*zip(*points, strict=True), ".-", ms=4, label=f"{budget} tokens")
-        axes.set(title=title, xlabel="step", ylabel="mean reward")
+        axes.set_title(title, parse_math=False)
+        axes.set(xlabel="step", ylabel="mean reward")
         axes.legend(fontsize="small")
     if lengths:
         all_axes[-1].plot(*zip(*lengths, strict=True), ".-", ms=4)
