@@ -380,6 +380,10 @@ def main() -> None:
         prior=options.prior,
         baseline=options.baseline,
         seed=options.seed,
+        card_dataset="pointer chasing",
+        card_eval_dataset="pointer chasing, held out",
+        card_metric="accuracy",
+        card_question=held_out[0].question,
     )
     print(f"\n2. Accuracy before, on {options.eval_problems} held-out problems")
     before = evaluate(trainer)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_anytime import BRPOConfig, BRPOTrainer
-from trl_anytime.recipe import DataArguments, load_problems, model_init_kwargs
+from trl_anytime.recipe import DataArguments, load_problems, model_init_kwargs, name_in_card
 from trl_anytime.rewards import MathReward
 
 
@@ -32,6 +32,12 @@ def main(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelC
         trust_remote_code=training_args.trust_remote_code,
     )
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+
+    # What the card cannot find out
+    training_args.card_dataset = training_args.card_dataset or name_in_card(data_args.dataset_name)
+    if data_args.eval_dataset_name:
+        training_args.card_eval_dataset = training_args.card_eval_dataset or name_in_card(data_args.eval_dataset_name)
+    training_args.card_question = training_args.card_question or f"What is 2 + 2? {data_args.instruction}".strip()
 
     reward = MathReward(on_bad_gold=data_args.on_bad_answer)
     shared = {"data_args": data_args, "tokenizer": tokenizer, "reward": reward}
@@ -54,14 +60,17 @@ def main(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelC
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if eval_dataset is not None and not training_args.resume_from_checkpoint:
+        trainer.evaluate()  # for the card: the curve before training
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+        trainer.create_model_card()  # once more, with this evaluation
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_args.dataset_name)
+        trainer.push_to_hub()
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.accelerator.end_training()
 

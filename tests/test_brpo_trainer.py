@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from transformers import GenerationConfig, TrainerCallback
@@ -559,17 +558,6 @@ def test_completions_table(tmp_path):
             assert row["logging_reward"] == parity_reward(None, [first])[0]
             assert row["length"] == len(first)
     assert {"prompt", "advantage", "thinking_advantage", "step"} <= set(table)
-
-
-def test_model_card(tmp_path):
-    trainer = make_trainer(tmp_path, prior="linear")
-    trainer.create_model_card(model_name="anytime")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert {"trl", "brpo"} <= set(card.data.tags)
-    assert "This model was trained with BRPO" in card.text and "2505.13438" in card.text
-    assert "3 (0.167), 6 (0.333), 9 (0.5) tokens" in card.text
-    assert "fine-tuned version of a local model" in card.text
-    assert f"max_new_tokens={9 + 3 + 4}" in card.text and "max_new_tokens=128" not in card.text
 
 
 # Checkpoints

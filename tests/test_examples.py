@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from tiny import make_tokenizer
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
@@ -178,7 +179,10 @@ def test_quickstart_in_short(tmp_path):
     assert all(after[budget] >= before[budget] for budget in before)
     assert results["seconds"] > 0
     assert (tmp_path / "curves.png").stat().st_size > 0
-    assert "BRPO" in (tmp_path / "model" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "| before training | after step 25 |" in card.text
+    assert f"| 10 | {before[10]:.3f} | {after[10]:.3f} |" in card.text
+    assert [result.metric_type for result in card.data.eval_results] == ["accuracy"] * len(before)
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert f"{after[10]:.3f}" in run.stdout
 
@@ -347,6 +351,10 @@ def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
     results = json.loads((tmp_path / "model" / "eval_results.json").read_text())
     assert {"eval_anytime/reward@4", "eval_anytime/reward@16", "eval_anytime/auc"} <= results.keys()
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert "A LoRA adapter for a local qwen3 model" in card.text and "## Accuracy against" in card.text
+    assert "on held\\_out.jsonl (" in card.text and "| before training | after step 2 |" in card.text
+    assert str(tmp_path) not in card.content and tiny_model not in card.content
 
 
 def test_train_under_accelerate_launch(tiny_model, tmp_path):

@@ -16,7 +16,8 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-from trl_anytime.trackers import Trackers, evaluation_curves
+from trl_anytime.history import Curve, evaluations
+from trl_anytime.trackers import Trackers
 
 INSTALLED = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name)]
 
@@ -155,9 +156,10 @@ def test_curves_of_evaluations():
         evaluation(2, 0.6, None, "eval_easy"),
         {"train_runtime": 3.0, "step": 2},
     ]
-    assert evaluation_curves(history, "eval_easy") == {1: {4: 0.3, 16: 0.5}, 2: {4: 0.6}}
-    assert evaluation_curves(history, "eval_hard") == {1: {4: 0.2, 16: 0.4}}
-    assert evaluation_curves(history) == {}
+    assert evaluations(history) == {
+        "hard": [Curve(1, {4: 0.2, 16: 0.4})],
+        "easy": [Curve(1, {4: 0.3, 16: 0.5}), Curve(2, {4: 0.6})],
+    }
 
 
 def test_without_matplotlib_a_line_says_how_to_get_it(monkeypatch, caplog):

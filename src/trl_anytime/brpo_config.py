@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from trl import GRPOConfig
 
 from .advantages import BASELINES, SUMMARY_POLICIES
@@ -60,6 +62,7 @@ _FIXED_SETTINGS = (
 )
 TREE_ATTENTION = ("auto", "tree", "rows")
 ON_NONFINITE = ("raise", "skip")
+CARD_METRICS = ("accuracy", "mean_reward")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
 # Keys of `generation_kwargs` that the two generation phases set themselves
 _OWN_GENERATION_KEYS = (
@@ -142,6 +145,22 @@ class BRPOConfig(GRPOConfig):
             templates and to the one released with the paper (`"...\n\n...\n\n</think>"`) for all others.
         answer_bridge (`str`, *optional*):
             Text that opens each summary. Defaults to `"\n\n**Final Answer**\n"`.
+
+        > Parameters that control the model card
+
+        card_base_model (`str`, *optional*):
+            Id on the Hub of the model that training starts from. Needed where it is loaded from a folder.
+        card_dataset (`str`, *optional*):
+            Training data: an id on the Hub (`owner/name`) or any text. Not needed if `load_dataset` fetched it from
+            there.
+        card_eval_dataset (`str`, *optional*):
+            The same for the evaluation data, if that is a single set; of several sets, their names are taken.
+            `owner/name:task` names the task of a benchmark.
+        card_metric (`str`, *optional*):
+            What the mean reward of an evaluation is: `"accuracy"` or `"mean_reward"`. Defaults to the first if the
+            only reward function is one of this package's verifiers.
+        card_question (`str`, *optional*, defaults to `"What is 2 + 2?"`):
+            Question in the card's code, as the model knows them.
 
         > Parameters that are set differently from GRPO
 
@@ -252,6 +271,38 @@ class BRPOConfig(GRPOConfig):
         metadata={"help": r"Text that opens each summary. Defaults to '\n\n**Final Answer**\n'."},
     )
 
+    # Parameters that control the model card
+    card_base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id on the Hub of the model that training starts from. Needed where it is loaded from a folder."
+        },
+    )
+    card_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training data for the card: an id on the Hub (owner/name) or any text. Found if `load_dataset` "
+            "fetched it from the Hub."
+        },
+    )
+    card_eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation data for the card, as `card_dataset`; 'owner/name:task' names the task of a benchmark."
+        },
+    )
+    card_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the mean reward of an evaluation is. 'accuracy' if not set and the only reward function is "
+            "one of this package's verifiers.",
+            "choices": list(CARD_METRICS),
+        },
+    )
+    card_question: str | None = field(
+        default=None, metadata={"help": "Question in the card's code. Defaults to 'What is 2 + 2?'."}
+    )
+
     # Parameters that are set differently from GRPO
     max_completion_length: int | None = field(
         default=None,
@@ -297,6 +348,16 @@ class BRPOConfig(GRPOConfig):
             )
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
+        if self.card_metric not in (None, *CARD_METRICS):
+            raise ValueError(f"`card_metric` must be one of {CARD_METRICS}, got {self.card_metric!r}.")
+        if self.card_base_model is not None:
+            try:
+                validate_repo_id(self.card_base_model)
+            except HFValidationError:
+                raise ValueError(
+                    f"`card_base_model` is the id of a model on the Hub, such as 'Qwen/Qwen3-0.6B', got "
+                    f"{self.card_base_model!r}. Leave it out if the model is not there."
+                ) from None
 
         for name, allowed, reason, instead in _FIXED_SETTINGS:
             if getattr(self, name) != allowed:

@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import trl
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -34,10 +36,12 @@ from .batch_arithmetic import most_tokens
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
+from .card_facts import card_facts
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers, render_prompt
+from .model_card import CARD, copy_card, write_card
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
@@ -116,7 +120,7 @@ class BRPOTrainer(GRPOTrainer):
       saves, checkpoints are whole and resumed exactly (docs/reliability.md).
     - `log`: sounds the alarms, and gives trackers figures and tables (docs/monitoring.md).
     - `save_model`: writes `anytime_config.json` beside every saved model.
-    - `create_model_card`: says at which budgets the model was trained.
+    - `create_model_card`: a card of its own (docs/model_cards.md).
 
     Example:
 
@@ -205,6 +209,8 @@ class BRPOTrainer(GRPOTrainer):
         # What `train()` goes on from, if anything
         self._checkpoint: Path | None = None
         self._alarms: Alarms | None = None  # of the main process, once training begins
+        # Logs of evaluations before `train()`
+        self._evaluated: list[dict[str, Any]] = []
 
         self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
         if args.use_vllm and args.vllm_mode == "server":
@@ -242,13 +248,17 @@ class BRPOTrainer(GRPOTrainer):
 
     # Set-up
 
-    def _find_markers(self) -> ThinkingMarkers:
-        """Markers and bridges, from the first prompt as the model will see it."""
+    @cached_property
+    def _first_prompt(self) -> Any:
+        """Read once: a stream may have to be opened for it."""
         example = next(iter(self.train_dataset), None)
         if example is None:
             raise ValueError("`train_dataset` is empty.")
-        prompt = example["prompt"]
-        prompt, generation_prompt = render_prompt(self._tokenizer, prompt, self.chat_template_kwargs)
+        return example["prompt"]
+
+    def _find_markers(self) -> ThinkingMarkers:
+        """Markers and bridges, from the first prompt as the model will see it."""
+        prompt, generation_prompt = render_prompt(self._tokenizer, self._first_prompt, self.chat_template_kwargs)
         return find_markers(
             self._tokenizer,
             prompt,
@@ -686,6 +696,8 @@ class BRPOTrainer(GRPOTrainer):
     # Faults, checkpoints and restarts
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        # transformers starts a log of its own: what was evaluated before the first step is the card's curve before
+        self._evaluated = [] if self.state.global_step > 0 else self.state.log_history
         with FaultWatch(), self._preemption:
             self._checkpoint = self._find_checkpoint(resume_from_checkpoint)
             output = super().train(
@@ -747,18 +759,24 @@ class BRPOTrainer(GRPOTrainer):
         if args.should_save:
             checkpoint.begin(folder)
         self.accelerator.wait_for_everyone()
-        # No older one is deleted before this one is whole
+        # No older one is deleted, and nothing is pushed, before this one is whole
         save_total_limit, args.save_total_limit = args.save_total_limit, None
+        push_to_hub, args.push_to_hub = args.push_to_hub, False
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            args.save_total_limit = save_total_limit
+            args.save_total_limit, args.push_to_hub = save_total_limit, push_to_hub
+        if self.is_world_process_zero():
+            copy_card(Path(str(args.output_dir)), folder)
         if not args.save_only_model:
             checkpoint.save_rank_state(folder, args.process_index, self._rank_state())
         self.accelerator.wait_for_everyone()
         if args.should_save:
             torch.save(args, folder / TRAINING_ARGS_NAME)  # has been saved without its limit
             checkpoint.finish(folder, self._settings())
+        if push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
             if save_total_limit is not None:
                 checkpoint.remove_unfinished(run_dir)
             rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
@@ -801,6 +819,7 @@ class BRPOTrainer(GRPOTrainer):
         if self.args.alarms and self.accelerator.is_main_process:
             self._alarms = Alarms(self._tokenizer)
         if self._checkpoint is None:
+            self.state.log_history[:0] = self._evaluated
             return
         if self._adaptive_baseline is not None:  # the same on all ranks, and with other ranks than at the time
             state = checkpoint.load_rank_state(self._checkpoint, 0, torch.device("cpu"))
@@ -874,33 +893,22 @@ class BRPOTrainer(GRPOTrainer):
             for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
                 self._contract().save(str(folder))
         super().save_model(output_dir, _internal_call)
+        # A checkpoint and a push have cards of their own; this one goes over that of PEFT, which names local folders
+        if not _internal_call:
+            self.create_model_card()
+            if self.is_world_process_zero():
+                copy_card(Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir)))
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        path = Path(str(self.args.output_dir)) / "README.md"
-        tokens = self.args.budgets[-1] + self.markers.max_bridge_length + self.args.max_summary_length
-        budgets = ", ".join(
-            f"{budget} ({weight:.3g})"
-            for budget, weight in zip(
-                self.args.budgets, prior_weights(self.args.prior, self.args.budgets).tolist(), strict=True
+    # With TRL's arguments, which are not those of transformers
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            card_of_trl = ModelCard.load(folder / CARD)
+            facts = card_facts(
+                self, self._contract(), self._paper, self._first_prompt, card_of_trl, model_name, dataset_name
             )
-        )
-        section = (
-            "### Thinking budgets\n\n"
-            f"Trained to answer after thinking for {budgets} tokens (weight of each in the objective). A thinking "
-            f"that is cut is followed by `{self.markers.truncation_bridge!r}` and every thinking by "
-            f"`{self.markers.answer_bridge!r}`.\n\n"
-        )
-        card = path.read_text()
-        for theirs, ours in (
-            ("max_new_tokens=128", f"max_new_tokens={tokens}"),  # would stop a thinking model in mid-thought
-            ("### Framework versions", f"{section}### Framework versions"),
-            ("[None](https://huggingface.co/None)", "a local model"),
-        ):
-            card = card.replace(theirs, ours)
-        path.write_text(card)
+            write_card(facts, folder)
 
 
 def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -936,6 +944,10 @@ def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> N
     for name in ("tools", "rollout_func", "environment_factory"):
         if kwargs.get(name):
             raise ValueError(f"`{name}` is not supported: BRPO has its own rollout, a single thinking that is cut.")
+    if args.card_eval_dataset is not None and isinstance(kwargs.get("eval_dataset"), dict):
+        raise ValueError(
+            "`card_eval_dataset` names one set, and `eval_dataset` holds several, by names of their own: remove it."
+        )
     if getattr(kwargs.get("peft_config"), "is_prompt_learning", False):
         raise ValueError(
             "Prompt learning (prefix, prompt and p-tuning) is not supported: its virtual tokens are not part of the "

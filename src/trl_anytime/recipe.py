@@ -48,6 +48,11 @@ def is_file(dataset_name: str) -> bool:
     return Path(dataset_name).suffix in FILE_FORMATS
 
 
+def name_in_card(dataset_name: str) -> str:
+    """A dataset's name for the model card: of a local file without its folders, which are nobody's business."""
+    return Path(dataset_name).name if is_file(dataset_name) else dataset_name
+
+
 def read_rows(name: str, config: str | None, split: str, data_args: DataArguments) -> Dataset:
     """
     A dataset as it is stored.

@@ -55,9 +55,13 @@ class Deployment:
     requests: list[Request]
     notes: list[str]
 
+    def command_line(self) -> str:
+        """The command as a line for a shell."""
+        return " ".join(map(shlex.quote, self.command))
+
     def text(self) -> str:
         """All of it for a terminal: notes are comments, the rest can be pasted."""
-        parts = [" ".join(map(shlex.quote, self.command))]
+        parts = [self.command_line()]
         parts += [
             f"# {request.purpose}\n# POST {request.path}\n{json.dumps(request.body, indent=2, ensure_ascii=False)}"
             for request in self.requests

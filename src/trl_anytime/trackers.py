@@ -15,11 +15,12 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
+from .history import evaluated_set, evaluations
+
 logger = logging.getLogger(__name__)
 
 _TRACKERS = ("trackio", "wandb", "tensorboard")
 _TABLE_ROWS = 64  # TensorBoard renders text as a whole; all rows are in TRL's parquet files
-_REWARD = "eval_anytime/reward@"
 
 
 class Trackers:
@@ -55,14 +56,15 @@ class Trackers:
         """
         if not self._names:
             return
-        if any(name.startswith(_REWARD) for name in logs):
-            self._send_figure(f"curves/{_evaluation(logs)}", logs, state)
+        if (evaluated := evaluated_set({**logs, "step": state.global_step})) is not None:
+            self._send_figure("_".join(filter(None, ["curves/eval", evaluated])), state, evaluated)
         if "train_runtime" in logs:
-            self._send_figure("curves/training", logs, state)
+            self._send_figure("curves/training", state)
         elif table is not None and "tensorboard" in self._names:
             self._attempt("tensorboard", "completions", _markdown(table), state.global_step)
 
-    def _send_figure(self, name: str, logs: Mapping[str, Any], state: TrainerState) -> None:
+    def _send_figure(self, name: str, state: TrainerState, evaluated: str | None = None) -> None:
+        """Of the evaluations of a set, or of training."""
         if not self._can_plot:
             return
         try:
@@ -75,10 +77,10 @@ class Trackers:
                 f"Trackers get no figures, because {error.name} is missing: pip install 'trl-anytime[plot]'."
             )
             return
-        if name == "curves/training":
+        if evaluated is None:
             figure = training_figure(state.log_history)
         else:
-            figure = evaluations_figure(evaluation_curves(state.log_history, _evaluation(logs)), _evaluation(logs))
+            figure = evaluations_figure(evaluations(state.log_history)[evaluated], f"evaluation {evaluated}".strip())
         file = BytesIO()
         figure.savefig(file, format="png", dpi=150)
         image = Image.open(file)
@@ -107,35 +109,6 @@ class Trackers:
             import trackio
 
             trackio.log({name: trackio.Image(content), "train/global_step": step})
-
-
-def evaluation_curves(log_history: Sequence[Mapping[str, Any]], name: str = "eval") -> dict[int, dict[int, float]]:
-    """
-    The accuracy-versus-budget curves of a run's evaluations.
-
-    Args:
-        log_history (`Sequence[Mapping]`):
-            `log_history` of a [`~transformers.TrainerState`].
-        name (`str`, *optional*, defaults to `"eval"`):
-            Prefix of the evaluation's metrics: with several data sets, `"eval_"` and the name of one.
-
-    Returns:
-        `dict[int, dict[int, float]]`: mean reward by step and budget in tokens.
-    """
-    return {
-        log["step"]: {
-            int(key.removeprefix(_REWARD)): value
-            for key, value in log.items()
-            if key.startswith(_REWARD) and value is not None
-        }
-        for log in log_history
-        if f"{name}_runtime" in log
-    }
-
-
-def _evaluation(logs: Mapping[str, Any]) -> str:
-    """Which evaluation was logged: TRL's own metrics have the same names whatever the data set."""
-    return next(name for name in logs if name.endswith("_runtime")).removesuffix("_runtime")
 
 
 def _markdown(table: Mapping[str, Any]) -> str:
