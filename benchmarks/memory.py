@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_anytime import BRPOConfig
 from trl_anytime.attention import TreeLayout, enable_tree_attention, layout_in_use
-from trl_anytime.memory import planned_model, run_layers, without_memory
+from trl_anytime.checks.memory import planned_model, run_layers, without_memory
 from trl_anytime.tree import PackedRollouts
 
 BRIDGE = 10

@@ -18,14 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
-from trl_anytime import BRPOConfig, cli, doctor
+from trl_anytime import BRPOConfig, cli
 from trl_anytime.attention import TreeLayout, enable_tree_attention, layout_in_use
-from trl_anytime.batch_arithmetic import BatchArithmetic
-from trl_anytime.doctor import examine, read_launch
-from trl_anytime.finding import ERROR, OK, WARNING
-from trl_anytime.idle_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
-from trl_anytime.markers import find_markers
-from trl_anytime.memory import (
+from trl_anytime.checks import doctor
+from trl_anytime.checks.batch_arithmetic import BatchArithmetic
+from trl_anytime.checks.doctor import examine, read_launch
+from trl_anytime.checks.finding import ERROR, OK, WARNING
+from trl_anytime.checks.idle_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
+from trl_anytime.checks.memory import (
     Launch,
     estimate_memory,
     held_always,
@@ -34,9 +34,10 @@ from trl_anytime.memory import (
     run_layers,
     without_memory,
 )
-from trl_anytime.recipe import DataArguments
+from trl_anytime.checks.recipe import DataArguments
+from trl_anytime.checks.start_checks import reward_findings, splice_findings
+from trl_anytime.markers import find_markers
 from trl_anytime.rewards import MathReward
-from trl_anytime.start_checks import reward_findings, splice_findings
 from trl_anytime.tree import PackedRollouts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -32,11 +32,13 @@ from .admission import decoding_objection, measured_objection, sharded_objection
 from .advantages import Returns, segment_returns, summary_advantages
 from .alarms import Alarms
 from .attention import enable_tree_attention, forward_packed, plain_attention
-from .batch_arithmetic import most_tokens
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
 from .card_facts import card_facts
+from .checks.batch_arithmetic import most_tokens
+from .checks.run_start import report_start
+from .checks.start_checks import context_objection
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
@@ -46,9 +48,7 @@ from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
-from .run_start import report_start
 from .separate_rows import forward_rows
-from .start_checks import context_objection
 from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts

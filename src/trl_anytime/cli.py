@@ -335,8 +335,8 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
 def _doctor(options: argparse.Namespace) -> int:
     import warnings
 
-    from .doctor import examine, read_launch
-    from .finding import as_json, report
+    from .checks.doctor import examine, read_launch
+    from .checks.finding import as_json, report
 
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
     examination = examine(

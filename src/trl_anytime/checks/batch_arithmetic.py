@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from .brpo_config import BRPOConfig
-from .checkpoint import generate_every
+from ..brpo_config import BRPOConfig
+from ..checkpoint import generate_every
 from .finding import ERROR, WARNING, Finding, aligned
 
 # Optimiser steps on one generation batch beyond which it is worth a word: twice as many as in the paper's recipes

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import ModelConfig
 
-from .brpo_config import BRPOConfig
+from ..brpo_config import BRPOConfig
 from .finding import WARNING, Finding
 from .recipe import DataArguments, is_file
 

@@ -17,13 +17,15 @@ from trl import ModelConfig, get_peft_config
 from trl.import_utils import is_vllm_available
 from trl.trainer.utils import add_fused_lm_head
 
-from .admission import decoding_objection, measured_objection, structural_objection
-from .attention import enable_tree_attention
+from ..admission import decoding_objection, measured_objection, structural_objection
+from ..attention import enable_tree_attention
+from ..brpo_config import BRPOConfig
+from ..markers import ThinkingMarkers, find_markers, render_prompt
+from ..rewards import MathReward
+from ..vllm_generation import check_server
 from .batch_arithmetic import BatchArithmetic, most_tokens
-from .brpo_config import BRPOConfig
 from .finding import ERROR, OK, WARNING, Finding
 from .idle_settings import idle_recipe_settings, idle_settings
-from .markers import ThinkingMarkers, find_markers, render_prompt
 from .memory import Launch, memory_finding, planned_model, without_memory
 from .recipe import (
     DataArguments,
@@ -34,7 +36,6 @@ from .recipe import (
     read_rows,
     to_problems,
 )
-from .rewards import MathReward
 from .start_checks import (
     context_findings,
     reward_findings,
@@ -43,7 +44,6 @@ from .start_checks import (
     template_findings,
     text_of,
 )
-from .vllm_generation import check_server
 
 # Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
 _SMALL = 500_000_000

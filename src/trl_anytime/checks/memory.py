@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .admission import structural_objection
-from .attention import TreeLayout, enable_tree_attention, layout_in_use
+from ..admission import structural_objection
+from ..attention import TreeLayout, enable_tree_attention, layout_in_use
+from ..brpo_config import BRPOConfig
+from ..tree import PackedRollouts
 from .batch_arithmetic import most_tokens
-from .brpo_config import BRPOConfig
 from .finding import OK, WARNING, Finding, aligned
-from .tree import PackedRollouts
 
 _GIB = 2**30
 # Logits are computed in tiles of at most so many tokens, and so many words (TRL's fused LM head)

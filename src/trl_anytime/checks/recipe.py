@@ -11,8 +11,8 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
-from .brpo_config import BRPOConfig
-from .rewards import MathReward
+from ..brpo_config import BRPOConfig
+from ..rewards import MathReward
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .brpo_config import BRPOConfig
+from ..brpo_config import BRPOConfig
+from ..markers import ThinkingMarkers, thinking_state
+from ..rewards import AnswerReward, MathReward
+from ..rollout import Rollout, Thinking
 from .finding import ERROR, OK, WARNING, Finding
-from .markers import ThinkingMarkers, thinking_state
-from .rewards import AnswerReward, MathReward
-from .rollout import Rollout, Thinking
 
 # Needs sympy, so it is graded by a worker process and not at once
 _GOLD, _RIGHT, _WRONG = r"\sqrt{8}", r"2\sqrt{2}", r"3\sqrt{2}"
