@@ -180,7 +180,8 @@ def test_every_job_has_a_line(finished):
         (m, prior) for m in (4, 8) for prior in ("uniform", "linear", "base")
     }
     assert set(measured["gradient"]["uniform"]["noise"]) == {
-        *("none", "v1", "v2", "brpo", "v2_others", "brpo_others", "adaptive")
+        *("none", "v1", "v2", "brpo", "v2_others", "brpo_others", "adaptive"),
+        *("summaries", "last_summary"),
     }
 
 

@@ -43,12 +43,15 @@ NAMES = {
     "uniform_decay_1": "AR-uniform, λ = 1",
     "uniform_2_budgets": "AR-uniform, 2 budgets",
     "uniform_8_budgets": "AR-uniform, 8 budgets",
+    "uniform_final": "AR-uniform, summaries as GRPO's",
+    "uniform_final_adaptive": "AR-uniform, summaries as GRPO's, adaptive",
     "pairs_v2": "AR-uniform, G = 2, V2",
     "pairs_brpo": "AR-uniform, G = 2, V",
     "pairs_adaptive": "AR-uniform, G = 2, adaptive",
 }
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
+    "uniform_final_adaptive": "uniform_final",
     "pairs_brpo": "pairs_v2",
     "pairs_adaptive": "pairs_brpo",
 }
@@ -347,16 +350,17 @@ def adaptive_table(results: Results) -> str:
 
 
 def gradient_table(results: Results) -> str:
-    """Noise of the thinking's gradient, in units of that without a baseline."""
+    """Noise of the gradient, in units of the thinking's without a baseline."""
+    columns = {**BASELINES, "summaries": "all summaries", "last_summary": "last summary"}
     rows = []
     for cell, by_arm in results.measures.items():
         for arm, records in by_arm.items():
             if not records:
                 continue
             noise = [record["gradient"]["uniform"]["noise"] for record in records]
-            cells = [" ".join("–" if n[name] is None else f"{n[name]:.2f}" for n in noise) for name in BASELINES]
+            cells = [" ".join("–" if n[name] is None else f"{n[name]:.2f}" for n in noise) for name in columns]
             rows.append(["/".join(cell), NAMES.get(arm, "warm start"), *cells])
-    return markdown(["", "checkpoint", *BASELINES.values()], rows)
+    return markdown(["", "checkpoint", *columns.values()], rows)
 
 
 def goals_table(results: Results, cell: Cell) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 from examples import quickstart
 from trl_anytime import BRPOTrainer
 from trl_anytime.adaptive_baseline import AdaptiveBaseline, leave_one_out_mean
-from trl_anytime.advantages import Returns, baseline_diagnostics, segment_returns
+from trl_anytime.advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
 from trl_anytime.budgets import live_segments
 from trl_anytime.tree import PackedRollouts
 
@@ -176,19 +176,25 @@ def gradient_record(
 ) -> dict[str, Any]:
     """
     Noise of the thinking's gradient: the trace of its covariance over prompts, by baseline, in units of that without
-    a baseline; and the squared norm of its mean in the same units, corrected for the noise in it.
+    a baseline; and the squared norm of its mean in the same units, corrected for the noise in it. The same for the
+    gradient of the summaries, all as in BRPO (`summaries`), and only the last one as in GRPO (`last_summary`).
     """
-    rolled_out = judged.rewards.size(2)
-    fit, chosen = (select(rollouts, len(budgets), judged.rewards.size(1), rolled_out) for rollouts in (fit, judged))
+    batch, (_, group, rolled_out, _) = judged.batch, judged.rewards.shape
+    fit, chosen = (select(rollouts, len(budgets), group, rolled_out) for rollouts in (fit, judged))
     segments = segment_returns(chosen.rewards, budgets, prior)
     adaptive = fitted_adaptive(fit, budgets, prior).predict(chosen.rewards, segments)
-    group = chosen.rewards.size(1)
-    batch = judged.batch
     packed = PackedRollouts(batch["completion_ids"], batch["cuts"], batch["spans"])
-    no_summaries = torch.zeros(*batch["cuts"].shape, NUM_SUMMARIES)
+    no_summaries, no_thinking = torch.zeros_like(judged.rewards), torch.zeros_like(segments.returns)
+    parts = {name: (segments.returns - V, no_summaries) for name, V in baselines(segments, budgets, adaptive).items()}
+    of_all, of_last = no_summaries.clone(), no_summaries.clone()
+    step = rolled_out // len(budgets)
+    of_all[:, :, step - 1 :: step] = summary_advantages(chosen.rewards, chosen.cuts)
+    of_last[..., -1, :1] = summary_advantages(chosen.rewards[..., :1], chosen.cuts, "final")[..., -1, :]
+    parts |= {"summaries": (no_thinking, of_all), "last_summary": (no_thinking, of_last)}
+
     trace, signal = {}, {}
-    for name, V in baselines(segments, budgets, adaptive).items():
-        advantages = packed.token_advantages((segments.returns - V).flatten(0, 1), no_summaries, budgets)
+    for name, (thinking, summary) in parts.items():
+        advantages = packed.token_advantages(thinking.flatten(0, 1), summary.flatten(0, 1), budgets)
         total = squares = 0.0
         for prompt in range(num_prompts):
             gradient = _gradient(trainer, {**batch, "advantages": advantages}, prompt * group, group)
