@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_brpo_trainer import Gradients, make_trainer
 from tiny import make_config, make_model, make_tokenizer
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
@@ -311,6 +311,18 @@ def test_splices_whose_text_says_something_else():
     (lost,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=True)
     assert lost.level == WARNING and "the reward finds no answer" in lost.found
     (fine,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=False)
+    assert fine.level == OK
+
+
+def test_splices_of_a_tokenizer_that_refuses_other_words():
+    known = ["<think>", "</think>", "user", "answer", "1", "2"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    markers = find_markers(tokenizer, "<think>", truncation_bridge="</think>", answer_bridge="answer")
+    (lost,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=True)
+    assert lost.level == WARNING and "cannot write" in lost.found and "the reward finds no answer" in lost.found
+    (fine,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=False)
     assert fine.level == OK
 
 

@@ -75,6 +75,15 @@ def template_findings(
 # Splices
 
 
+def _no_box(what_the_tokenizer_does: str) -> Finding:
+    return Finding(
+        "splice",
+        WARNING,
+        f"The tokenizer {what_the_tokenizer_does}, so the reward finds no answer.",
+        r"Use a tokenizer that can write `\boxed{}`, or another reward.",
+    )
+
+
 def splice_findings(
     tokenizer: PreTrainedTokenizerBase,
     rendered: str,
@@ -104,7 +113,12 @@ def splice_findings(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    thinking_ids, summary = encode(thinking), encode(r"\boxed{42}")
+    thinking_ids = summary = encode(thinking)
+    if answers_in_boxes:
+        try:
+            summary = encode(r"\boxed{42}")
+        except Exception as error:  # nothing narrower comes from a vocabulary without [UNK] that lacks a word
+            return [_no_box(f"cannot write '\\boxed{{42}}' ({error})")]
     cut = max(len(thinking_ids) // 2, 1)
     rollout = Rollout.of(
         encode(rendered), Thinking.of(thinking_ids, markers, eos_token_ids), [cut], markers, [[summary]]
@@ -128,14 +142,7 @@ def splice_findings(
     findings = []
     text = str(tokenizer.decode(summary, skip_special_tokens=True))
     if answers_in_boxes and "".join(text.split()) != r"\boxed{42}":
-        findings.append(
-            Finding(
-                "splice",
-                WARNING,
-                rf"The tokenizer turns the summary '\boxed{{42}}' into {text!r}, in which the reward finds no answer.",
-                r"Use a tokenizer that can write `\boxed{}`, or another reward.",
-            )
-        )
+        findings.append(_no_box(rf"turns the summary '\boxed{{42}}' into {text!r}"))
 
     spliced = [token for ids in parts.values() for token in ids]
     again = encode(str(tokenizer.decode(spliced)))
