@@ -55,7 +55,7 @@ def expected_table(folder, step):
 
 def assert_picture(file):
     image = np.asarray(Image.open(file).convert("RGB"))
-    assert image.shape[0] == 600 and image.shape[1] >= 900
+    assert image.shape[0] == 600 and image.shape[1] >= 750
     # White paper, and lines on it
     assert 0.5 < (image == 255).all(axis=2).mean() < 0.99
 
