@@ -18,6 +18,8 @@ from trl_anytime import checkpoint
 from trl_anytime.contract import CONTRACT_NAME
 from trl_anytime.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
 
+pytestmark = pytest.mark.heavy  # it trains
+
 TESTS = Path(__file__).parent
 
 

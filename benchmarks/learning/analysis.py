@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 Record = dict[str, Any]
 Cell = tuple[str, str]  # task, family
 
-MAIN_ARMS = ("grpo", "ar_base", "ar_linear", "ar_uniform")
+# The paper's, and the one that trains its thinking alike but not its summaries
+MAIN_ARMS = ("grpo", "ar_base", "ar_linear", "ar_uniform", "uniform_final")
 NAMES = {
     "grpo": "GRPO",
     "ar_base": "AR-base",
@@ -63,7 +64,7 @@ BASELINES = {
     "brpo_others": "V, own left out",
     "adaptive": "adaptive",
 }
-_COLORS = {"grpo": "tab:red", "ar_base": "tab:green", "ar_linear": "tab:orange", "ar_uniform": "tab:blue"}
+_COLORS = dict(zip(MAIN_ARMS, ("tab:red", "tab:green", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 # Quantile 0.975 of Student's t by degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
