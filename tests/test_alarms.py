@@ -162,7 +162,7 @@ def test_a_restart_goes_on_in_the_middle_of_a_window():
         assert sounded + sound(second, logs[stop:]) == straight
 
 
-@pytest.mark.parametrize("file", ["main.jsonl"])
+@pytest.mark.parametrize("file", ["main.jsonl", "tuning.jsonl"])
 def test_runs_of_the_learning_study_are_healthy(file):
     runs = [json.loads(line) for line in (STUDY / file).read_text().splitlines()]
     runs = [run["logs"] for run in runs if "logs" in run]
