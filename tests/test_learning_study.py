@@ -203,6 +203,17 @@ def test_the_page_is_filled(finished, tmp_path):
         analysis.write_page(analysis.Results(results), page)
 
 
+def test_lost_models_are_made_again(tmp_path):
+    study = Study(**MINIATURE)
+    warm, grpo, uniform, measure = study.jobs()
+    done = {warm, grpo, uniform}
+    assert measure.requires == warm
+    assert run.jobs_to_do(study, done, tmp_path) == [warm, measure]
+    assert run.jobs_to_do(study, {warm}, tmp_path) == [warm, grpo, uniform, measure]
+    (tmp_path / warm.name).mkdir()
+    assert run.jobs_to_do(study, done, tmp_path) == [measure]
+
+
 def test_finished_jobs_are_not_done_again(finished, monkeypatch):
     monkeypatch.setattr(run, "run_job", None)
     assert run.run_study(Study(**MINIATURE), finished, num_workers=1) == []

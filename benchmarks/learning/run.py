@@ -4,8 +4,8 @@ Run a study, or go on with it:
     python -m benchmarks.learning.run benchmarks/learning/studies/main.yaml --output_dir outputs/learning
 
 Each finished job is one JSON line in `main.jsonl`, named after the study, and its model lies in `models/`. A job with
-a line in any study of the folder is not done again. Jobs run in the order of the study's stages, one per process and
-one thread each.
+a line in any study of the folder is not done again, unless another one needs its model and that is gone.
+Jobs run in the order of the study's stages, one per process and one thread each.
 """
 
 import argparse
@@ -50,12 +50,26 @@ def finished_jobs(output_dir: Path) -> set[Job]:
     return {Job(**json.loads(line)["job"]) for line in lines}
 
 
+def jobs_to_do(study: Study, done: set[Job], models: Path) -> list[Job]:
+    """The jobs without a line; before each, those that it goes on from, done once but with their models gone."""
+    todo: list[Job] = []
+    for job in study.jobs():
+        if job in done:
+            continue
+        chain = [job]
+        while (needed := chain[0].requires) is not None and needed in done and not (models / needed.name).exists():
+            chain.insert(0, needed)
+        todo += [link for link in chain if link not in todo]
+    return todo
+
+
 def run_study(study: Study, results: Path, num_workers: int) -> list[Job]:
     """Do all jobs that are not done yet; returns those that failed or could not start for want of a failed one."""
     output_dir = results.parent
     output_dir.mkdir(parents=True, exist_ok=True)
     done, failed = finished_jobs(output_dir), []
-    waiting = [job for job in study.jobs() if job not in done]
+    waiting = jobs_to_do(study, done, output_dir / "models")
+    done -= set(waiting)
     print(f"{len(done)} jobs done, {len(waiting)} to do", flush=True)
     running: dict[Future, Job] = {}
     context = multiprocessing.get_context("spawn")
