@@ -231,7 +231,7 @@ def _prepared_sampling(
 
     some_token = torch.ones(1, 1, dtype=torch.long, device=model.device)
     config = copy.deepcopy(generation_config)
-    config.max_new_tokens = 1
+    config.max_new_tokens, config.cache_implementation = 1, None
     return cast(Any, model).generate(
         some_token, attention_mask=some_token, generation_config=config, custom_generate=take
     )
