@@ -155,8 +155,7 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
 
     history = trainer.state.log_history
     logs = [log for log in history if "loss" in log]
-    logged = {name: None for log in logs for name in log}  # variances are not in every log
-    names = [n for n in logged if n in _UPDATE_METRICS or n.startswith(("anytime/", "baseline/"))]
+    names = [n for n in logs[0] if n in _UPDATE_METRICS or n.startswith("anytime/")]
     per_rollout = len(budgets) * trainer.args.num_summaries
     rollouts = study.training["prompts_per_update"] * study.training["num_generations"]
     tokens = [rollouts * (log["thinking/mean_length"] + per_rollout * log["summary/mean_length"]) for log in logs]
