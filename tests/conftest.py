@@ -15,6 +15,8 @@ settings.load_profile("reproducible")
 
 import pytest  # noqa: E402
 from ranks import Ranks  # noqa: E402
+from tiny import make_model, make_tokenizer  # noqa: E402
+from tiny_contract import make_contract, usual_token  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +25,19 @@ def ranks():
     started = Ranks()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model().eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def contract(model, tokenizer):
+    """A greedy thinking may end with its marker."""
+    return make_contract((usual_token(model, tokenizer),))

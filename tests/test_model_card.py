@@ -16,9 +16,8 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anytime import AnytimeContract, BRPOConfig, BRPOTrainer
-from trl_anytime.arms import arm_name
-from trl_anytime.history import before_and_after, evaluations, training_curves
-from trl_anytime.model_card import (
+from trl_anytime.cards.arms import arm_name
+from trl_anytime.cards.card import (
     BUDGET_PICTURE,
     CARD,
     TRAINING_PICTURE,
@@ -28,6 +27,7 @@ from trl_anytime.model_card import (
     eval_result_files,
     write_card,
 )
+from trl_anytime.history import before_and_after, evaluations, training_curves
 from trl_anytime.rewards import ExactMatch
 from trl_anytime.serving import deployment
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from test_inference import make_contract
 from tiny import make_tokenizer
+from tiny_contract import make_contract
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient

@@ -1,27 +1,11 @@
 """A server as a backend: the same answers as the model, whatever goes wrong on the way, or an error."""
 
 import pytest
-from test_inference import GREEDY, PROMPTS, make_contract, usual_token
-from tiny import make_model, make_tokenizer
+from tiny_contract import GREEDY, PROMPTS
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient, anytime_generate
 from trl_anytime.inference import stream_answers, streaming_sampler
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model().eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def contract(model, tokenizer):
-    return make_contract((usual_token(model, tokenizer),))
 
 
 def make_client(server, **settings):

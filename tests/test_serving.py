@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from test_inference import make_contract
+from tiny_contract import make_contract
 
 from trl_anytime.serving import SERVERS, deployment
 

@@ -35,7 +35,8 @@ from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
 from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
-from .card_facts import card_facts
+from .cards.card import CARD, copy_card, write_card
+from .cards.facts import card_facts
 from .checks.batch_arithmetic import most_tokens
 from .checks.run_start import report_start
 from .checks.start_checks import context_objection
@@ -43,7 +44,6 @@ from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers, render_prompt
-from .model_card import CARD, copy_card, write_card
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .budgets import prior_weights
+from ..budgets import prior_weights
 
 _PRIORS = ("uniform", "linear", "base")
 

@@ -1,7 +1,7 @@
 """
 The card of a trained model: what it is, how good it is at which thinking budget, how to use it, how it was trained.
 
-A function of facts: nothing here asks the Hub, a trainer or a model. `card_facts` collects them.
+A function of facts: nothing here asks the Hub, a trainer or a model. `facts.py` collects them.
 """
 
 import importlib.util
@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from .contract import CONTRACT_NAME, AnytimeContract
-from .history import Curve, before_and_after, evaluations, training_curves
-from .serving import deployment
+from ..contract import CONTRACT_NAME, AnytimeContract
+from ..history import Curve, before_and_after, evaluations, training_curves
+from ..serving import deployment
 
 CARD, BUDGET_PICTURE, TRAINING_PICTURE = "README.md", "anytime_curve.png", "training_curves.png"
 _EVAL_RESULTS = ".eval_results"
@@ -82,7 +82,7 @@ class CardFacts:
         contract ([`AnytimeContract`]):
             How the model is used.
         arm (`str`):
-            See [`~trl_anytime.arms.arm_name`].
+            See [`~trl_anytime.cards.arms.arm_name`].
         metric (`str`):
             What the mean reward of an evaluation is: `"accuracy"` or `"mean_reward"`.
         dataset ([`DataSet`]):
@@ -200,7 +200,7 @@ def _remove_others(folder: Path, names: Container[str]) -> None:
 
 
 def _draw(facts: CardFacts, folder: Path) -> list[str]:
-    from .plots import plot_change, plot_training  # needs matplotlib
+    from ..plots import plot_change, plot_training  # needs matplotlib
 
     pictures = []
     panels = {dataset.name: _labelled(before, after) for dataset, before, after in facts.results}

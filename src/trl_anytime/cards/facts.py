@@ -13,12 +13,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import SchedulerType
 from trl.data_utils import is_conversational
 
-from . import __version__
+from .. import __version__
+from ..brpo_config import BRPOConfig
+from ..contract import AnytimeContract
+from ..rewards import AnswerReward
 from .arms import arm_name
-from .brpo_config import BRPOConfig
-from .contract import AnytimeContract
-from .model_card import CardFacts, DataSet
-from .rewards import AnswerReward
+from .card import CardFacts, DataSet
 
 _LIBRARIES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
 _ADAPTERS = {"LORA": "LoRA"}  # as they are written in text

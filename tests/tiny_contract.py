@@ -1,0 +1,21 @@
+"""A contract for the models of tiny.py, with prompts and thinkings that meet its markers."""
+
+from trl_anytime import AnytimeContract, Sampling, anytime_generate
+from trl_anytime.markers import ThinkingMarkers
+
+GREEDY = Sampling(temperature=0)
+PROMPTS = ["assistant answer so 0 1 2", "3 4", "5 <|im_start|> assistant answer", "so so 2", "user"]
+
+
+def make_contract(think_end=(5,), budgets=(3, 7, 11, 12)):
+    """Bridges as in tiny.make_config; `think_end` may be a usual token, so that thinkings end."""
+    markers = ThinkingMarkers("</think>", tuple(think_end), "so </think>", (9, *think_end), "answer", (8,))
+    budgets = list(budgets)
+    return AnytimeContract(markers, budgets, [1 / len(budgets)] * len(budgets), 4, GREEDY, [2])
+
+
+def usual_token(model, tokenizer, position=4):
+    """A token that a greedy thinking has at some position: as a marker, it ends that thinking."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=make_contract((19, 19, 19)))
+    thinkings = [output.rollout.thinking.token_ids for output in outputs]
+    return next(ids[position] for ids in thinkings if len(ids) > position + 1)
