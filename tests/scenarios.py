@@ -126,6 +126,7 @@ def counted(function, count, action):
 
 
 PLACES = {
+    "train begin": lambda trainer: (trainer, "_admit_sharded"),
     "generation": lambda trainer: (trainer._generation, "roll_out"),
     "grading": lambda trainer: (trainer, "_calculate_rewards"),
     "loss": lambda trainer: (trainer, "_compute_loss"),
