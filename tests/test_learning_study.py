@@ -118,6 +118,16 @@ def test_differences_by_hand(by_hand):
     # GRPO against AR-uniform: 400 tokens are 26.67 updates of it, 0.6 + 0.2 / 3 = 0.667
     reverse = analysis.differences(by_hand, cell, "grpo", "tokens", against="ar_uniform")
     assert reverse.tolist() == [pytest.approx([0.6 - 2 / 3] * 6)]
+    # After 10 updates, half-way to the first evaluation: 0.4 and 0.3
+    early = analysis.differences(by_hand, cell, "ar_uniform", "update", after=10)
+    assert early.tolist() == [pytest.approx([0.1] * 6)]
+
+
+def test_goals_by_hand(by_hand):
+    *_, smallest, _, share = analysis.goals_table(by_hand, ("t", "f")).splitlines()
+    # Equal time is equal updates here; AR-uniform is at 0.6 after 20 of 40
+    assert smallest.endswith("smallest difference | +0.200: met |")
+    assert share.endswith("median share | 0.50: met |")
 
 
 def test_reach_by_hand(by_hand):
@@ -191,7 +201,7 @@ def test_the_page_is_filled(finished, tmp_path):
     (results / "main.jsonl").write_text(finished.read_text())
     page = tmp_path / "page.md"
     cell = ("curves", "differences", "reach", "arms", "variance", "variance 8 budgets", "correlation", "goals")
-    names = ["cells", "tuning", "adaptive", "gradient", *(f"{name} pointers/llama" for name in cell)]
+    names = ["cells", "tuning", "adaptive", "gradient", "variance goal", *(f"{name} pointers/llama" for name in cell)]
     page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
     analysis.write_page(analysis.Results(results), page)
     text = page.read_text()

@@ -46,15 +46,23 @@ NAMES = {
     "uniform_8_budgets": "AR-uniform, 8 budgets",
     "uniform_final": "AR-uniform, summaries as GRPO's",
     "uniform_final_adaptive": "AR-uniform, summaries as GRPO's, adaptive",
+    "uniform_final_8_budgets": "AR-uniform, summaries as GRPO's, 8 budgets",
     "pairs_v2": "AR-uniform, G = 2, V2",
     "pairs_brpo": "AR-uniform, G = 2, V",
     "pairs_adaptive": "AR-uniform, G = 2, adaptive",
+    "pairs_final_v2": "AR-uniform, summaries as GRPO's, G = 2, V2",
+    "pairs_final_brpo": "AR-uniform, summaries as GRPO's, G = 2, V",
+    "pairs_final_adaptive": "AR-uniform, summaries as GRPO's, G = 2, adaptive",
+    "grpo_twice": "GRPO, twice the full budget",
 }
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
     "uniform_final_adaptive": "uniform_final",
+    "uniform_final_8_budgets": "uniform_final",
     "pairs_brpo": "pairs_v2",
     "pairs_adaptive": "pairs_brpo",
+    "pairs_final_brpo": "pairs_final_v2",
+    "pairs_final_adaptive": "pairs_final_brpo",
 }
 BASELINES = {
     "v1": "V1",
@@ -64,6 +72,8 @@ BASELINES = {
     "brpo_others": "V, own left out",
     "adaptive": "adaptive",
 }
+# Of which the goals were set, and the one that was found on the way
+GOAL_ARMS = ("ar_linear", "ar_uniform", "uniform_final")
 _COLORS = dict(zip(MAIN_ARMS, ("tab:red", "tab:green", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 # Quantile 0.975 of Student's t by degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -173,12 +183,14 @@ def grid(results: Results, record: Record) -> list[int]:
     return [record["budgets"][-1] * eighths // 8 for eighths in (1, 2, 3, 4, 6, 8)]
 
 
-def differences(results: Results, cell: Cell, arm: str, axis: str, against: str = "grpo") -> np.ndarray:
+def differences(
+    results: Results, cell: Cell, arm: str, axis: str, against: str = "grpo", after: int | None = None
+) -> np.ndarray:
     """
-    Accuracy of `arm` minus that of `against`, shape (seeds, budgets): `arm` after the common number of updates,
-    `against` when it has used as many updates, tokens or seconds.
+    Accuracy of `arm` minus that of `against`, shape (seeds, budgets): `arm` after so many updates (by default those
+    that all arms have), `against` when it has used as many updates, tokens or seconds.
     """
-    runs, n, out = results.runs[cell], results.updates(cell), []
+    runs, n, out = results.runs[cell], after or results.updates(cell), []
     for seed in sorted(set(runs[arm]) & set(runs[against])):
         progress = results.progress(runs[arm][seed])
         spent = float(np.interp(n, progress["update"], progress[axis]))
@@ -187,12 +199,17 @@ def differences(results: Results, cell: Cell, arm: str, axis: str, against: str 
 
 
 def differences_table(results: Results, cell: Cell) -> str:
-    """Each arm minus GRPO at every budget, at equal updates, tokens and CPU seconds."""
+    """Each arm minus GRPO at every budget, at equal updates (early and at the end), tokens and CPU seconds."""
     first = next(iter(results.runs[cell]["grpo"].values()))
-    rows = []
+    n, rows = results.updates(cell), []
     for arm in MAIN_ARMS[1:]:
-        for axis, name in (("update", "updates"), ("tokens", "tokens"), ("seconds", "CPU seconds")):
-            delta = differences(results, cell, arm, axis)
+        for axis, after, name in (
+            ("update", n // 3, f"updates: {n // 3}"),
+            ("update", n, f"updates: {n}"),
+            ("tokens", n, "tokens"),
+            ("seconds", n, "CPU seconds"),
+        ):
+            delta = differences(results, cell, arm, axis, after=after)
             if len(delta):
                 columns = [text(column, signed=True) for column in delta.T]
                 rows.append([NAMES[arm], name, str(len(delta)), *columns, text(delta.mean(axis=1), signed=True)])
@@ -299,12 +316,18 @@ def _segments(variances: list[Record], statistic: str, name: str) -> list[str]:
     return [f"{np.nanmean(column):.2f}" if np.isfinite(column).any() else "" for column in values.T]
 
 
-def variance_table(results: Results, cell: Cell, num_budgets: int = 4, group_size: int = 8) -> str:
+def variance_table(
+    results: Results,
+    cell: Cell,
+    num_budgets: int = 4,
+    group_size: int = 8,
+    priors: Sequence[str] = ("uniform", "linear", "base"),
+) -> str:
     """Var[R - V] / Var[R] by segment, and weighted by tokens."""
     rows = []
     for arm in ("", "grpo", "ar_uniform"):
         records = results.measures[cell][arm]
-        for prior in ("uniform", "linear", "base"):
+        for prior in priors:
             variances = _settings(records, num_budgets, group_size, prior)
             for name, title in BASELINES.items():
                 if variances:
@@ -365,43 +388,48 @@ def gradient_table(results: Results) -> str:
 
 
 def goals_table(results: Results, cell: Cell) -> str:
-    """The goals that were set for the study, each with its figure."""
+    """The goals that were set for learning, one column for each arm they are asked of, each cell with its figure."""
 
     def verdict(met: bool) -> str:
         return "met" if met else "not met"
 
+    n, runs = results.updates(cell), results.runs[cell]
+    arms = [arm for arm in GOAL_ARMS if set(runs[arm]) & set(runs["grpo"])]
+    rows: list[list[str]] = []
+    for axis, after, name in (
+        ("update", n // 3, f"{n // 3} updates"),
+        ("update", n, f"{n} updates"),
+        ("seconds", n, "equal CPU seconds"),
+    ):
+        means = [differences(results, cell, arm, axis, after=after).mean(axis=0) for arm in arms]
+        rows += [
+            [
+                f"at or above GRPO at every budget, {name}: smallest difference",
+                *(f"{mean.min():+.3f}: {verdict(mean.min() >= 0)}" for mean in means),
+            ],
+            [
+                f"10 points above it at the second-smallest budget, {name}",
+                *(f"{mean[1]:+.3f}: {verdict(mean[1] >= 0.10)}" for mean in means),
+            ],
+        ]
+    medians = [float(np.median(_reach_shares(results, cell, arm))) for arm in arms]
+    name = f"GRPO's anytime accuracy after {n} updates with at most half of its updates: median share"
+    rows.append([name, *(f"{median:.2f}: {verdict(median <= 0.5)}" for median in medians)])
+    return markdown(["goal", *(NAMES[arm] for arm in arms)], rows)
+
+
+def variance_goal_table(results: Results) -> str:
+    """In how many seeds the token-weighted variance of V is below those of V1 and V2, on the warm starts."""
     rows = []
-    for arm in MAIN_ARMS[1:]:
-        for axis, name in (("update", "updates"), ("seconds", "CPU seconds")):
-            delta = differences(results, cell, arm, axis)
-            if not len(delta):
-                continue
-            means = delta.mean(axis=0)
-            goal = f"{NAMES[arm]} at or above GRPO at every budget, at equal {name}"
-            rows.append([goal, f"smallest difference {means.min():+.3f}", str(len(delta)), verdict(means.min() >= 0)])
-            goal = f"{NAMES[arm]} 10 points above it at the second-smallest budget, at equal {name}"
-            rows.append([goal, text(delta[:, 1], signed=True), str(len(delta)), verdict(means[1] >= 0.10)])
-    for arm in MAIN_ARMS[1:]:
-        shares = _reach_shares(results, cell, arm)
-        if shares:
-            goal = f"{NAMES[arm]} reaches GRPO's final anytime accuracy with at most half of its updates"
-            median = float(np.median(shares))
-            rows.append([goal, f"median share {median:.2f}", str(len(shares)), verdict(median <= 0.5)])
-    for prior in ("uniform", "linear", "base"):
-        variances = _settings(results.measures[cell][""], 4, 8, prior)
-        for names, which in (
-            (("brpo", "v1", "v2"), "released group mean"),
-            (("brpo_others", "v1", "v2_others"), "own left out"),
-        ):
-            below = [
-                v["token_weighted"][names[0]] < min(v["token_weighted"][n] for n in names[1:])
-                for v in variances
-                if None not in (v["token_weighted"][n] for n in names)
-            ]
-            if below:
-                goal = f"token-weighted variance of V below V1's and V2's in every seed, {prior} prior, {which}"
-                rows.append([goal, f"{sum(below)} of {len(below)}", str(len(below)), verdict(all(below))])
-    return markdown(["goal", "figure", "seeds", "so far"], rows)
+    for cell, by_arm in results.measures.items():
+        for prior in ("uniform", "linear", "base"):
+            counts = []
+            for names in (("brpo", "v1", "v2"), ("brpo_others", "v1", "v2_others")):
+                weighted = [[v["token_weighted"][n] for n in names] for v in _settings(by_arm[""], 4, 8, prior)]
+                known = [values for values in weighted if None not in values]
+                counts.append(f"{sum(values[0] < min(values[1:]) for values in known)} of {len(known)}")
+            rows.append(["/".join(cell), prior, *counts])
+    return markdown(["", "prior", "released group mean", "own left out"], rows)
 
 
 def _reach_shares(results: Results, cell: Cell, arm: str) -> list[float]:
@@ -468,6 +496,7 @@ def write_page(results: Results, page: Path) -> None:
         "tuning": lambda: tuning_table(results),
         "adaptive": lambda: adaptive_table(results),
         "gradient": lambda: gradient_table(results),
+        "variance goal": lambda: variance_goal_table(results),
     }
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
@@ -479,8 +508,8 @@ def write_page(results: Results, page: Path) -> None:
             ("reach", reach_table),
             ("arms", arms_table),
             ("variance", variance_table),
-            ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8)),
-            ("variance pairs", lambda r, c: variance_table(r, c, group_size=2)),
+            ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8, priors=["uniform"])),
+            ("variance pairs", lambda r, c: variance_table(r, c, group_size=2, priors=["uniform"])),
             ("correlation", correlation_table),
             ("goals", goals_table),
         ):
