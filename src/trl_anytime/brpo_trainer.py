@@ -21,7 +21,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
@@ -37,6 +37,7 @@ from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rol
 from .budgets import live_segments, prior_weights
 from .cards.card import CARD, copy_card, write_card
 from .cards.facts import card_facts
+from .checks.arguments import check_answers, check_arguments
 from .checks.batch_arithmetic import most_tokens
 from .checks.run_start import report_start
 from .checks.start_checks import context_objection
@@ -191,13 +192,13 @@ class BRPOTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = BRPOConfig(f"{model_name.split('/')[-1]}-BRPO")
-        _check_arguments(args, train_dataset, kwargs)
+        check_arguments(args, train_dataset, kwargs)
         reward_funcs = MathReward() if reward_funcs is None else reward_funcs
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         for reward_func in reward_funcs:
             if isinstance(reward_func, AnswerReward):
                 train_dataset, kwargs["eval_dataset"] = (
-                    _check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
+                    check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
                 )
 
         # What is in flight while TRL's methods run around ours: the generation batch, and the rows of a forward pass
@@ -830,7 +831,7 @@ class BRPOTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         self._metrics["train"].update(state["metrics"])
         if self.log_completions and state["logs"] is not None:
-            self._logs.update(_as_logs(state["logs"]))
+            self._logs.update(checkpoint.to_logs(state["logs"]))
         if self._alarms is not None and state["alarms"] is not None:
             self._alarms.load_state_dict(state["alarms"])
         self._tr_loss += state["loss"]
@@ -921,50 +922,3 @@ def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort(descending=True, stable=True)
     dealt = {name: values[order].chunk(len(batches)) for name, values in rows.items()}
     return [{**batch, **{name: dealt[name][i] for name in rows}} for i, batch in enumerate(batches)]
-
-
-def _as_logs(plain: dict[str, Any]) -> dict[str, Any]:
-    """TRL's table of completions, from lists."""
-    return {
-        name: defaultdict(deque, {key: deque(column) for key, column in values.items()})
-        if isinstance(values, dict)
-        else deque(values)
-        for name, values in plain.items()
-    }
-
-
-def _check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
-    if not isinstance(args, BRPOConfig):
-        if isinstance(args, GRPOConfig):
-            raise ValueError("`args` is a `GRPOConfig`: use `trl_anytime.BRPOConfig`, which takes the same settings.")
-        raise ValueError(
-            f"The second argument is `args`, a `BRPOConfig`, got {type(args).__name__}. Reward functions are passed "
-            "by keyword: `BRPOTrainer(model, args, train_dataset, reward_funcs=...)`."
-        )
-    for name in ("tools", "rollout_func", "environment_factory"):
-        if kwargs.get(name):
-            raise ValueError(f"`{name}` is not supported: BRPO has its own rollout, a single thinking that is cut.")
-    if args.card_eval_dataset is not None and isinstance(kwargs.get("eval_dataset"), dict):
-        raise ValueError(
-            "`card_eval_dataset` names one set, and `eval_dataset` holds several, by names of their own: remove it."
-        )
-    if getattr(kwargs.get("peft_config"), "is_prompt_learning", False):
-        raise ValueError(
-            "Prompt learning (prefix, prompt and p-tuning) is not supported: its virtual tokens are not part of the "
-            "packed rows. Use LoRA."
-        )
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required.")
-    for column in ("image", "images"):
-        if column in (train_dataset.column_names or ()):
-            raise ValueError(
-                f"The dataset has a column '{column}': BRPO trains on text. Drop it with `remove_columns`."
-            )
-    if "prompt" not in (train_dataset.column_names or ("prompt",)):
-        raise ValueError(f"The dataset needs a column 'prompt', it has {train_dataset.column_names}.")
-
-
-def _check_answers(reward: AnswerReward, dataset: Any) -> Any:
-    if isinstance(dataset, dict):
-        return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
-    return None if dataset is None else reward.check_dataset(dataset)

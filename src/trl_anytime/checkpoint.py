@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -307,3 +307,13 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple | deque) else value
+
+
+def to_logs(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """TRL's table of completions, of which [`to_plain`] made lists."""
+    return {
+        name: defaultdict(deque, {key: deque(column) for key, column in values.items()})
+        if isinstance(values, dict)
+        else deque(values)
+        for name, values in plain.items()
+    }
