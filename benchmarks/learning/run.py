@@ -29,13 +29,18 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # the bars of several workers write over each other
 }
 
 
 def run_job(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     """Do a job in this process; returns its line of the results."""
-    from . import measure, training  # takes long, and only the workers need it
+    # They take long, and only the workers need them
+    from transformers.utils import logging
 
+    from . import measure, training
+
+    logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
     start = time.perf_counter(), time.process_time()
     work = {"warm_start": training.warm_start, "train": training.train, "measure": measure.measure}[job.kind]
