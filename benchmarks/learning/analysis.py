@@ -54,6 +54,10 @@ NAMES = {
     "pairs_final_brpo": "AR-uniform, summaries as GRPO's, G = 2, V",
     "pairs_final_adaptive": "AR-uniform, summaries as GRPO's, G = 2, adaptive",
     "grpo_twice": "GRPO, twice the full budget",
+    "grpo_decayed": "GRPO, rate to zero",
+    "grpo_decayed_110": "GRPO, rate to zero, 110 updates",
+    "ar_uniform_decayed": "AR-uniform, rate to zero",
+    "uniform_final_decayed": "AR-uniform, summaries as GRPO's, rate to zero",
 }
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
@@ -63,6 +67,8 @@ REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_"
     "pairs_adaptive": "pairs_brpo",
     "pairs_final_brpo": "pairs_final_v2",
     "pairs_final_adaptive": "pairs_final_brpo",
+    "ar_uniform_decayed": "grpo_decayed",
+    "uniform_final_decayed": "grpo_decayed",
 }
 BASELINES = {
     "v1": "V1",
