@@ -154,7 +154,7 @@ def test_jobs_come_in_order_and_know_what_they_need():
 def test_the_main_study_is_complete():
     study = Study.load(MAIN)
     trained = {(job.arm, f"{job.task}/{job.family}") for job in study.jobs() if job.kind == "train"}
-    assert {arm for arm, _ in trained} == set(study.arms)
+    assert {arm for arm, _ in trained} == set(study.arms) == set(analysis.NAMES)
     assert set(study.tasks) == set(TASKS)
     assert study.budgets("pointers", "ar_uniform") == [14, 28, 42, 56]
     assert study.eval_budgets("pointers") == [7, 14, 21, 28, 42, 56]
@@ -200,7 +200,17 @@ def test_the_page_is_filled(finished, tmp_path):
     results.mkdir()
     (results / "main.jsonl").write_text(finished.read_text())
     page = tmp_path / "page.md"
-    cell = ("curves", "differences", "reach", "arms", "variance", "variance 8 budgets", "correlation", "goals")
+    cell = (
+        "curves",
+        "differences",
+        "reach",
+        "arms",
+        "decayed",
+        "variance",
+        "variance 8 budgets",
+        "correlation",
+        "goals",
+    )
     names = ["cells", "tuning", "adaptive", "gradient", "variance goal", *(f"{name} pointers/llama" for name in cell)]
     page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
     analysis.write_page(analysis.Results(results), page)

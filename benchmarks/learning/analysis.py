@@ -263,18 +263,19 @@ def reach_table(results: Results, cell: Cell) -> str:
 
 
 def arms_table(results: Results, cell: Cell) -> str:
-    """All arms after the common number of updates."""
+    """All arms at the end of their runs, GRPO after as many updates as the others."""
     runs, n, rows = results.runs[cell], results.updates(cell), []
     for arm in NAMES:
         if not runs[arm]:
             continue
-        after = np.array([results.at(record, "update", n) for record in runs[arm].values()])
+        end = n if arm == "grpo" else len(next(iter(runs[arm].values()))["tokens"])
+        after = np.array([results.at(record, "update", end) for record in runs[arm].values()])
         last = [results.progress(record) for record in runs[arm].values()]
-        length = [np.interp(n, p["update"], p["thinking_length"]) for p in last]
-        seconds = [np.interp(n, p["update"], p["seconds"]) for p in last]
+        length = [np.interp(end, p["update"], p["thinking_length"]) for p in last]
+        seconds = [np.interp(end, p["update"], p["seconds"]) for p in last]
         against = []
         for reference in ("grpo", REFERENCES.get(arm)):
-            delta = differences(results, cell, arm, "update", reference) if reference else []
+            delta = differences(results, cell, arm, "update", reference, end) if reference else []
             name = NAMES[reference] if reference else ""
             against.append(
                 f"{text(delta.mean(axis=1), signed=True)} ({name})" if len(delta) and arm != reference else ""
@@ -294,6 +295,26 @@ def arms_table(results: Results, cell: Cell) -> str:
         )
     head = ["", "n", "anytime", "second-smallest budget", "full budget", "thinking length", "CPU seconds"]
     return markdown([*head, "anytime minus GRPO", "minus its reference"], rows)
+
+
+def decayed_table(results: Results, cell: Cell) -> str:
+    """Arms whose learning rate goes down to zero, against GRPO's after as many updates and after as much time."""
+    first = next(iter(results.runs[cell]["grpo"].values()))
+    rows = []
+    for arm in ("ar_uniform_decayed", "uniform_final_decayed"):
+        for reference, equal in (("grpo_decayed", "updates"), ("grpo_decayed_110", "CPU seconds, about")):
+            runs, others = results.runs[cell][arm], results.runs[cell][reference]
+            seeds = sorted(set(runs) & set(others))
+            if seeds:
+                delta = np.array([_last(runs[seed]) - _last(others[seed]) for seed in seeds])
+                columns = [text(column, signed=True) for column in delta.T]
+                mean = text(delta.mean(axis=1), signed=True)
+                rows.append([NAMES[arm], NAMES[reference], equal, str(len(seeds)), *columns, mean])
+    return markdown(["", "minus", "at equal", "n", *map(str, grid(results, first)), "mean"], rows)
+
+
+def _last(record: Record) -> np.ndarray:
+    return np.array(record["evaluations"][-1]["accuracy"])
 
 
 def tuning_table(results: Results) -> str:
@@ -513,6 +534,7 @@ def write_page(results: Results, page: Path) -> None:
             ("differences", differences_table),
             ("reach", reach_table),
             ("arms", arms_table),
+            ("decayed", decayed_table),
             ("variance", variance_table),
             ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8, priors=["uniform"])),
             ("variance pairs", lambda r, c: variance_table(r, c, group_size=2, priors=["uniform"])),
