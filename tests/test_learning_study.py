@@ -211,7 +211,7 @@ def test_the_page_is_filled(finished, tmp_path):
         "correlation",
         "goals",
     )
-    names = ["cells", "tuning", "adaptive", "gradient", "variance goal", *(f"{name} pointers/llama" for name in cell)]
+    names = ["tuning", "adaptive", "gradient", "variance goal", *(f"{name} pointers/llama" for name in cell)]
     page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
     analysis.write_page(analysis.Results(results), page)
     text = page.read_text()

@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ BASELINES = {
 }
 # Of which the goals were set, and the one that was found on the way
 GOAL_ARMS = ("ar_linear", "ar_uniform", "uniform_final")
+MEASURED = ("", "grpo", "ar_uniform")  # whose checkpoints; the first is the warm start's
 _COLORS = dict(zip(MAIN_ARMS, ("tab:red", "tab:green", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 # Quantile 0.975 of Student's t by degrees of freedom
 _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -352,7 +353,7 @@ def variance_table(
 ) -> str:
     """Var[R - V] / Var[R] by segment, and weighted by tokens."""
     rows = []
-    for arm in ("", "grpo", "ar_uniform"):
+    for arm in MEASURED:
         records = results.measures[cell][arm]
         for prior in priors:
             variances = _settings(records, num_budgets, group_size, prior)
@@ -370,7 +371,7 @@ def variance_table(
 def correlation_table(results: Results, cell: Cell, num_budgets: int = 4) -> str:
     """Corr[V, R] by segment."""
     rows = []
-    for arm in ("", "grpo", "ar_uniform"):
+    for arm in MEASURED:
         variances = _settings(results.measures[cell][arm], num_budgets, 8, "uniform")
         for name, title in BASELINES.items():
             if variances:
@@ -384,34 +385,41 @@ def adaptive_table(results: Results) -> str:
     many seeds the bootstrap's own 95 % interval over prompts lies wholly above 0.
     """
     rows = []
-    for cell, by_arm in results.measures.items():
-        for arm, records in by_arm.items():
-            variances = _settings(records, 4, 8, "uniform")
-            for name in ("v1", "v2_others", "brpo_others") if variances else ():
-                segments = []
-                for j in range(4):
-                    pairs = [(v["variance_ratio"]["adaptive"][j], v["variance_ratio"][name][j]) for v in variances]
-                    lows = [v["adaptive_minus"][name][j][0] for v in variances]
-                    known = [own - other for own, other in pairs if own is not None and other is not None]
-                    above = sum(low is not None and low > 0 for low in lows)
-                    segments.append(f"{text(known, signed=True)} ({above})" if known else "")
-                where = f"{'/'.join(cell)}, {NAMES.get(arm, 'warm start')}"
-                rows.append([where, BASELINES[name], str(len(variances)), *segments])
+    for cell, arm, records in _checkpoints(results):
+        variances = _settings(records, 4, 8, "uniform")
+        for name in ("v1", "v2_others", "brpo_others") if variances else ():
+            segments = []
+            for j in range(4):
+                pairs = [(v["variance_ratio"]["adaptive"][j], v["variance_ratio"][name][j]) for v in variances]
+                lows = [v["adaptive_minus"][name][j][0] for v in variances]
+                known = [own - other for own, other in pairs if own is not None and other is not None]
+                above = sum(low is not None and low > 0 for low in lows)
+                segments.append(f"{text(known, signed=True)} ({above})" if known else "")
+            where = f"{'/'.join(cell)}, {NAMES.get(arm, 'warm start')}"
+            rows.append([where, BASELINES[name], str(len(variances)), *segments])
     return markdown(["checkpoint", "minus", "n", *(f"segment {j + 1}" for j in range(4))], rows)
 
 
 def gradient_table(results: Results) -> str:
-    """Noise of the gradient, in units of the thinking's without a baseline."""
+    """Noise of the gradient, in units of the thinking's without a baseline: median, smallest and largest."""
     columns = {**BASELINES, "summaries": "all summaries", "last_summary": "last summary"}
     rows = []
+    for cell, arm, records in _checkpoints(results):
+        noise = [record["gradient"]["uniform"]["noise"] for record in records]
+        cells = []
+        for name in columns:
+            known = [n[name] for n in noise if n[name] is not None]
+            cells.append(f"{np.median(known):.2f} ({min(known):.2f}–{max(known):.2f})" if known else "")
+        rows.append(["/".join(cell), NAMES.get(arm, "warm start"), str(len(noise)), *cells])
+    return markdown(["", "checkpoint", "n", *columns.values()], rows)
+
+
+def _checkpoints(results: Results) -> Iterator[tuple[Cell, str, list[Record]]]:
+    """Cell, arm and measurements of every kind of checkpoint, the warm start first."""
     for cell, by_arm in results.measures.items():
-        for arm, records in by_arm.items():
-            if not records:
-                continue
-            noise = [record["gradient"]["uniform"]["noise"] for record in records]
-            cells = [" ".join("–" if n[name] is None else f"{n[name]:.2f}" for n in noise) for name in columns]
-            rows.append(["/".join(cell), NAMES.get(arm, "warm start"), *cells])
-    return markdown(["", "checkpoint", *columns.values()], rows)
+        for arm in MEASURED:
+            if by_arm[arm]:
+                yield cell, arm, by_arm[arm]
 
 
 def goals_table(results: Results, cell: Cell) -> str:
@@ -467,17 +475,6 @@ def _reach_shares(results: Results, cell: Cell, arm: str) -> list[float]:
     return shares
 
 
-def cells_table(results: Results) -> str:
-    """How many seeds of each arm are done."""
-    rows = [
-        ["/".join(cell), *(str(len(runs[arm])) if runs[arm] else "–" for arm in NAMES)]
-        for cell, runs in results.runs.items()
-    ]
-    columns = zip(["", *NAMES.values()], *rows, strict=True)
-    head, *body = columns
-    return markdown(head, body)
-
-
 # Figures
 
 
@@ -519,7 +516,6 @@ def training_figure(results: Results, cell: Cell, path: Path) -> None:
 def write_page(results: Results, page: Path) -> None:
     """Put all tables into the page, and the figures beside it."""
     makers: dict[str, Callable[[], str]] = {
-        "cells": lambda: cells_table(results),
         "tuning": lambda: tuning_table(results),
         "adaptive": lambda: adaptive_table(results),
         "gradient": lambda: gradient_table(results),
