@@ -78,8 +78,8 @@ BASELINES = {
     "brpo_others": "V, own left out",
     "adaptive": "adaptive",
 }
-# Of which the goals were set, and the one that was found on the way
-GOAL_ARMS = ("ar_linear", "ar_uniform", "uniform_final")
+# Those of which the goals were set, and those that were found on the way
+GOAL_ARMS = ("ar_linear", "ar_uniform", "uniform_final", "pairs_final_adaptive")
 MEASURED = ("", "grpo", "ar_uniform")  # whose checkpoints; the first is the warm start's
 _COLORS = dict(zip(MAIN_ARMS, ("tab:red", "tab:green", "tab:orange", "tab:blue", "tab:purple"), strict=True))
 # Quantile 0.975 of Student's t by degrees of freedom
