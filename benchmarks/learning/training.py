@@ -23,7 +23,14 @@ from .study import Job, Study
 from .tasks import TASKS
 
 # Kept for every update, where the trainer logs it
-_UPDATE_METRICS = ("reward", "grad_norm", "thinking/mean_length", "thinking/finished_ratio", "summary/mean_length")
+_UPDATE_METRICS = (
+    "reward",
+    "grad_norm",
+    "anytime/no_advantage_ratio",
+    "thinking/mean_length",
+    "thinking/finished_ratio",
+    "summary/mean_length",
+)
 
 
 def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -155,7 +162,7 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
 
     history = trainer.state.log_history
     logs = [log for log in history if "loss" in log]
-    names = [n for n in logs[0] if n in _UPDATE_METRICS or n.startswith("anytime/")]
+    names = [n for n in logs[0] if n in _UPDATE_METRICS or n.startswith("anytime/reward@")]
     per_rollout = len(budgets) * trainer.args.num_summaries
     rollouts = study.training["prompts_per_update"] * study.training["num_generations"]
     tokens = [rollouts * (log["thinking/mean_length"] + per_rollout * log["summary/mean_length"]) for log in logs]
