@@ -18,9 +18,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trl_anytime import AnytimeContract, Sampling
-from trl_anytime.evaluation import Evaluation, results_of
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.problems import ProblemSet
+from trl_anytime.evaluation.evaluate import Evaluation, results_of
+from trl_anytime.evaluation.problems import ProblemSet
+from trl_anytime.rollout.markers import ThinkingMarkers
 
 LAST = 1000
 BUDGETS = list(range(LAST // 32, LAST + 1, LAST // 32))[-32:]

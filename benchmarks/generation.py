@@ -24,10 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen2Config
 from tree_attention import SHAPES
 
-from trl_anytime.attention import enable_tree_attention
-from trl_anytime.generation import RolloutSettings
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.transformers_generation import TransformersGeneration
+from trl_anytime.modeling.tree_attention import enable_tree_attention
+from trl_anytime.rollout.backend import RolloutSettings
+from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.transformers_backend import TransformersGeneration
 
 BRIDGE = 10  # tokens
 

@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from trl_anytime import BRPOConfig
-from trl_anytime.attention import TreeLayout, enable_tree_attention, layout_in_use
 from trl_anytime.checks.memory import planned_model, run_layers, without_memory
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.packing import PackedRollouts
+from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
 
 BRIDGE = 10
 

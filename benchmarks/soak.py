@@ -32,7 +32,7 @@ import psutil
 from transformers import TrainerCallback
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.rewards.pool import PoolSettings, close_pools, get_pool
+from trl_anytime.rewards.verifier.pool import PoolSettings, close_pools, get_pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from rewards_cases import HOSTILE  # noqa: E402  (the path comes first)

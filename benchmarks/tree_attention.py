@@ -25,9 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_anytime.attention import enable_tree_attention, forward_packed
-from trl_anytime.separate_rows import forward_rows
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.packing import PackedRollouts
+from trl_anytime.modeling.separate_rows import forward_rows
+from trl_anytime.modeling.tree_attention import enable_tree_attention, forward_packed
 
 SHAPES = {
     "small": {

@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 from trl_anytime.rewards import MathReward, grade_answers
-from trl_anytime.rewards.forms import Collection, Formula, as_fraction, read
-from trl_anytime.rewards.golds import gold_alternatives
-from trl_anytime.rewards.latex import normalize
-from trl_anytime.rewards.pool import PoolSettings, WorkerPool, close_pools
+from trl_anytime.rewards.verifier.forms import Collection, Formula, as_fraction, read
+from trl_anytime.rewards.verifier.gold_answers import gold_alternatives
+from trl_anytime.rewards.verifier.latex import normalize
+from trl_anytime.rewards.verifier.pool import PoolSettings, WorkerPool, close_pools
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

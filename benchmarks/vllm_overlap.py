@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
-from trl_anytime.generation import RolloutSettings
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.vllm_generation import ColocateGeneration
+from trl_anytime.rollout.backend import RolloutSettings
+from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.vllm_backend import ColocateGeneration
 
 VOCAB_SIZE, THINK_END, BRIDGE = 64, 1, (2, 3, 4, 5)
 

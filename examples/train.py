@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_anytime import BRPOConfig, BRPOTrainer
-from trl_anytime.checks.recipe import DataArguments, load_problems, model_init_kwargs, name_in_card
+from trl_anytime.data import DataArguments, load_problems, model_init_kwargs, name_in_card
 from trl_anytime.rewards import MathReward
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from unittest import mock
 
-from trl_anytime.rewards import equality, worker
+from trl_anytime.rewards.verifier import equality, worker
 
 grade = worker._grade
 

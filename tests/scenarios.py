@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.faults import FaultWatch
-from trl_anytime.generation import PrefixGeneration
-from trl_anytime.rollout import Rollout, Thinking
+from trl_anytime.rollout.backend import PrefixGeneration
+from trl_anytime.rollout.types import Rollout, Thinking
+from trl_anytime.training.faults import FaultWatch
 
 # Steps 1 to 4 train on one generation batch, 5 to 8 on the next; then an epoch is over
 SETTINGS = {

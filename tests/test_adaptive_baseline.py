@@ -10,9 +10,9 @@ import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.adaptive_baseline import _FORGETTING, AdaptiveBaseline, leave_one_out_mean
-from trl_anytime.advantages import segment_returns
-from trl_anytime.checkpoint import load_rank_state
+from trl_anytime.method.adaptive_baseline import _FORGETTING, AdaptiveBaseline, leave_one_out_mean
+from trl_anytime.method.advantages import segment_returns
+from trl_anytime.training.checkpoint import load_rank_state
 
 BUDGETS = [10, 20]
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_anytime.advantages import (
+from trl_anytime.method.advantages import (
     baseline_diagnostics,
     segment_returns,
     summary_advantages,
     thinking_advantages,
 )
-from trl_anytime.budgets import thinking_cuts
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.budgets import thinking_cuts
+from trl_anytime.method.packing import PackedRollouts
 
 CASES = json.loads((Path(__file__).parent / "data" / "advantages.json").read_text())
 BASELINES = {"brpo": "brpo", "v1only": "v1", "v2only": "v2", "none": "none"}

@@ -10,9 +10,9 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from transformers import TrainerCallback
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.alarms import ALARMS, Alarms
 from trl_anytime.rewards import MathReward
-from trl_anytime.rollout import Rollout, Thinking
+from trl_anytime.rollout.types import Rollout, Thinking
+from trl_anytime.training.alarms import ALARMS, Alarms
 
 STUDY = Path(__file__).parents[1] / "benchmarks/learning/results"
 HEALTHY = {

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_anytime.admission import measured_objection, structural_objection
-from trl_anytime.attention import TreeLayout, enable_tree_attention, forward_packed
-from trl_anytime.separate_rows import forward_rows
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.packing import PackedRollouts
+from trl_anytime.modeling.separate_rows import forward_rows
+from trl_anytime.modeling.support import measured_objection, structural_objection
+from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, forward_packed
 
 # One small random model of each family; windows are shorter than the rows
 FAMILIES = {

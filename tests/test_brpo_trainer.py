@@ -12,9 +12,9 @@ from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.advantages import summary_advantages, thinking_advantages
-from trl_anytime.generation import PrefixGeneration
+from trl_anytime.method.advantages import summary_advantages, thinking_advantages
 from trl_anytime.rewards import MathReward
+from trl_anytime.rollout.backend import PrefixGeneration
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):

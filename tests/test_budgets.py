@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_anytime.budgets import check_budgets, prior_weights, thinking_cuts
+from trl_anytime.method.budgets import check_budgets, prior_weights, thinking_cuts
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from trl_anytime.checkpoint import MANIFEST, last_whole, manifest
+from trl_anytime.training.checkpoint import MANIFEST, last_whole, manifest
 
 pytestmark = pytest.mark.heavy
 

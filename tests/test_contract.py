@@ -9,8 +9,8 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trl_anytime import AnytimeContract, BRPOTrainer, Sampling
-from trl_anytime.contract import CONTRACT_NAME, check_context
-from trl_anytime.inference import contract_of
+from trl_anytime.inference.anytime_config import CONTRACT_NAME, check_context
+from trl_anytime.inference.generate import contract_of
 
 
 def make_trainer(output_dir, peft_config=None, **settings):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_anytime.curves import compare, estimates, resampled_means
+from trl_anytime.evaluation.statistics import compare, estimates, resampled_means
 
 
 def test_a_curve_without_uncertainty():

@@ -25,8 +25,8 @@ from test_tree import drawing
 from tiny import make_config, make_model, make_tokenizer, parity_reward
 
 import trl_anytime
-from trl_anytime.advantages import segment_returns, thinking_advantages
 from trl_anytime.cli import _parser, main
+from trl_anytime.method.advantages import segment_returns, thinking_advantages
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -19,12 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl import ModelConfig
 
 from trl_anytime import BRPOConfig, cli
-from trl_anytime.attention import TreeLayout, enable_tree_attention, layout_in_use
 from trl_anytime.checks import doctor
-from trl_anytime.checks.batch_arithmetic import BatchArithmetic
+from trl_anytime.checks.batch_sizes import BatchArithmetic
 from trl_anytime.checks.doctor import examine, read_launch
 from trl_anytime.checks.finding import ERROR, OK, WARNING
-from trl_anytime.checks.idle_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
 from trl_anytime.checks.memory import (
     Launch,
     estimate_memory,
@@ -34,11 +32,13 @@ from trl_anytime.checks.memory import (
     run_layers,
     without_memory,
 )
-from trl_anytime.checks.recipe import DataArguments
 from trl_anytime.checks.start_checks import reward_findings, splice_findings
-from trl_anytime.markers import find_markers
+from trl_anytime.checks.unused_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
+from trl_anytime.data import DataArguments
+from trl_anytime.method.packing import PackedRollouts
+from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
 from trl_anytime.rewards import MathReward
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.rollout.markers import find_markers
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 OPENED = (

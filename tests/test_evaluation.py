@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trl_anytime import AnytimeContract, Sampling
 from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
-from trl_anytime.evaluation import Evaluation, accuracies, load_results, results_of
-from trl_anytime.inference import anytime_generate
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.problems import load_problems
+from trl_anytime.evaluation.evaluate import Evaluation, accuracies, load_results, results_of
+from trl_anytime.evaluation.problems import load_problems
+from trl_anytime.inference.generate import anytime_generate
 from trl_anytime.rewards import MathReward
+from trl_anytime.rollout.markers import ThinkingMarkers
 
 BOXES = tuple(rf"\boxed{{{digit}}}" for digit in range(10))
 BUDGETS = [2, 4, 8, 16, 32]

@@ -14,9 +14,9 @@ import yaml
 from fake_hub import USER, fake_hub
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from trl_anytime import checkpoint
-from trl_anytime.cards.card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
-from trl_anytime.contract import CONTRACT_NAME
+from trl_anytime.inference.anytime_config import CONTRACT_NAME
+from trl_anytime.reporting.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
+from trl_anytime.training import checkpoint
 
 pytestmark = pytest.mark.heavy  # it trains
 

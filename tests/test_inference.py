@@ -10,7 +10,7 @@ from tiny_contract import GREEDY, PROMPTS, make_contract
 from transformers import GenerationConfig, TextStreamer
 
 from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
-from trl_anytime.generation import RolloutSettings
+from trl_anytime.rollout.backend import RolloutSettings
 
 
 def test_the_tokens_are_those_of_training(tmp_path):
@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was(tokenizer, contract):
 
 def test_a_model_without_tree_attention(model, tokenizer, contract, monkeypatch, caplog):
     expected = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
-    monkeypatch.setattr("trl_anytime.inference.structural_objection", lambda model: "it is recurrent")
+    monkeypatch.setattr("trl_anytime.inference.generate.structural_objection", lambda model: "it is recurrent")
     found = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
     assert found == expected
     assert "computes its thinking once more" in caplog.text and "it is recurrent" in caplog.text

@@ -3,7 +3,7 @@ from tiny import OPENED, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_anytime.markers import find_markers, thinking_state
+from trl_anytime.rollout.markers import find_markers, thinking_state
 
 # The shapes of the templates of DeepSeek-R1-Distill and Qwen3: what they add for the answer
 R1 = "<｜User｜>1 + 1?<｜Assistant｜><think>\n"

@@ -16,8 +16,9 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anytime import AnytimeContract, BRPOConfig, BRPOTrainer
-from trl_anytime.cards.arms import arm_name
-from trl_anytime.cards.card import (
+from trl_anytime.inference.serving import deployment
+from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
+from trl_anytime.reporting.model_card import (
     BUDGET_PICTURE,
     CARD,
     TRAINING_PICTURE,
@@ -27,9 +28,8 @@ from trl_anytime.cards.card import (
     eval_result_files,
     write_card,
 )
-from trl_anytime.history import before_and_after, evaluations, training_curves
+from trl_anytime.reporting.recipe_names import arm_name
 from trl_anytime.rewards import ExactMatch
-from trl_anytime.serving import deployment
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 

@@ -8,7 +8,7 @@ from tiny_contract import make_contract
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient
-from trl_anytime.probe import judge, probe, report, verdict
+from trl_anytime.inference.probe import judge, probe, report, verdict
 
 CONTRACT = make_contract()  # "so </think>" (9, 5) closes, "answer" (8) follows
 ONE, THREE, SO, END, ANSWER, EOS = 11, 13, 9, 5, 8, 2

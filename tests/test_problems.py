@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from trl_anytime.problems import BENCHMARKS, load_problems
+from trl_anytime.evaluation.problems import BENCHMARKS, load_problems
 from trl_anytime.rewards import grade_answers
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from rewards_cases import DIFFERENT, EQUAL, HOSTILE, TOO_EXPENSIVE, TOO_LONG
 
 from trl_anytime.rewards import MathReward, grade_answers
-from trl_anytime.rewards.equality import Exact, answers_equal
-from trl_anytime.rewards.forms import as_fraction, read
-from trl_anytime.rewards.golds import gold_alternatives
-from trl_anytime.rewards.latex import normalize, tokens
+from trl_anytime.rewards.verifier.equality import Exact, answers_equal
+from trl_anytime.rewards.verifier.forms import as_fraction, read
+from trl_anytime.rewards.verifier.gold_answers import gold_alternatives
+from trl_anytime.rewards.verifier.latex import normalize, tokens
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = ["aime24", "amc", "math500", "math_train_2000"]
@@ -133,7 +133,7 @@ def test_what_cannot_be_evaluated_counts_as_a_timeout(answer):
 
 @pytest.mark.parametrize("answer", TOO_LONG, ids=range(len(TOO_LONG)))
 def test_long_text_is_not_looked_at(answer, monkeypatch):
-    monkeypatch.setattr("trl_anytime.rewards.math_reward.answers_equal", None)  # would raise if it was called
+    monkeypatch.setattr("trl_anytime.rewards.math.answers_equal", None)  # would raise if it was called
     assert grade_answers([answer], ["2"]) == [0.0]
     reward = MathReward(end_of_thinking=None)
     for text in (rf"\boxed{{{answer}}}", answer, r"\boxed{" + answer):

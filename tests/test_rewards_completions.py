@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
 from trl_anytime.rewards import ExactMatch, FormatReward, MathReward, MultipleChoice, NumericClose
-from trl_anytime.rewards.extraction import after_thinking, answer_paragraph, completion_text, last_boxed
+from trl_anytime.rewards.verifier.extraction import after_thinking, answer_paragraph, completion_text, last_boxed
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BRIDGE = "\n\n**Final Answer**\n"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from trl_anytime.rewards import MathReward, grade_answers, pool
-from trl_anytime.rewards.pool import PoolSettings, WorkerPool, default_workers
+from trl_anytime.rewards import MathReward, grade_answers
+from trl_anytime.rewards.verifier import pool
+from trl_anytime.rewards.verifier.pool import PoolSettings, WorkerPool, default_workers
 
 TESTS = Path(__file__).parent
 SETTINGS = PoolSettings(
@@ -334,7 +335,7 @@ def test_default_workers(monkeypatch):
 
 
 def test_workers_start_without_torch():
-    code = "import sys, trl_anytime.rewards.worker, trl_anytime.rewards.symbolic; print(sorted(sys.modules))"
+    code = "import sys, trl_anytime.rewards.verifier.worker, trl_anytime.rewards.verifier.symbolic; print(sorted(sys.modules))"
     modules = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     ).stdout
@@ -349,6 +350,6 @@ def test_duplicates_are_graded_once(monkeypatch):
             sent.update(pairs)
             return ["equal"] * len(pairs)
 
-    monkeypatch.setattr("trl_anytime.rewards.math_reward.get_pool", lambda settings: Counting())
+    monkeypatch.setattr("trl_anytime.rewards.math.get_pool", lambda settings: Counting())
     assert grade_answers([r"\sqrt8"] * 5, [r"2\sqrt2"] * 5) == [1.0] * 5
     assert sent == {(r"2\sqrt2", r"\sqrt8"): 1}

@@ -1,8 +1,8 @@
 import pytest
 from tiny import make_tokenizer
 
-from trl_anytime.markers import find_markers
-from trl_anytime.rollout import Rollout, Thinking
+from trl_anytime.rollout.markers import find_markers
+from trl_anytime.rollout.types import Rollout, Thinking
 
 TOKENIZER = make_tokenizer()
 MARKERS = find_markers(TOKENIZER, "<think>", truncation_bridge="so </think>", answer_bridge="answer")

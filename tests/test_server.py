@@ -5,7 +5,7 @@ from tiny_contract import GREEDY, PROMPTS
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient, anytime_generate
-from trl_anytime.inference import stream_answers, streaming_sampler
+from trl_anytime.inference.generate import stream_answers, streaming_sampler
 
 
 def make_client(server, **settings):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny_contract import make_contract
 
-from trl_anytime.serving import SERVERS, deployment
+from trl_anytime.inference.serving import SERVERS, deployment
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -16,8 +16,8 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-from trl_anytime.history import Curve, evaluations
-from trl_anytime.trackers import Trackers
+from trl_anytime.reporting.learning_curves import Curve, evaluations
+from trl_anytime.reporting.trackers import Trackers
 
 INSTALLED = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name)]
 
@@ -145,7 +145,7 @@ def trackers(*names):
 
 
 def warnings(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == "trl_anytime.trackers"]
+    return [record.getMessage() for record in caplog.records if record.name == "trl_anytime.reporting.trackers"]
 
 
 def test_curves_of_evaluations():
@@ -164,10 +164,10 @@ def test_curves_of_evaluations():
 
 def test_without_matplotlib_a_line_says_how_to_get_it(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "trl_anytime.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "trl_anytime.reporting.plots", raising=False)
     state = TrainerState(log_history=[evaluation(3, 0.2, 0.4)])
     ours = trackers("tensorboard")
-    with caplog.at_level("WARNING", logger="trl_anytime.trackers"):
+    with caplog.at_level("WARNING", logger="trl_anytime.reporting.trackers"):
         for _ in range(2):
             ours.update(state.log_history[0], state, None)
     (warning,) = warnings(caplog)
@@ -178,7 +178,7 @@ def test_without_matplotlib_a_line_says_how_to_get_it(monkeypatch, caplog):
 def test_a_tracker_that_fails_is_named_and_costs_the_figure(name, caplog):
     """Neither has been told of a run, and says so by an exception."""
     state = TrainerState(log_history=[evaluation(3, 0.2, 0.4)], global_step=3)
-    with caplog.at_level("WARNING", logger="trl_anytime.trackers"):
+    with caplog.at_level("WARNING", logger="trl_anytime.reporting.trackers"):
         trackers(name).update(state.log_history[0], state, None)
     (warning,) = warnings(caplog)
     assert f"Step 3: {name} did not take `curves/eval`: " in warning and "init" in warning

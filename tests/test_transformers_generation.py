@@ -12,12 +12,12 @@ from transformers import GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.admission import decoding_objection
-from trl_anytime.attention import enable_tree_attention
-from trl_anytime.branches import BranchLayout, Trunk
-from trl_anytime.generation import PrefixGeneration, RolloutSettings
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.transformers_generation import TransformersGeneration, sampling_objection
+from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
+from trl_anytime.modeling.support import decoding_objection
+from trl_anytime.modeling.tree_attention import enable_tree_attention
+from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
+from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.transformers_backend import TransformersGeneration, sampling_objection
 
 EOS = 2
 PROMPTS = [[7, 8, 9, 10, 11, 12], [13, 14], [15, 4, 7, 8], [9, 9, 12], [6], [18, 17, 16, 15, 14, 13, 12]]
@@ -232,7 +232,7 @@ def test_trunks_are_read_in_parts(monkeypatch):
     """Where the scores would not fit into memory."""
     model = make_tree_model("olmo3")  # with windows
     expected = cached(model).roll_out(PROMPTS, make_settings())
-    monkeypatch.setattr("trl_anytime.branches._MAX_SCORES", 1)
+    monkeypatch.setattr("trl_anytime.modeling.branch_decoding._MAX_SCORES", 1)
     assert cached(model).roll_out(PROMPTS, make_settings()) == expected
 
 

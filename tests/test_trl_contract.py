@@ -14,7 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 import trl_anytime.brpo_trainer
-import trl_anytime.vllm_generation
+import trl_anytime.rollout.vllm_backend
 from trl_anytime import BRPOTrainer
 
 # Overridden methods and the parameters they are called with
@@ -156,7 +156,7 @@ def test_vllm_generation():
     source = inspect.getsource(VLLMGeneration)
     used = {
         node.attr
-        for node in ast.walk(ast.parse(Path(trl_anytime.vllm_generation.__file__).read_text()))
+        for node in ast.walk(ast.parse(Path(trl_anytime.rollout.vllm_backend.__file__).read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self._vllm", "vllm", "vllm_generation")
     }
     for name in used - {"sync_weights"}:
@@ -169,7 +169,7 @@ def test_vllm_generation():
     # The sampling parameters, and `n` besides
     parameters_of_trl = source.split("generation_kwargs = {")[1].split("}")[0]
     named = [line.split(":")[0].strip(' "') for line in parameters_of_trl.strip().splitlines()]
-    ours = inspect.getsource(trl_anytime.vllm_generation.ColocateGeneration._sampling)
+    ours = inspect.getsource(trl_anytime.rollout.vllm_backend.ColocateGeneration._sampling)
     assert {name for name in named if f'"{name}"' not in ours} == {"n"}
     # Weights are sent before the roll-out
     generate = inspect.getsource(GRPOTrainer._generate)
@@ -180,7 +180,7 @@ def test_vllm_client():
     """The methods by which TRL talks to a server in training; our client stands in for them."""
     calls = set(re.findall(r"self\.vllm_client\.(\w+)\(", inspect.getsource(VLLMGeneration)))
     calls -= {"init_communicator", "image_features"}  # at the start, and for images
-    ours = {name for name in vars(trl_anytime.vllm_generation._PatientClient) if name[0] != "_"}
+    ours = {name for name in vars(trl_anytime.rollout.vllm_backend._PatientClient) if name[0] != "_"}
     assert calls == ours
     assert parameters(VLLMClient.update_named_params) == ["self", "metadata", "named_params"]
     assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]

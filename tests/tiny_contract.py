@@ -1,7 +1,7 @@
 """A contract for the models of tiny.py, with prompts and thinkings that meet its markers."""
 
 from trl_anytime import AnytimeContract, Sampling, anytime_generate
-from trl_anytime.markers import ThinkingMarkers
+from trl_anytime.rollout.markers import ThinkingMarkers
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = ["assistant answer so 0 1 2", "3 4", "5 <|im_start|> assistant answer", "so so 2", "user"]

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from transformers import GenerationConfig
 
-from trl_anytime.inference import GenerateSampler
+from trl_anytime.inference.generate import GenerateSampler
 
 
 class TinyServer(ThreadingHTTPServer):

@@ -1,10 +1,10 @@
 """
-Draws the packed row of docs/method.md: the rollout in the docstring of `trl_anytime.tree`, laid out by the package.
+Draws the packed row of docs/method.md: the rollout in the docstring of `trl_anytime.method.packing`, laid out by the package.
 
     python tools/draw_tree.py > docs/images/tree.svg
 """
 
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.packing import PackedRollouts
 
 THINKING, BRIDGE, SUMMARY, UNSEEN = "#5b7db1", "#b9b9b9", "#d98c3f", "#f3f3f3"
 CELL, LEFT = 30, 120

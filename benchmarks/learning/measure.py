@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from examples import quickstart
 from trl_anytime import BRPOTrainer
-from trl_anytime.adaptive_baseline import AdaptiveBaseline, leave_one_out_mean
-from trl_anytime.advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
-from trl_anytime.budgets import live_segments
-from trl_anytime.tree import PackedRollouts
+from trl_anytime.method.adaptive_baseline import AdaptiveBaseline, leave_one_out_mean
+from trl_anytime.method.advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
+from trl_anytime.method.budgets import live_segments
+from trl_anytime.method.packing import PackedRollouts
 
 from .study import Job, Study, even_budgets
 from .tasks import TASKS

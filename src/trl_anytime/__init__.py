@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .brpo_config import BRPOConfig
     from .brpo_trainer import BRPOTrainer
-    from .contract import AnytimeContract, Sampling
-    from .inference import ThinkingBudgetLogitsProcessor, anytime_generate
-    from .server import CompletionClient
+    from .inference.anytime_config import AnytimeContract, Sampling
+    from .inference.generate import ThinkingBudgetLogitsProcessor, anytime_generate
+    from .rollout.http_backend import CompletionClient
 
 __version__ = "0.1.0"
 __all__ = [

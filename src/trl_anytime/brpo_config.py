@@ -7,8 +7,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from trl import GRPOConfig
 
-from .advantages import BASELINES, SUMMARY_POLICIES
-from .budgets import check_budgets, prior_weights
+from .method.advantages import BASELINES, SUMMARY_POLICIES
+from .method.budgets import check_budgets, prior_weights
 
 if TYPE_CHECKING:
     Prior = str | list[float]

@@ -26,34 +26,34 @@ from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from . import checkpoint
-from .adaptive_baseline import AdaptiveBaseline
-from .admission import decoding_objection, measured_objection, sharded_objection, structural_objection
-from .advantages import Returns, segment_returns, summary_advantages
-from .alarms import Alarms
-from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
-from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
-from .budgets import live_segments, prior_weights
-from .cards.card import CARD, copy_card, write_card
-from .cards.facts import card_facts
 from .checks.arguments import check_answers, check_arguments
-from .checks.batch_arithmetic import most_tokens
+from .checks.batch_sizes import most_tokens
 from .checks.run_start import report_start
 from .checks.start_checks import context_objection
-from .contract import AnytimeContract, Sampling
-from .faults import FaultWatch, memory_advice
-from .generation import Generation, PrefixGeneration, RolloutSettings
-from .markers import ThinkingMarkers, find_markers, render_prompt
-from .preemption import Preemption
-from .reward_guard import RewardGuard
+from .inference.anytime_config import AnytimeContract, Sampling
+from .method.adaptive_baseline import AdaptiveBaseline
+from .method.advantages import Returns, segment_returns, summary_advantages
+from .method.budgets import live_segments, prior_weights
+from .method.packing import PackedRollouts
+from .modeling.separate_rows import forward_rows
+from .modeling.support import decoding_objection, measured_objection, sharded_objection, structural_objection
+from .modeling.tree_attention import enable_tree_attention, forward_packed, plain_attention
+from .reporting.card_facts import card_facts
+from .reporting.model_card import CARD, copy_card, write_card
+from .reporting.trackers import Trackers
 from .rewards import AnswerReward, FormatReward, MathReward
-from .rollout import Rollout
-from .separate_rows import forward_rows
-from .trackers import Trackers
-from .transformers_generation import TransformersGeneration, sampling_objection
-from .tree import PackedRollouts
-from .vllm_generation import ColocateGeneration, ServerSampler, check_server
+from .rollout.backend import Generation, PrefixGeneration, RolloutSettings
+from .rollout.markers import ThinkingMarkers, find_markers, render_prompt
+from .rollout.transformers_backend import TransformersGeneration, sampling_objection
+from .rollout.types import Rollout
+from .rollout.vllm_backend import ColocateGeneration, ServerSampler, check_server
+from .training import checkpoint
+from .training.alarms import Alarms
+from .training.faults import FaultWatch, memory_advice
+from .training.metrics import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
+from .training.preemption import Preemption
+from .training.reward_guard import RewardGuard
 
 logger = get_logger(__name__)
 
@@ -105,7 +105,7 @@ class BRPOTrainer(GRPOTrainer):
 
     Each sampled thinking is cut at several token budgets; at each cut the model summarises its best answer; every
     summary is verified. The thinking is trained for the rewards of all budgets that it can still reach, the summaries
-    for their own. A rollout trains as one packed row with tree attention (see `trl_anytime.tree`).
+    for their own. A rollout trains as one packed row with tree attention (see `trl_anytime.method.packing`).
 
     What changes in [`~trl.GRPOTrainer`]; the rest is inherited:
 
@@ -393,7 +393,7 @@ class BRPOTrainer(GRPOTrainer):
     def _sample(
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Continuations by whichever of TRL's backends is set, see [`~trl_anytime.generation.Sampler`]."""
+        """Continuations by whichever of TRL's backends is set, see [`~trl_anytime.rollout.backend.Sampler`]."""
         with self._sampling(max_new_tokens, stop_token_ids):
             if self.use_vllm:
                 return self._generate_single_turn(prompt_ids, None, {}, num_generations)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .contract import AnytimeContract
+    from .inference.anytime_config import AnytimeContract
 
 # Exit codes
 FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -279,7 +279,7 @@ def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
 
     from transformers import AutoTokenizer
 
-    from .contract import AnytimeContract
+    from .inference.anytime_config import AnytimeContract
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     contract = AnytimeContract.of_model(
@@ -298,7 +298,7 @@ def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
 
 
 def _client(options: argparse.Namespace) -> Any:
-    from .server import CompletionClient
+    from .rollout.http_backend import CompletionClient
 
     return CompletionClient(
         options.base_url,
@@ -353,7 +353,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from .evaluation import (
+    from .evaluation.evaluate import (
         INSTRUCTION,
         Evaluation,
         comparison,
@@ -363,8 +363,8 @@ def _eval(options: argparse.Namespace) -> int:
         save_samples,
         table,
     )
-    from .evaluation import NOT_COMPARED as not_compared
-    from .problems import load_problems
+    from .evaluation.evaluate import NOT_COMPARED as not_compared
+    from .evaluation.problems import load_problems
 
     for name, value in _PRESETS.get(options.preset, {}).items():
         if getattr(options, name) is None:
@@ -425,7 +425,7 @@ def _write(path: Path, text: str) -> None:
 
 def _draw(results: list[dict[str, Any]], path: Path) -> None:
     try:
-        from .plots import plot_results
+        from .reporting.plots import plot_results
     except ModuleNotFoundError as error:
         print(f"No {path.name}, because {error.name} is missing: pip install 'trl-anytime[plot]', then "
               f"trl-anytime plot {path.with_name('results.json')}", file=sys.stderr)  # fmt: skip
@@ -449,7 +449,7 @@ def _load_function(text: str) -> Any:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from .inference import context_of, stream_answers, streaming_sampler
+    from .inference.generate import context_of, stream_answers, streaming_sampler
 
     tokenizer, contract = _contract(options)
     model = _load_model(options, contract)
@@ -461,7 +461,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from .probe import QUESTION, probe, report, verdict
+    from .inference.probe import QUESTION, probe, report, verdict
 
     budgets, options.budgets = options.budgets, None  # those of the contract stay
     tokenizer, contract = _contract(options)
@@ -475,7 +475,7 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _serve_command(options: argparse.Namespace) -> int:
-    from .serving import deployment
+    from .inference.serving import deployment
 
     _, contract = _contract(options)
     print(deployment(options.server, options.model, contract, options.budget or contract.budgets[-1]).text())
@@ -483,10 +483,10 @@ def _serve_command(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from .evaluation import load_results
+    from .evaluation.evaluate import load_results
 
     try:
-        from .plots import plot_results, plot_training
+        from .reporting.plots import plot_results, plot_training
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'trl-anytime[plot]'.") from error
 

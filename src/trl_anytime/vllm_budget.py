@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from .contract import AnytimeContract
+from .inference.anytime_config import AnytimeContract
 
 BUDGET_FIELD = "thinking_budget"
 

@@ -7,9 +7,9 @@ import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.generation import PrefixGeneration, RolloutSettings
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.vllm_generation import ColocateGeneration
+from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
+from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.vllm_backend import ColocateGeneration
 
 EOS, THINK_END, SO, ANSWER = 2, 5, 9, 8
 BLOCK = 32  # tokens in a block of the engine's cache, see conftest.py

@@ -12,10 +12,10 @@ from vllm import LLM, SamplingParams
 
 from trl_anytime import AnytimeContract, CompletionClient, Sampling, anytime_generate
 from trl_anytime.cli import FAILED, main
-from trl_anytime.inference import open_backend, rollout_settings
-from trl_anytime.markers import ThinkingMarkers
-from trl_anytime.server import completion_body
-from trl_anytime.serving import deployment
+from trl_anytime.inference.generate import open_backend, rollout_settings
+from trl_anytime.inference.serving import deployment
+from trl_anytime.rollout.http_backend import completion_body
+from trl_anytime.rollout.markers import ThinkingMarkers
 from trl_anytime.vllm_budget import BUDGET_FIELD, VLLMThinkingBudget
 
 PROMPTS = [f"<|im_start|> user {question} <|im_end|> <|im_start|> assistant <think>" for question in (

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
 from trl_anytime import BRPOTrainer
-from trl_anytime.generation import RolloutSettings
+from trl_anytime.rollout.backend import RolloutSettings
 
 PROMPT = [3, 6, 10, 11, 2, 3, 7, 4]
 

@@ -15,7 +15,7 @@ import pytest
 from servers import serving
 from tiny import make_config, make_model, make_tokenizer
 
-from trl_anytime.vllm_generation import check_server
+from trl_anytime.rollout.vllm_backend import check_server
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,8 @@ from trl import ModelConfig, get_peft_config
 from trl.import_utils import is_vllm_available
 from trl.trainer.utils import add_fused_lm_head
 
-from ..admission import decoding_objection, measured_objection, structural_objection
-from ..attention import enable_tree_attention
 from ..brpo_config import BRPOConfig
-from ..markers import ThinkingMarkers, find_markers, render_prompt
-from ..rewards import MathReward
-from ..vllm_generation import check_server
-from .batch_arithmetic import BatchArithmetic, most_tokens
-from .finding import ERROR, OK, WARNING, Finding
-from .idle_settings import idle_recipe_settings, idle_settings
-from .memory import Launch, memory_finding, planned_model, without_memory
-from .recipe import (
+from ..data import (
     DataArguments,
     UnreadableRecipe,
     drop_long_prompts,
@@ -36,14 +27,16 @@ from .recipe import (
     read_rows,
     to_problems,
 )
-from .start_checks import (
-    context_findings,
-    reward_findings,
-    sampled_rows,
-    splice_findings,
-    template_findings,
-    text_of,
-)
+from ..modeling.support import decoding_objection, measured_objection, structural_objection
+from ..modeling.tree_attention import enable_tree_attention
+from ..rewards import MathReward
+from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
+from ..rollout.vllm_backend import check_server
+from .batch_sizes import BatchArithmetic, most_tokens
+from .finding import ERROR, OK, WARNING, Finding
+from .memory import Launch, memory_finding, planned_model, without_memory
+from .start_checks import context_findings, reward_findings, sampled_rows, splice_findings, template_findings, text_of
+from .unused_settings import idle_recipe_settings, idle_settings
 
 # Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
 _SMALL = 500_000_000

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..admission import structural_objection
-from ..attention import TreeLayout, enable_tree_attention, layout_in_use
 from ..brpo_config import BRPOConfig
-from ..tree import PackedRollouts
-from .batch_arithmetic import most_tokens
+from ..method.packing import PackedRollouts
+from ..modeling.support import structural_objection
+from ..modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
+from .batch_sizes import most_tokens
 from .finding import OK, WARNING, Finding, aligned
 
 _GIB = 2**30

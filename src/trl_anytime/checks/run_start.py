@@ -8,13 +8,13 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..markers import render_prompt
 from ..rewards import AnswerReward, FormatReward
-from .batch_arithmetic import BatchArithmetic, most_tokens
+from ..rollout.markers import render_prompt
+from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, WARNING, Finding
-from .idle_settings import idle_settings
 from .memory import Launch, memory_finding
 from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
+from .unused_settings import idle_settings
 
 if TYPE_CHECKING:
     from ..brpo_trainer import BRPOTrainer

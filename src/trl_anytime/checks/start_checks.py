@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..brpo_config import BRPOConfig
-from ..markers import ThinkingMarkers, thinking_state
 from ..rewards import AnswerReward, MathReward
-from ..rollout import Rollout, Thinking
+from ..rollout.markers import ThinkingMarkers, thinking_state
+from ..rollout.types import Rollout, Thinking
 from .finding import ERROR, OK, WARNING, Finding
 
 # Needs sympy, so it is graded by a worker process and not at once

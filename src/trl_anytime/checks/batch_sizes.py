@@ -1,0 +1,196 @@
+"""How many prompts, thinkings, summaries and tokens a run makes of its settings, and how often it steps on them."""
+
+import math
+from dataclasses import dataclass
+
+from ..brpo_config import BRPOConfig
+from ..training.checkpoint import generate_every
+from .finding import ERROR, WARNING, Finding, aligned
+
+# Optimiser steps on one generation batch beyond which it is worth a word: twice as many as in the paper's recipes
+_MOST_UPDATES = 4
+
+
+def most_tokens(args: BRPOConfig, max_bridge_length: int) -> tuple[int, int]:
+    """
+    Tokens after the prompt that one rollout can come to.
+
+    Returns:
+        `tuple`: packed into one row, b_m + m · A · (bridge + summary); and as separate rows padded to the longest.
+    """
+    branch = max_bridge_length + args.max_summary_length
+    thinking, num_branches = args.budgets[-1], len(args.budgets) * args.num_summaries
+    return thinking + num_branches * branch, (1 + num_branches) * (thinking + branch)
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """
+    The sizes of a run's batches, on all ranks together unless it says otherwise.
+
+    Args:
+        num_processes (`int`):
+            Ranks W.
+        thinkings_per_rank (`int`):
+            Thinkings of one generation batch on one rank.
+        thinkings_per_step (`int`):
+            Thinkings of one optimiser step on one rank.
+        micro_batch (`int`):
+            Thinkings that one rank forwards together.
+        num_generations (`int`):
+            Thinkings G per prompt.
+        summaries_per_thinking (`int`):
+            Summaries m · A of one thinking.
+        tokens_per_row (`int`, *optional*):
+            Most tokens of a packed row, with its prompt. `None` if it is not known.
+        updates_per_generation (`float`):
+            Optimiser steps on one generation batch; not whole where these are not aligned.
+        num_prompts (`int`, *optional*):
+            Rows of the training data. `None` for a stream, or if it is not known.
+        epochs (`float`, *optional*):
+            How often they are gone through; `None` if the optimiser steps are given instead.
+        max_steps (`int`, *optional*):
+            Optimiser steps of the run, where they are given.
+    """
+
+    num_processes: int
+    thinkings_per_rank: int
+    thinkings_per_step: int
+    micro_batch: int
+    num_generations: int
+    summaries_per_thinking: int
+    tokens_per_row: int | None
+    updates_per_generation: float
+    num_prompts: int | None
+    epochs: float | None
+    max_steps: int | None
+
+    @classmethod
+    def of(cls, args: BRPOConfig, num_prompts: int | None, tokens_per_row: int | None) -> "BatchArithmetic":
+        """The arithmetic of settings, for `num_prompts` rows of data and packed rows of `tokens_per_row` tokens."""
+        assert args.steps_per_generation is not None and args.num_generations is not None  # filled in by TRL
+        given_steps = args.max_steps > 0
+        return cls(
+            args.world_size,
+            args.per_device_train_batch_size * args.steps_per_generation,
+            args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            args.per_device_train_batch_size,
+            args.num_generations,
+            len(args.budgets) * args.num_summaries,
+            tokens_per_row,
+            generate_every(args) / args.gradient_accumulation_steps,
+            num_prompts,
+            None if given_steps else args.num_train_epochs,
+            args.max_steps if given_steps else None,
+        )
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts of one generation batch; TRL makes sure that it is whole."""
+        return self.thinkings_per_rank * self.num_processes // self.num_generations
+
+    @property
+    def prompts_per_step(self) -> float:
+        """Prompts of one optimiser step."""
+        return self.thinkings_per_step * self.num_processes / self.num_generations
+
+    @property
+    def generations_per_epoch(self) -> int | None:
+        """Generation batches of one epoch; prompts that do not fill one are left out."""
+        return None if self.num_prompts is None else self.num_prompts // self.prompts_per_generation
+
+    @property
+    def updates_per_epoch(self) -> int | None:
+        """Optimiser steps of one epoch."""
+        generations = self.generations_per_epoch
+        return None if generations is None else math.ceil(generations * self.updates_per_generation)
+
+    @property
+    def num_updates(self) -> int | None:
+        """Optimiser steps of the run."""
+        if self.epochs is None or self.updates_per_epoch is None:
+            return self.max_steps
+        return math.ceil(self.epochs * self.updates_per_epoch)
+
+    def table(self) -> str:
+        """Two tables: the sizes of the batches, and the numbers of steps."""
+        ranks = self.num_processes
+        columns = {
+            "generation batch": self.thinkings_per_rank * ranks,
+            "optimiser step": self.thinkings_per_step * ranks,
+            "micro-batch": self.micro_batch,
+        }
+        if ranks > 1:
+            columns["generation batch, per rank"] = self.thinkings_per_rank
+            columns["optimiser step, per rank"] = self.thinkings_per_step
+        tokens = self.tokens_per_row
+        rows = [
+            ["", *columns],
+            ["prompts", *(f"{n / self.num_generations:,g}" for n in columns.values())],
+            ["thinkings", *(f"{n:,}" for n in columns.values())],
+            ["summaries", *(f"{n * self.summaries_per_thinking:,}" for n in columns.values())],
+            ["packed tokens, at most", *("?" if tokens is None else f"{n * tokens:,}" for n in columns.values())],
+        ]
+        steps = [
+            ["optimiser steps per generation batch", f"{self.updates_per_generation:g}"],
+            ["micro-batches per optimiser step and rank", f"{self.thinkings_per_step // self.micro_batch}"],
+            *(
+                [name, "?" if number is None else f"{number:,}"]
+                for name, number in (
+                    ("prompts in the data", self.num_prompts),
+                    ("generation batches per epoch", self.generations_per_epoch),
+                    ("optimiser steps per epoch", self.updates_per_epoch),
+                    ("optimiser steps of the run", self.num_updates),
+                )
+            ),
+        ]
+        return f"{aligned(rows)}\n\n{aligned(steps)}"
+
+    def findings(self) -> list[Finding]:
+        """What is odd about these numbers."""
+        found = []
+        if self.num_prompts is not None and self.num_prompts < self.prompts_per_generation:
+            found.append(
+                Finding(
+                    "batch",
+                    ERROR,
+                    f"The data has {self.num_prompts} prompts and a generation batch takes "
+                    f"{self.prompts_per_generation}: batches that are not full are left out, so nothing is trained.",
+                    "Lower `generation_batch_size` (or `steps_per_generation`, `per_device_train_batch_size`) to at "
+                    f"most {self.num_prompts * self.num_generations} thinkings on all ranks together.",
+                )
+            )
+        if self.prompts_per_step <= 1:
+            found.append(
+                Finding(
+                    "batch",
+                    WARNING,
+                    f"An optimiser step sees {self.prompts_per_step:g} of a prompt's groups of "
+                    f"{self.num_generations} thinkings: its gradient is that of one problem.",
+                    "Raise `gradient_accumulation_steps` (the paper has 32 prompts in a step).",
+                )
+            )
+        updates = self.updates_per_generation
+        if updates % 1 and (1 / updates) % 1:
+            found.append(
+                Finding(
+                    "batch",
+                    WARNING,
+                    f"A generation batch is trained on in {updates:g} optimiser steps: some steps mix thinkings of "
+                    "two policies.",
+                    "Make `steps_per_generation` × `num_iterations` a multiple of `gradient_accumulation_steps`, or "
+                    "the other way round.",
+                )
+            )
+        elif updates > _MOST_UPDATES:
+            found.append(
+                Finding(
+                    "batch",
+                    WARNING,
+                    f"A generation batch is trained on in {updates:g} optimiser steps, so the last of them learns "
+                    f"from a policy that is {updates - 1:g} steps old (the paper's recipes: 1).",
+                    "Raise `gradient_accumulation_steps`, or lower `generation_batch_size`, `steps_per_generation` or "
+                    "`num_iterations`.",
+                )
+            )
+        return found

@@ -1,0 +1,1 @@
+"""Measuring a model: problems, accuracy-versus-budget curves, statistics."""

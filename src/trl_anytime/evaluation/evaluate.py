@@ -1,0 +1,546 @@
+"""
+A whole accuracy-versus-budget curve for about the cost of one evaluation.
+
+There is one thinking per sample, which is cut at every budget. Every finished sample is written to a journal at once;
+a run that is started again goes on from there.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..inference.anytime_config import AnytimeContract, check_context
+from ..inference.generate import context_of, is_transformers_model, open_backend, rollout_settings
+from ..rewards import AnswerReward, FormatReward, MathReward
+from ..rollout.http_backend import CompletionClient
+from ..rollout.types import Rollout
+from .problems import ProblemSet
+from .statistics import Estimate, compare, estimates
+
+INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
+AVERAGE = "average"  # over several data sets, each with the same weight
+_RESULTS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    All that decides what an evaluation measures.
+
+    Args:
+        model (`str`):
+            Name of the model.
+        contract ([`AnytimeContract`]):
+            Markers and bridges; budgets, summary length and sampling of this evaluation.
+        problems (`dict[str, tuple[str, int]]`):
+            Fingerprint and number of problems, by data set.
+        instruction (`str`):
+            Text behind each question.
+        num_samples (`int`):
+            Thinkings for each question.
+        num_summaries (`int`):
+            Summaries for each thinking and cut.
+        reward (`str`):
+            Name of the reward.
+        seed (`int`):
+            Seed of the draws.
+    """
+
+    model: str
+    contract: AnytimeContract
+    problems: dict[str, tuple[str, int]]
+    instruction: str
+    num_samples: int
+    num_summaries: int
+    reward: str
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        contract = asdict(self.contract)
+        # By what library a checkpoint was written, and for which objective, makes no difference here
+        values = {key: value for key, value in contract.items() if key not in ("versions", "prior")}
+        values |= {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "contract"}
+        return json.loads(json.dumps(values))
+
+
+# What may differ between two results that are compared: it is what the comparison is about, or chance
+NOT_COMPARED = ("model", "markers", "eos_token_ids", "chat_template_kwargs", "seed")
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """What two protocols, as `Protocol.as_dict` gives them, do not share."""
+    return [
+        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in ignore and ours.get(name) != theirs.get(name)
+    ]
+
+
+class Journal:
+    """
+    The finished samples of an evaluation, one JSON line each behind a line with the protocol.
+
+    Args:
+        path (`Path`):
+            The file; made if it is not there.
+        protocol ([`Protocol`]):
+            What is evaluated.
+
+    Attributes:
+        records (`list[dict]`):
+            The samples that are finished.
+
+    Raises:
+        `ValueError`: If the file belongs to another protocol, or is damaged elsewhere than at its end.
+    """
+
+    def __init__(self, path: Path, protocol: Protocol):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.records: list[dict[str, Any]] = []
+        existing = path.read_bytes() if path.exists() else b""
+        # A crash may have left part of a line
+        complete = existing[: existing.rfind(b"\n") + 1]
+        if complete:
+            try:
+                header, *self.records = [json.loads(line) for line in complete.splitlines()]
+                theirs = header["protocol"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error!r}): remove it, or set another --output.") from error
+            found = differences(protocol.as_dict(), theirs)
+            if found:
+                raise ValueError(
+                    f"{path} belongs to another protocol: {'; '.join(found)}. Set another --output, or repeat the "
+                    "command with which it was made."
+                )
+            keys = Counter(sample_key(record) for record in self.records)
+            if len(keys) != len(self.records):
+                raise ValueError(f"{path} has samples twice: two runs have written to it. Set another --output.")
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(len(complete))
+        self._file.seek(0, os.SEEK_END)
+        if not complete:
+            self._append({"protocol": protocol.as_dict()})
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add a finished sample; it is on the disk when this returns."""
+        self._append(record)
+        self.records.append(record)
+
+    def _append(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def sample_key(record: dict[str, Any]) -> tuple[str, int, int]:
+    """Data set, question and number of a sample."""
+    return record["dataset"], record["question"], record["sample"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    An evaluation of one model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], `vllm.LLM` or [`CompletionClient`]):
+            The model, an engine, or a server.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        contract ([`AnytimeContract`]):
+            Markers and bridges; budgets, summary length and sampling of this evaluation.
+        problem_sets (`list[ProblemSet]`):
+            The problems.
+        name (`str`):
+            Name of the model.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Thinkings for each question.
+        num_summaries (`int`, *optional*, defaults to `1`):
+            Summaries for each thinking and cut.
+        instruction (`str`, *optional*):
+            Text behind each question. Defaults to the paper's.
+        reward (`Callable`, *optional*):
+            A reward function as TRL's. Defaults to [`~trl_anytime.rewards.MathReward`].
+        batch_size (`int`, *optional*):
+            Samples that are computed together. Defaults to 1 for a server, which batches by itself, else to 16 for a
+            model and 256 for an engine.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+        max_cached_tokens (`int`, *optional*):
+            See [`TransformersGeneration`].
+
+    Raises:
+        `ValueError`: If settings do not fit each other, or a budget is beyond the context.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    contract: AnytimeContract
+    problem_sets: list[ProblemSet]
+    name: str
+    num_samples: int = 1
+    num_summaries: int = 1
+    instruction: str = INSTRUCTION
+    reward: Callable[..., list[float | None]] | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    max_cached_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_summaries", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.contract.sampling.temperature == 0 and self.num_samples * self.num_summaries > 1:
+            raise ValueError("At temperature 0 all samples are the same: set one sample, or a temperature.")
+        names = [problems.name for problems in self.problem_sets]
+        if len(set(names)) < len(names) or not names or AVERAGE in names:
+            raise ValueError(f"Data sets need names of their own, other than {AVERAGE!r}, got {names}.")
+
+    @property
+    def protocol(self) -> Protocol:
+        """What decides what is measured."""
+        return Protocol(
+            self.name,
+            self.contract,
+            {problems.name: (problems.fingerprint, len(problems.questions)) for problems in self.problem_sets},
+            self.instruction,
+            self.num_samples,
+            self.num_summaries,
+            getattr(self._reward, "__name__", type(self._reward).__name__),
+            self.seed,
+        )
+
+    @cached_property
+    def _reward(self) -> Any:
+        reward = MathReward() if self.reward is None else self.reward
+        if isinstance(reward, AnswerReward | FormatReward):  # as in training
+            return replace(reward, answer_bridge=self.contract.markers.answer_bridge)
+        return reward
+
+    @cached_property
+    def _prompt_ids(self) -> dict[str, list[list[int]]]:
+        prompts = {
+            problems.name: [
+                self.contract.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
+                for question in problems.questions
+            ]
+            for problems in self.problem_sets
+        }
+        return {name: self.contract.prompt_ids(self.tokenizer, of_set) for name, of_set in prompts.items()}
+
+    def run(self, journal_path: Path) -> list[dict[str, Any]]:
+        """
+        Draw and grade all samples that the journal does not have yet.
+
+        Returns:
+            `list[dict]`: the records of all samples.
+
+        Raises:
+            `ValueError`: If a budget is beyond the context, the journal belongs to another protocol, or the model's
+            server refuses a request for good.
+            `ConnectionError`: If the server fails for longer than its client's patience. What is finished is kept.
+        """
+        longest = max(len(ids) for of_set in self._prompt_ids.values() for ids in of_set)
+        whose = "the server's" if isinstance(self.model, CompletionClient) else "the model's"
+        check_context(longest, self.contract.budgets[-1], self.contract, context_of(self.model), whose)
+        journal = Journal(journal_path, self.protocol)
+        try:
+            done = {sample_key(record) for record in journal.records}
+            # All questions once before any of them twice
+            samples = [
+                (problems, question, sample)
+                for sample in range(self.num_samples)
+                for problems in self.problem_sets
+                for question in range(len(problems.questions))
+                if (problems.name, question, sample) not in done
+            ]
+            with tqdm(
+                total=len(samples) + len(done), initial=len(done), unit="sample", desc=self.name, disable=None
+            ) as bar:
+                for records in self._batches(samples):
+                    for record in records:
+                        journal.add(record)
+                        bar.update()
+        finally:
+            journal.close()
+        return sorted(journal.records, key=sample_key)
+
+    def _batches(self, samples: list[tuple[ProblemSet, int, int]]) -> Iterator[list[dict[str, Any]]]:
+        """The records of batches as they are completed."""
+        if isinstance(self.model, CompletionClient):
+            default, num_threads = 1, self.model.concurrency
+        else:
+            default, num_threads = 16 if is_transformers_model(self.model) else 256, 1
+        size = self.batch_size or default
+        batches = [samples[first : first + size] for first in range(0, len(samples), size)]
+        if num_threads == 1:
+            yield from map(self._draw_and_grade, batches)
+            return
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            futures: list[Future] = [pool.submit(self._draw, batch) for batch in batches]
+            of_batch = dict(zip(futures, batches, strict=True))
+            for future in as_completed(futures):
+                yield self._grade(of_batch[future], *future.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _draw_and_grade(self, batch: list[tuple[ProblemSet, int, int]]) -> list[dict[str, Any]]:
+        return self._grade(batch, *self._draw(batch))
+
+    def _draw(self, batch: list[tuple[ProblemSet, int, int]]) -> tuple[list[Rollout], float]:
+        """The rollouts of a batch, and the seconds that they took."""
+        start = time.perf_counter()
+        prompt_ids = [self._prompt_ids[problems.name][question] for problems, question, _ in batch]
+        # Of the first sample, so that a run that goes on after a crash does not draw the same numbers again
+        problems, question, sample = batch[0]
+        text = f"{self.seed} {problems.name} {question} {sample}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
+        with open_backend(
+            self.model, self.tokenizer, self.contract.sampling, seed, self.max_cached_tokens
+        ) as generation:
+            rollouts = generation.roll_out(prompt_ids, rollout_settings(self.contract, self.num_summaries))
+        return rollouts, time.perf_counter() - start
+
+    def _grade(
+        self, batch: list[tuple[ProblemSet, int, int]], rollouts: list[Rollout], seconds: float
+    ) -> list[dict[str, Any]]:
+        settings = rollout_settings(self.contract, self.num_summaries)
+        records, summaries = [], []
+        for (problems, question, sample), rollout in zip(batch, rollouts, strict=True):
+            thinking = rollout.thinking
+            formed = rollout.well_formed(self.contract.markers)
+            cuts = []
+            for cut, bridge, indices in settings.contexts(thinking):
+                ids = rollout.summaries[indices[0]]
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                rewards: list[float] = []
+                cuts.append(
+                    {
+                        "budgets": [self.contract.budgets[j] for j in indices],
+                        "thinking_tokens": cut,
+                        "bridge_tokens": len(bridge),
+                        "answer_tokens": [len(summary) for summary in ids],
+                        "answers": texts,
+                        "well_formed": formed[indices[0]],
+                        "rewards": rewards,
+                    }
+                )
+                summaries += [
+                    (problems, question, text, summary, is_formed, rewards)
+                    for text, summary, is_formed in zip(texts, ids, formed[indices[0]], strict=True)
+                ]
+            records.append(
+                {
+                    "dataset": problems.name,
+                    "question": question,
+                    "sample": sample,
+                    "thinking": str(self.tokenizer.decode(thinking.token_ids)),
+                    "thinking_tokens": len(thinking.token_ids),
+                    "prompt_tokens": len(rollout.prompt_ids),
+                    "finished": thinking.finished,
+                    "seconds": seconds / len(batch),
+                    "cuts": cuts,
+                }
+            )
+        self._score(summaries)
+        return records
+
+    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> None:
+        """Score summaries, each given with its problem; the rewards go to the lists at their ends."""
+        conversational = self.tokenizer.chat_template is not None
+        questions = [problems.questions[question] for problems, question, *_ in summaries]
+        rewards = self._reward(
+            prompts=[self.contract.question(self.tokenizer, question) for question in questions],
+            completions=[
+                [{"role": "assistant", "content": text}] if conversational else text for _, _, text, *_ in summaries
+            ],
+            completion_ids=[ids for *_, ids, _, _ in summaries],
+            well_formed=[formed for *_, formed, _ in summaries],
+            answer=[problems.answers[question] for problems, question, *_ in summaries],
+        )
+        if len(rewards) != len(summaries) or any(reward is None for reward in rewards):
+            raise ValueError(f"{self._reward} must return one number for each of {len(summaries)} completions.")
+        for reward, (*_, into) in zip(rewards, summaries, strict=True):
+            into.append(float(reward))
+
+
+# Results
+
+
+def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[str, np.ndarray]:
+    """The mean reward of each question at each budget, shape (Q, M), by data set."""
+    sums: dict[str, dict[int, list[np.ndarray]]] = {}
+    for record in records:
+        at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
+        of_sample = np.array([at[budget] for budget in budgets])
+        sums.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(of_sample)
+    return {
+        name: np.array([np.mean(of_set[question], axis=0) for question in sorted(of_set)])
+        for name, of_set in sums.items()
+    }
+
+
+def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """
+    The results of an evaluation, for a file.
+
+    Args:
+        protocol ([`Protocol`]):
+            What was evaluated.
+        records (`list[dict]`):
+            All samples.
+    """
+    expected = sum(count for _, count in protocol.problems.values()) * protocol.num_samples
+    assert len(records) == expected, f"{len(records)} of {expected} samples"
+    budgets = protocol.contract.budgets
+    by_set = accuracies(records, budgets)
+    results: dict[str, Any] = {"format": _RESULTS_FORMAT, "protocol": protocol.as_dict(), "curves": {}}
+    groups = {name: [name] for name in protocol.problems}
+    if len(groups) > 1:
+        groups[AVERAGE] = list(protocol.problems)
+    for group, names in groups.items():
+        curve, average = estimates([by_set[name] for name in names])
+        of_group = [record for record in records if record["dataset"] in names]
+        lengths = [record["thinking_tokens"] for record in of_group]
+        results["curves"][group] = {
+            "accuracy": [asdict(estimate) for estimate in curve],
+            "anytime_average": asdict(average),
+            "thinking": {
+                "mean_tokens": float(np.mean(lengths)),
+                "finished": float(np.mean([record["finished"] for record in of_group])),
+                "mean_tokens_at": [float(np.minimum(lengths, budget).mean()) for budget in budgets],
+            },
+            "well_formed": float(
+                np.mean([formed for record in of_group for cut in record["cuts"] for formed in cut["well_formed"]])
+            ),
+        }
+    results["questions"] = {name: values.tolist() for name, values in by_set.items()}
+    results["cost"] = _cost(records)
+    return results
+
+
+def _cost(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Tokens computed, and how many an evaluation at the last budget alone would have."""
+    thinking = sum(record["thinking_tokens"] for record in records)
+    prompts = sum(record["prompt_tokens"] for record in records)
+
+    def after(cut: dict[str, Any]) -> int:
+        return cut["bridge_tokens"] + sum(cut["answer_tokens"])
+
+    answers = sum(after(cut) for record in records for cut in record["cuts"])
+    last_answers = sum(after(record["cuts"][-1]) for record in records)
+    return {
+        "thinking_tokens": thinking,
+        "answer_tokens": answers,
+        "tokens": prompts + thinking + answers,
+        "tokens_at_last_budget_alone": prompts + thinking + last_answers,
+        "seconds": sum(record["seconds"] for record in records),
+    }
+
+
+def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """
+    A paired comparison of results with those of a baseline.
+
+    Returns:
+        `dict`: by data set, the difference at each budget and of the anytime average.
+
+    Raises:
+        `ValueError`: If the two come from different protocols.
+    """
+    found = differences(ours["protocol"], theirs["protocol"], NOT_COMPARED)
+    if found:
+        raise ValueError(f"The baseline comes from another protocol: {'; '.join(found)}.")
+    compared = {}
+    for group in ours["curves"]:
+        names = list(ours["protocol"]["problems"]) if group == AVERAGE else [group]
+        mine, other = ([np.array(results["questions"][name]) for name in names] for results in (ours, theirs))
+        curve, average = compare(mine, other)
+        compared[group] = {"accuracy": [asdict(c) for c in curve], "anytime_average": asdict(average)}
+    return {"model": theirs["protocol"]["model"], "curves": compared}
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """
+    Results from a file.
+
+    Raises:
+        `ValueError`: If it holds none that this version knows.
+    """
+    try:
+        results = json.loads(path.read_text())
+        if results["format"] == _RESULTS_FORMAT and {"protocol", "curves", "questions"} <= results.keys():
+            return results
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}.") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is no result file of this version's `trl-anytime eval`.")
+
+
+def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path) -> None:
+    """Write all samples to a Parquet file, one row each."""
+    from datasets import Dataset
+
+    sets = {problems.name: problems for problems in problem_sets}
+    rows = [
+        {
+            **{name: record[name] for name in ("dataset", "question", "sample")},
+            "problem": sets[record["dataset"]].questions[record["question"]],
+            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False),
+            **{name: record[name] for name in ("thinking", "thinking_tokens", "finished")},
+            "cuts": record["cuts"],
+        }
+        for record in records
+    ]
+    Dataset.from_list(rows).to_parquet(str(path))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The curves as text: budgets down, data sets across, percent with the ends of the confidence interval."""
+    curves = results["curves"]
+    budgets = results["protocol"]["budgets"]
+
+    def cell(value: dict[str, float]) -> str:
+        estimate = Estimate(**value)
+        return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
+
+    rows = [["budget", *curves]]
+    rows += [[str(budget), *(cell(c["accuracy"][j]) for c in curves.values())] for j, budget in enumerate(budgets)]
+    rows.append(["anytime", *(cell(c["anytime_average"]) for c in curves.values())])
+    rows.append(["thinking", *(f"{c['thinking']['mean_tokens']:.0f} tokens" for c in curves.values())])
+    rows.append(["finished", *(f"{100 * c['thinking']['finished']:.1f} %" for c in curves.values())])
+    if "baseline" in results:
+        rows.append([f"anytime, minus {results['baseline']['model']}"])
+        rows.append(
+            [
+                "",
+                *(
+                    f"{cell(c['anytime_average']['difference'])} p={c['anytime_average']['p_value']:.3g}"
+                    for c in results["baseline"]["curves"].values()
+                ),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows if len(row) > i and len(row) > 1) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) if len(row) > 1 else row[0]
+        for row in rows
+    )

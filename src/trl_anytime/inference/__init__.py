@@ -1,0 +1,1 @@
+"""Using a model at any thinking budget."""

@@ -1,0 +1,373 @@
+"""What is needed to use a model at any budget as it was trained, in a file beside its weights."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..method.budgets import check_budgets, prior_weights
+from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
+
+CONTRACT_NAME = "anytime_config.json"
+_FORMAT = 1
+_MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
+_LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How tokens are drawn, in thinkings and summaries alike.
+
+    Args:
+        temperature (`float`, *optional*, defaults to `1.0`):
+            0 takes the most probable token.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Tokens are drawn from the most probable ones that together have this probability.
+        top_k (`int`, *optional*, defaults to `0`):
+            Tokens are drawn from so many; 0 for all.
+        min_p (`float`, *optional*, defaults to `0.0`):
+            Tokens are drawn from those with this share of the largest probability.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Factor against tokens that have occurred.
+
+    Raises:
+        `ValueError`: For a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, float("inf")),
+            ("top_p", 1e-9, 1),
+            ("top_k", -1, float("inf")),  # vLLM's own value for all
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1e-9, float("inf")),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {getattr(self, name)!r}.")
+
+    def generation_config(self) -> GenerationConfig:
+        """The settings of transformers. Every one is set: what is not would come from the model's own."""
+        if self.temperature == 0:
+            return GenerationConfig(do_sample=False, repetition_penalty=self.repetition_penalty)
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p or None,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def vllm(self) -> dict[str, Any]:
+        """The settings of vLLM, for an engine and in requests."""
+        return {**asdict(self), "top_k": max(self.top_k, 0)}
+
+
+@dataclass(frozen=True)
+class AnytimeContract:
+    """
+    What is needed to use a model at any budget as it was trained. It is saved as `anytime_config.json`.
+
+    Args:
+        markers ([`ThinkingMarkers`]):
+            What ends a thinking and what is spliced in after it, as text and as token ids.
+        budgets (`list[int]`):
+            Budgets b_1 < … < b_m in thinking tokens.
+        prior (`list[float]`):
+            Weight of each budget in the objective; sums to 1.
+        max_summary_length (`int`):
+            Most tokens sampled for one summary.
+        sampling ([`Sampling`]):
+            How tokens were drawn.
+        eos_token_ids (`list[int]`):
+            Tokens that end a summary, or a thinking without its end.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of the chat template.
+        versions (`dict[str, str]`, *optional*):
+            Versions of the libraries that wrote it. Defaults to those installed.
+    """
+
+    markers: ThinkingMarkers
+    budgets: list[int]
+    prior: list[float]
+    max_summary_length: int
+    sampling: Sampling
+    eos_token_ids: list[int]
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: _installed())
+
+    @classmethod
+    def detect(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Sequence[int] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        think_end: str | None = None,
+        truncation_bridge: str | None = None,
+        answer_bridge: str | None = None,
+    ) -> "AnytimeContract":
+        """
+        The contract of a model without a file: markers and bridges as training would find them, the paper's settings.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            eos_token_ids (`Sequence[int]`, *optional*):
+                Tokens that end a text besides the tokenizer's own.
+            chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+                Arguments of the chat template.
+            think_end, truncation_bridge, answer_bridge (`str`, *optional*):
+                See [`find_markers`].
+
+        Raises:
+            `ValueError`: If the model has no thinking markers, or the template has closed the thinking.
+        """
+        kwargs = dict(chat_template_kwargs or {})
+        prompt: Any = [{"role": "user", "content": "?"}] if tokenizer.chat_template else "?"
+        text, generation_prompt = render_prompt(tokenizer, prompt, kwargs)
+        budgets = [2000, 4000, 6000, 8000]
+        return cls(
+            markers=find_markers(tokenizer, text, generation_prompt, think_end, truncation_bridge, answer_bridge),
+            budgets=budgets,
+            prior=prior_weights("uniform", budgets).tolist(),
+            max_summary_length=118,
+            sampling=Sampling(temperature=0.6),
+            eos_token_ids=list(dict.fromkeys([_eos(tokenizer), *eos_token_ids])),
+            chat_template_kwargs=kwargs,
+        )
+
+    @classmethod
+    def of_model(cls, model: str, tokenizer: PreTrainedTokenizerBase, **markers: Any) -> "AnytimeContract":
+        """
+        The contract beside a model, checked against its tokenizer; detected, with a notice, where there is none.
+
+        Args:
+            model (`str`):
+                Folder or Hub id of the model.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            **markers (`str`, *optional*):
+                `think_end`, `truncation_bridge` and `answer_bridge` that override those of a model without a file.
+
+        Raises:
+            `ValueError`: If the file does not fit the tokenizer, or there is none and no markers can be found.
+        """
+        given = {name: text for name, text in markers.items() if text is not None}
+        try:
+            contract = cls.load(model)
+        except FileNotFoundError:
+            contract = cls.detect(tokenizer, eos_of_model(model), **given)
+            logger.warning(
+                f"{model} has no {CONTRACT_NAME}: it was not trained by trl_anytime, or was copied without it. Using "
+                f"{contract.markers.truncation_bridge!r} to close a thinking that is cut and "
+                f"{contract.markers.answer_bridge!r} to ask for the answer."
+            )
+            return contract
+        if given:
+            raise ValueError(
+                f"{model} says in its {CONTRACT_NAME} by which markers and bridges it was trained: remove "
+                f"{', '.join(sorted(given))}."
+            )
+        contract.check(tokenizer)
+        return contract
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AnytimeContract":
+        """
+        Read the contract.
+
+        Args:
+            path (`str` or `Path`):
+                The file, the folder that holds it, or a Hub id.
+
+        Raises:
+            `FileNotFoundError`: If there is none.
+            `OSError`: If the Hub does not answer, or knows no such model.
+            `ValueError`: If the file is damaged, or newer than this package.
+        """
+        file = _find_file(path)
+        try:
+            values = json.loads(file.read_text())
+            if values["format"] > _FORMAT:
+                raise ValueError(f"it has format {values['format']}, and this version knows up to {_FORMAT}: upgrade")
+            markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
+            markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
+            budgets = check_budgets(values["budgets"])
+            return cls(
+                markers=ThinkingMarkers(**markers),
+                budgets=budgets,
+                prior=prior_weights(values["prior"], budgets).tolist(),
+                max_summary_length=values["max_summary_length"],
+                sampling=Sampling(**values["sampling"]),
+                eos_token_ids=values["eos_token_ids"],
+                chat_template_kwargs=values["chat_template_kwargs"],
+                versions=values["versions"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a contract that can be used: {error!r}.") from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the contract into a folder, which is made if need be; returns the file."""
+        values = {
+            "format": _FORMAT,
+            "markers": {
+                name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
+                for name in _MARKERS
+            },
+            "budgets": self.budgets,
+            "prior": self.prior,
+            "max_summary_length": self.max_summary_length,
+            "sampling": asdict(self.sampling),
+            "eos_token_ids": self.eos_token_ids,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "versions": self.versions,
+        }
+        path = Path(folder) / CONTRACT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n")
+        return path
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        See whether a tokenizer makes the same tokens of the markers.
+
+        Raises:
+            `ValueError`: If not; the message says which differ.
+        """
+        markers = self.markers
+        found = find_markers(
+            tokenizer,
+            "",
+            think_end=markers.think_end,
+            truncation_bridge=markers.truncation_bridge,
+            answer_bridge=markers.answer_bridge,
+        )
+        differing = [
+            f"{name} {getattr(markers, name)!r} is {list(getattr(markers, f'{name}_ids'))} in the file and "
+            f"{list(getattr(found, f'{name}_ids'))} by the tokenizer"
+            for name in _MARKERS
+            if getattr(found, f"{name}_ids") != getattr(markers, f"{name}_ids")
+        ]
+        if differing:
+            raise ValueError(
+                f"The {CONTRACT_NAME} belongs to another tokenizer: {'; '.join(differing)}. Use the tokenizer that "
+                "was saved with the model."
+            )
+
+    def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
+        """
+        Prompts as token ids, as training renders them.
+
+        Args:
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Tokenizer of the model.
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                Texts, which are taken as they are, or conversations.
+
+        Raises:
+            `ValueError`: For a conversation if the tokenizer has no chat template.
+        """
+        prompt_ids = []
+        for prompt in prompts:
+            # A template has written its special tokens itself
+            text, _ = render_prompt(tokenizer, prompt, self.chat_template_kwargs)
+            prompt_ids.append(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+        return prompt_ids
+
+    def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+        """A question as a prompt: a conversation, or the text itself for a model without a chat template."""
+        return [{"role": "user", "content": text}] if tokenizer.chat_template else text
+
+
+def check_context(
+    longest_prompt: int, budget: int, contract: AnytimeContract, context: int | None, whose: str
+) -> None:
+    """
+    Refuse budgets that a context cannot hold.
+
+    Args:
+        longest_prompt (`int`):
+            Tokens of the longest prompt.
+        budget (`int`):
+            The largest budget in tokens.
+        contract ([`AnytimeContract`]):
+            Bridges and the length of a summary.
+        context (`int`, *optional*):
+            Tokens that the model can hold; `None` if not known.
+        whose (`str`):
+            Whose context it is, for the error.
+
+    Raises:
+        `ValueError`: If they do not fit; the message says which budget would.
+    """
+    around = longest_prompt + contract.markers.max_bridge_length + contract.max_summary_length
+    if context is not None and around + budget > context:
+        raise ValueError(
+            f"A budget of {budget} thinking tokens is beyond {whose} context of {context} tokens: the longest prompt "
+            f"has {longest_prompt}, the bridges {contract.markers.max_bridge_length}, a summary up to "
+            f"{contract.max_summary_length}. The largest budget that fits is {max(context - around, 0)}."
+        )
+
+
+def _find_file(path: str | Path) -> Path:
+    found = Path(path)
+    if found.exists():
+        file = found / CONTRACT_NAME if found.is_dir() else found
+        if not file.exists():
+            raise FileNotFoundError(f"There is no {CONTRACT_NAME} in {path}.")
+        return file
+    try:
+        return Path(hf_hub_download(str(path), CONTRACT_NAME))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise OSError(f"{path} is neither a folder nor a model on the Hub that can be read.") from error
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
+            raise OSError(f"The Hub did not answer when asked for {path}/{CONTRACT_NAME}: {error}") from error
+        raise FileNotFoundError(f"There is no {CONTRACT_NAME} in {path}.") from error
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError("The tokenizer has no EOS token, so no answer would end: set `tokenizer.eos_token`.")
+    return tokenizer.eos_token_id
+
+
+def eos_of_model(model: str) -> list[int]:
+    """Tokens that end a text by the model's own generation settings, where it has any."""
+    try:
+        found = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return []
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def _installed() -> dict[str, str]:
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # such as this package, run from its sources
+            continue
+    return versions

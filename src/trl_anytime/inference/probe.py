@@ -1,0 +1,212 @@
+"""Does a server keep to a thinking budget? It is asked at several budgets, and its answers are looked at as tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..rollout.http_backend import CompletionClient
+from .anytime_config import AnytimeContract, check_context
+
+QUESTION = (
+    "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
+    "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
+    "\\boxed{}."
+)
+# Tokens that a server which ignores the budget gets to show it
+_HEADROOM = 256
+
+
+@dataclass(frozen=True)
+class Finding:
+    """
+    What a server made of one budget.
+
+    Args:
+        budget (`int`):
+            The budget in thinking tokens.
+        thinking_tokens (`int`, *optional*):
+            Thinking tokens that came; `None` if the server refused.
+        outcome (`str`):
+            `"enforced"` (the thinking was cut within the budget), `"not reached"` (it ended by itself before),
+            `"ignored"` (it went on beyond) or `"refused"`.
+        answered (`bool`):
+            Whether an answer came behind the thinking.
+        markers (`str`):
+            `"trained"`, or what is wrong with the tokens between thinking and answer.
+        detail (`str`):
+            What else there is to say.
+    """
+
+    budget: int
+    thinking_tokens: int | None
+    outcome: str
+    answered: bool
+    markers: str
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.outcome in ("enforced", "not reached") and self.answered and self.markers == "trained"
+
+
+def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    """
+    What the tokens of an answer say about a budget.
+
+    Args:
+        token_ids (`list[int]`):
+            All tokens after the prompt.
+        budget (`int`):
+            The budget in thinking tokens.
+        contract ([`AnytimeContract`]):
+            The trained markers and bridges.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+    """
+    markers = contract.markers
+    end = markers.end_of_thinking(token_ids)
+    if end is None:
+        outcome = "ignored" if len(token_ids) > budget else "not reached"
+        return Finding(budget, len(token_ids), outcome, False, "the thinking was never ended")
+
+    # Where the bridge begins, if it is the one that stands there
+    before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])
+    start = end - len(markers.think_end_ids) - before_end
+    bridge = markers.truncation_bridge_ids
+    is_cut = start >= 0 and tuple(token_ids[start : start + len(bridge)]) == bridge
+    if (
+        bridge == markers.think_end_ids
+    ):  # the model's own end looks the same; some servers count what opens the thinking
+        is_cut = start in (budget - 1, budget)
+    thinking = start if is_cut else end
+    rest = token_ids[start + len(bridge) :] if is_cut else token_ids[end:]
+    has_answer_bridge = tuple(rest[: len(markers.answer_bridge_ids)]) == markers.answer_bridge_ids
+    summary = rest[len(markers.answer_bridge_ids) :] if has_answer_bridge else rest
+    text = str(tokenizer.decode(summary, skip_special_tokens=True)).strip()
+
+    # A bare end marker at the budget, which is not counted to the thinking, may be the server's doing or the model's
+    outcome = "enforced" if is_cut else "not reached"
+    if thinking - (0 if is_cut else len(markers.think_end_ids)) > budget:
+        outcome = "ignored"
+    elif not is_cut and thinking - len(markers.think_end_ids) == budget:
+        outcome = "enforced"
+    found, detail = "trained", ""
+    if markers.count_think_end(token_ids) > 1:
+        found = "the thinking was ended more than once"
+    elif outcome == "enforced" and not is_cut:
+        found = f"closed without {markers.truncation_bridge!r}"
+    elif is_cut and not has_answer_bridge:
+        found = f"no {markers.answer_bridge!r} before the answer"
+    elif not has_answer_bridge:
+        detail = "it ended by itself, and no answer bridge follows"
+    return Finding(budget, thinking, outcome, bool(text), found, detail)
+
+
+def probe(
+    client: CompletionClient,
+    contract: AnytimeContract,
+    tokenizer: PreTrainedTokenizerBase,
+    budgets: list[int],
+    budget_field: str = "thinking_token_budget",
+    question: str = QUESTION,
+) -> list[Finding]:
+    """
+    Ask a server at several budgets through `/v1/chat/completions`.
+
+    Args:
+        client ([`CompletionClient`]):
+            The server.
+        contract ([`AnytimeContract`]):
+            The trained markers and bridges.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        budgets (`list[int]`):
+            Budgets in thinking tokens.
+        budget_field (`str`, *optional*, defaults to `"thinking_token_budget"`):
+            The request's field for the budget (vLLM's by default); dots lead into objects.
+        question (`str`, *optional*):
+            What to ask: something that takes long to think about.
+
+    Raises:
+        `ConnectionError`: If the server gives no complete answer.
+        `ValueError`: If a budget is beyond its context.
+    """
+    messages = [{"role": "user", "content": question}]
+    num_prompt_tokens = len(contract.prompt_ids(tokenizer, [messages])[0])
+    check_context(num_prompt_tokens, max(budgets), contract, client.max_model_len, "the server's")
+    most = None if client.max_model_len is None else client.max_model_len - num_prompt_tokens
+    findings = []
+    for budget in budgets:
+        needed = budget + contract.markers.max_bridge_length + contract.max_summary_length + _HEADROOM
+        body: dict[str, Any] = {
+            "model": client.model,
+            "messages": messages,
+            "max_tokens": needed if most is None else min(needed, most),
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "chat_template_kwargs": contract.chat_template_kwargs,
+            **contract.sampling.vllm(),
+        }
+        *path, name = budget_field.split(".")
+        place = body
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = budget
+        try:
+            answer = client.request("/v1/chat/completions", body, check=lambda answer: answer["choices"][0]["message"])
+        except ValueError as error:
+            findings.append(Finding(budget, None, "refused", False, "-", str(error)))
+            continue
+        (choice,) = answer["choices"]
+        token_ids = choice.get("token_ids")
+        if token_ids is None:
+            token_ids = tokenizer(_text(choice["message"], contract), add_special_tokens=False)["input_ids"]
+        findings.append(judge(token_ids, budget, contract, tokenizer))
+    return findings
+
+
+def _text(message: dict[str, Any], contract: AnytimeContract) -> str:
+    """What a model wrote, put together again where a server has taken it apart."""
+    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    content = message.get("content") or ""
+    if not reasoning or contract.markers.think_end in content:
+        return reasoning + content
+    return f"{reasoning}{contract.markers.think_end}{content}" if content else reasoning
+
+
+def verdict(findings: list[Finding]) -> str | None:
+    """What is wrong with a server, or `None`."""
+    for outcome, said in (
+        ("refused", "The server refuses thinking budgets"),
+        ("ignored", "The server ignores thinking budgets"),
+    ):
+        at = [finding for finding in findings if finding.outcome == outcome]
+        if at:
+            return f"{said} ({', '.join(str(finding.budget) for finding in at)} tokens). {at[0].detail}".strip()
+    for finding in findings:
+        if finding.markers != "trained":
+            return f"At {finding.budget} tokens: {finding.markers}."
+        if not finding.answered:
+            return f"At {finding.budget} tokens no answer came."
+    if not any(finding.outcome == "enforced" for finding in findings):
+        return "No thinking reached its budget, so nothing is proved: ask at smaller budgets, or something harder."
+    return None
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings as a table."""
+    rows = [["budget", "thinking", "outcome", "answered", "markers"]]
+    rows += [
+        [
+            str(finding.budget),
+            "-" if finding.thinking_tokens is None else str(finding.thinking_tokens),
+            finding.outcome,
+            "yes" if finding.answered else "no",
+            f"{finding.markers}{f' ({finding.detail})' if finding.detail and finding.passed else ''}",
+        ]
+        for finding in findings
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)

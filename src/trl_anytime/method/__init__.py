@@ -1,0 +1,1 @@
+"""What BRPO computes, with torch alone: budgets, advantages, the learned baseline, packed rows."""

@@ -1,0 +1,349 @@
+"""
+Branches of a thinking, decoded on top of its keys and values: m·A summaries for little more than their own tokens.
+
+The keys and values of prompt and thinking (the trunk) are neither repeated nor recomputed. Branches are the rows of an
+ordinary decoding batch with a small cache of their own (the tail). Attention takes one softmax over both parts, and
+reads each trunk once for all branches that leave it.
+
+Dimensions: B branches, S tokens of each in one forward pass, T tail tokens, R trunks, N trunk tokens, K branches of
+one trunk, H heads, F key heads, E = H / F heads that share one, D head size, V words.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import Cache
+
+from .growing_cache import growing_cache
+from .tree_attention import layout_in_use
+
+# Scores held at once where trunks are read: 1 GiB in float32
+_MAX_SCORES = 2**28
+# Decoding goes on without the finished rows once they are this share of all: moving the others costs about a step
+_FINISHED_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """
+    Keys and values of R prompts with their thinking.
+
+    Args:
+        layers (`list[tuple[torch.Tensor, torch.Tensor]]`):
+            Keys and values of each layer, shape (R, F, N, D).
+        starts (`torch.Tensor`):
+            int64 of shape (R,), index of the first token; padding stands before it.
+        rollouts (`list[int]`):
+            R indices: whose they are.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    starts: torch.Tensor
+    rollouts: list[int]
+
+    @classmethod
+    def of(cls, cache: Cache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
+        """The trunk in a cache."""
+        layers = cast(list[Any], cache.layers)
+        return cls([(layer.keys, layer.values) for layer in layers], starts, rollouts)
+
+    def select(self, rows: list[int]) -> "Trunk":
+        """Some of its rows."""
+        index = torch.tensor(rows, device=self.starts.device)
+        layers = [(keys[index], values[index]) for keys, values in self.layers]
+        return Trunk(layers, self.starts[index], [self.rollouts[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class BranchContext:
+    """
+    What branches have in common that leave a thinking at the same cut with the same bridge.
+
+    Args:
+        rollout (`int`):
+            Index of the rollout.
+        seen (`int`):
+            Tokens of the trunk that they see, at least one.
+        token_ids (`list[int]`):
+            Tokens between these and the first sampled one: what the trunk lacks of the thinking, and the bridge.
+        num_branches (`int`):
+            How many they are.
+        history (`list[int]`):
+            All tokens before the first sampled one.
+    """
+
+    rollout: int
+    seen: int
+    token_ids: list[int]
+    num_branches: int
+    history: list[int]
+
+
+@dataclass(frozen=True)
+class _TrunkReaders:
+    """A trunk with the branches that leave it."""
+
+    trunk: Trunk
+    index: torch.Tensor  # int64 of shape (R, K), rows of the batch; filled up with 0
+    real: torch.Tensor  # bool of shape (R, K), False where filled up
+    sees: torch.Tensor  # bool of shape (R, K, N)
+
+
+@dataclass(frozen=True)
+class BranchLayout:
+    """
+    How B branches attend, for all layers of one forward pass.
+
+    Args:
+        readers (`list[_TrunkReaders]`):
+            The trunks, and which branches read them.
+        tail_starts (`torch.Tensor`):
+            int64 of shape (B,), index of a branch's first tail token; padding stands before it.
+        position_ids (`torch.Tensor`):
+            int64 of shape (B, S).
+    """
+
+    readers: list[_TrunkReaders]
+    tail_starts: torch.Tensor
+    position_ids: torch.Tensor
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Attention of one layer.
+
+        Args:
+            module (`torch.nn.Module`):
+                The attention layer.
+            query (`torch.Tensor`):
+                Shape (B, H, S, D).
+            key, value (`torch.Tensor`):
+                Shape (B, F, T, D), the tail, which ends with the S tokens.
+            scaling, sliding_window, softcap, sinks:
+                As in [`~trl_anytime.modeling.tree_attention.tree_attention_forward`].
+
+        Returns:
+            `torch.Tensor`: shape (B, H, S, D).
+        """
+        assert dropout == 0, "sampling is done without dropout"
+        scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+        query_BFESD = query.unflatten(1, (key.size(1), -1))
+        # Layers with multi-head latent attention cache what keys and values are computed from
+        expand = getattr(module, "expand_kv", None)
+
+        tail_T = torch.arange(key.size(2), device=key.device)
+        query_S1 = tail_T[-query.size(2) :, None]
+        sees_BST = (tail_T <= query_S1) & (tail_T >= self.tail_starts[:, None, None])
+        if sliding_window is not None:
+            sees_BST = sees_BST & (query_S1 - tail_T < sliding_window)
+        output, mass = _attend(query_BFESD, key, value, sees_BST[:, None, None], scaling, softcap)
+        if sinks is not None:
+            sink_mass = sinks.float().view(1, *query_BFESD.shape[1:3], 1, 1)
+            total = torch.logaddexp(mass, sink_mass)
+            output, mass = output * (mass - total).exp(), total
+
+        for readers in self.readers:
+            keys, values = readers.trunk.layers[module.layer_idx]
+            if expand is not None:
+                keys, values = expand(keys, values)
+            num_rows = max(1, _MAX_SCORES // (query.size(1) * query.size(2) * readers.sees[0].numel()))
+            for start in range(0, len(keys), num_rows):
+                rows = slice(start, start + num_rows)
+                index, real, sees_RKSN = readers.index[rows], readers.real[rows], readers.sees[rows, :, None]
+                if sliding_window is not None:
+                    key_positions = torch.arange(keys.size(2), device=keys.device) - readers.trunk.starts[rows, None]
+                    distance = self.position_ids[index][..., None] - key_positions[:, None, None]
+                    sees_RKSN = sees_RKSN & (distance < sliding_window)
+                # Keys are read once for all queries: (R, F, K·E·S, D) against (R, F, N, D)
+                part = query_BFESD[index].transpose(1, 2)
+                part_output, part_mass = _attend(
+                    part, keys[rows], values[rows], sees_RKSN[:, None, :, None], scaling, softcap
+                )
+                branch = index[real]
+                part_output, part_mass = part_output.transpose(1, 2)[real], part_mass.transpose(1, 2)[real]
+                total = torch.logaddexp(mass[branch], part_mass)
+                output[branch] = (
+                    output[branch] * (mass[branch] - total).exp() + part_output * (part_mass - total).exp()
+                )
+                mass[branch] = total
+        return output.flatten(1, 2).to(query.dtype)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sees: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention to one part of the keys.
+
+    Args:
+        query (`torch.Tensor`):
+            Shape (*, Q…, D), the batch dimensions * being those of the keys.
+        key, value (`torch.Tensor`):
+            Shape (*, N, D).
+        sees (`torch.Tensor`):
+            Bool, broadcast to (*, Q…, N).
+
+    Returns:
+        `tuple`: output of shape (*, Q…, D) and log of the softmax's denominator, (*, Q…, 1), in float32.
+    """
+    inner = query.shape[key.dim() - 2 : -1]
+    flat = query.flatten(key.dim() - 2, -2)
+    scores = (flat @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.unflatten(-2, inner).masked_fill_(~sees, -torch.inf)
+    # A query that sees nothing here (a window that ends behind the trunk) weighs nothing: -inf, not NaN
+    largest = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    output = (weights.flatten(-1 - len(inner), -2).to(value.dtype) @ value).float().unflatten(-2, inner)
+    return output / total.clamp(min=torch.finfo(torch.float32).tiny), largest + total.log()
+
+
+class BranchRows:
+    """The rows of one decoding batch: their tails, and the trunks below."""
+
+    def __init__(self, model: torch.nn.Module, trunks: Sequence[Trunk], contexts: Sequence[BranchContext]):
+        self.model, self.device = model, trunks[0].starts.device
+        self.trunks = list(trunks)
+        self.contexts = contexts
+        self.owners = list(range(len(contexts)))  # the context of each row
+        self.tail = growing_cache()
+        width = max(len(context.token_ids) for context in contexts)
+        self.starts = torch.tensor([width - len(context.token_ids) for context in contexts], device=self.device)
+        self.seen = torch.tensor([context.seen for context in contexts], device=self.device)
+        self._read_trunks()
+        padded = [[0] * (width - len(context.token_ids)) + context.token_ids for context in contexts]
+        self.first_tokens = torch.tensor(padded, device=self.device)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Append `token_ids`, (B, S), and return the logits of what comes next, (B, V)."""
+        first = self.tail.get_seq_length()
+        index = torch.arange(first, first + token_ids.size(1), device=self.device)
+        position_ids = (self.seen[:, None] + index - self.starts[:, None]).clamp(min=0)
+        with layout_in_use():
+            outputs = self.model(
+                input_ids=token_ids,
+                position_ids=position_ids,
+                past_key_values=self.tail,
+                use_cache=True,
+                logits_to_keep=1,
+                tree=BranchLayout(self.readers, self.starts, position_ids),
+            )
+        return outputs.logits[:, -1]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with some of the rows; one that is named twice becomes two."""
+        index = torch.tensor(rows, device=self.device)
+        self.owners = [self.owners[row] for row in rows]
+        self.starts, self.seen = self.starts[index], self.seen[index]
+        self.tail.batch_select_indices(index)
+        self._read_trunks()
+
+    def _read_trunks(self) -> None:
+        of_rollout: dict[int, list[int]] = {}
+        for row, owner in enumerate(self.owners):
+            of_rollout.setdefault(self.contexts[owner].rollout, []).append(row)
+        self.readers = []
+        trunks, self.trunks = self.trunks, []
+        for trunk in trunks:
+            used = [row for row, rollout in enumerate(trunk.rollouts) if rollout in of_rollout]
+            if not used:
+                continue
+            if len(used) <= len(trunk.rollouts) // 2:  # worth a copy of the others
+                trunk = trunk.select(used)
+            branches = [of_rollout.get(rollout, []) for rollout in trunk.rollouts]
+            most = max(map(len, branches))
+            index = torch.tensor([rows + [0] * (most - len(rows)) for rows in branches], device=self.device)
+            real = torch.tensor([[k < len(rows) for k in range(most)] for rows in branches], device=self.device)
+            key = torch.arange(trunk.layers[0][0].size(2), device=self.device)
+            start = trunk.starts[:, None, None]
+            sees = (key >= start) & (key < start + self.seen[index][..., None])
+            self.readers.append(_TrunkReaders(trunk, index, real, sees))
+            self.trunks.append(trunk)
+
+
+def decode_branches(
+    model: torch.nn.Module,
+    trunks: Sequence[Trunk],
+    contexts: Sequence[BranchContext],
+    choose: Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor],
+    *,
+    needs_history: bool,
+    eos_token_ids: Collection[int],
+    max_new_tokens: int,
+) -> list[list[list[int]]]:
+    """
+    Sample the branches of all contexts together.
+
+    Args:
+        model (`torch.nn.Module`):
+            A model with tree attention (see [`~trl_anytime.modeling.tree_attention.enable_tree_attention`]).
+        trunks (`Sequence[Trunk]`):
+            The trunks of all rollouts.
+        contexts (`Sequence[BranchContext]`):
+            C contexts.
+        choose (`Callable`):
+            From the tokens so far, (B, tokens), and logits, (B, V), to the next tokens, (B,). Shorter rows are filled
+            up on the left with their own first token, for rules that ask which tokens have occurred.
+        needs_history (`bool`):
+            Whether `choose` looks at the tokens so far; else it gets `None`.
+        eos_token_ids (`Collection[int]`):
+            Tokens that end a branch, and are part of it.
+        max_new_tokens (`int`):
+            Most tokens sampled for a branch.
+
+    Returns:
+        `list[list[list[int]]]`: for each context its branches.
+    """
+    rows = BranchRows(model, trunks, contexts)
+    logits = rows.forward(rows.first_tokens)
+    rows.select([c for c, context in enumerate(contexts) for _ in range(context.num_branches)])
+    slots = torch.arange(len(rows.owners), device=rows.device)  # where the tokens of each row are written
+    logits = logits[torch.tensor(rows.owners, device=rows.device)]
+
+    history = None
+    if needs_history:
+        longest = max(len(context.history) for context in contexts)
+        histories = [[c.history[0]] * (longest - len(c.history)) + c.history for c in contexts]
+        history = torch.tensor(histories, device=rows.device)[torch.tensor(rows.owners, device=rows.device)]
+    eos = torch.tensor(list(eos_token_ids), device=rows.device)
+    sampled = torch.zeros(len(slots), max_new_tokens, dtype=torch.long, device=rows.device)
+    lengths = torch.full_like(slots, max_new_tokens)
+    finished = torch.zeros_like(slots, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        so_far = None if history is None else torch.cat([history[slots], sampled[slots, :step]], dim=1)
+        tokens = choose(so_far, logits)
+        sampled[slots, step] = tokens
+        ends = torch.isin(tokens, eos) & ~finished
+        lengths[slots[ends]] = step + 1
+        finished = finished | ends
+        num_finished = int(finished.sum())
+        if num_finished == len(finished) or step + 1 == max_new_tokens:
+            break
+        if num_finished > _FINISHED_SHARE * len(finished):
+            live = (~finished).nonzero()[:, 0]
+            rows.select(live.tolist())
+            slots, tokens, finished = slots[live], tokens[live], finished[live]
+        logits = rows.forward(tokens[:, None])
+
+    branches = iter([row[:length] for row, length in zip(sampled.tolist(), lengths.tolist(), strict=True)])
+    return [[next(branches) for _ in range(context.num_branches)] for context in contexts]

@@ -1,0 +1,183 @@
+"""What a model may do with the tree of a rollout: by its structure, then by checks of the real model."""
+
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from ..method.packing import PackedRollouts
+from .branch_decoding import BranchContext, BranchRows, Trunk
+from .growing_cache import growing_cache
+from .separate_rows import forward_rows
+from .tree_attention import forward_packed
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def structural_objection(model: PreTrainedModel) -> str | None:
+    """Why the structure of `model` rules out tree attention, or `None`."""
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if model._is_stateful:
+        return "it is recurrent"
+    if not model._can_set_attn_implementation():
+        return "its attention layers do not take a registered attention function"
+    return None
+
+
+def _tolerance(model: PreTrainedModel, half_precision: bool = False) -> float:
+    # A right layout is off by rounding: 1e-5 in float32, and in half precision what rounds logits of 10 to 0.03. A
+    # wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
+    return 0.25 if half_precision or model.dtype != torch.float32 else 2e-4
+
+
+def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
+    """A tiny packed rollout, its row with a prompt, the words it is made of, and the generator they come from."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
+    words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads
+
+    def sample(length):
+        return words[torch.randint(len(words), (length,), generator=generator).to(words.device)].tolist()
+
+    packed = PackedRollouts.pack(
+        thinkings=[sample(7)],
+        cuts=[[3, 7]],
+        bridges=[[sample(2), sample(1)]],
+        summaries=[[[sample(2), sample(1)], [sample(1), sample(3)]]],
+    )
+    packed = PackedRollouts(*(x.to(words.device) for x in (packed.token_ids, packed.cuts, packed.spans)))
+    row = torch.cat([torch.tensor([sample(5)], device=words.device), packed.token_ids], dim=1)
+    return packed, row, words, generator
+
+
+def sharded_objection(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
+    """
+    Collective: as [`measured_objection`], for a model whose parameters are gathered in its forward pass. Compares
+    log-probabilities alone, since gradients go through the hooks that shard.
+
+    Args:
+        wrapped (`torch.nn.Module`):
+            The model as it is trained, which gathers its parameters. DeepSpeed's has another `config`.
+        model ([`~transformers.PreTrainedModel`]):
+            The same, unwrapped.
+        half_precision (`bool`):
+            Whether it computes in half precision.
+
+    Returns:
+        `str`, *optional*: why the model must not train on packed rollouts.
+    """
+    tolerance = _tolerance(model, half_precision)
+    packed, row, _, _ = _example(model)
+    training = wrapped.training
+    wrapped.eval()  # dropout would differ
+    try:
+        with torch.no_grad():
+            tree, separate = (
+                forward(wrapped, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True).log_probs.float()
+                for forward in (forward_packed, forward_rows)
+            )
+    finally:
+        wrapped.train(training)
+    error = (tree - separate).abs().max().item()
+    if error <= tolerance:  # false for NaN
+        return None
+    return (
+        f"on a small example its log-probabilities differ by {error:.2g} from those of separate rows (tolerance "
+        f"{tolerance:.2g})"
+    )
+
+
+def measured_objection(model: PreTrainedModel) -> str | None:
+    """
+    Compare a tiny packed rollout with separate rows on the real model: log-probabilities, and the gradient of their
+    weighted sum with respect to the embeddings.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with TRL's fused LM head and with tree attention.
+
+    Returns:
+        `str`, *optional*: why the model must not train on packed rollouts.
+    """
+    tolerance = _tolerance(model)
+    packed, row, words, generator = _example(model)
+    embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
+    weights = torch.randn(row.size(1) - 1, generator=generator).to(words.device)
+    # Zeros that are added to the embedding of each word, to differentiate by whatever the model's parameters are
+    probe = torch.zeros(
+        len(words), embedding.weight.size(1), dtype=model.dtype, device=words.device, requires_grad=True
+    )
+
+    def add_probe(module, inputs, output):
+        return output + probe[torch.searchsorted(words, inputs[0])]
+
+    def score(forward):
+        outputs = forward(model, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True)
+        logprobs = outputs.log_probs.float()[0]
+        return logprobs.detach(), torch.autograd.grad((logprobs * weights).sum(), probe)[0].float()
+
+    training = model.training
+    hook = embedding.register_forward_hook(add_probe)
+    model.eval()  # dropout would differ
+    try:
+        with torch.enable_grad():
+            tree, tree_gradient = score(forward_packed)
+            separate, separate_gradient = score(forward_rows)
+    finally:
+        hook.remove()
+        model.train(training)
+    error = (tree - separate).abs().max().item()
+    gradient_error = ((tree_gradient - separate_gradient).abs().max() / separate_gradient.abs().max()).item()
+    if error <= tolerance and gradient_error <= tolerance:  # false for NaN
+        return None
+    return (
+        f"on a small example its log-probabilities differ by {error:.2g} and its gradients by {gradient_error:.2g} of "
+        f"the largest from those of separate rows (tolerance {tolerance:.2g})"
+    )
+
+
+def decoding_objection(model: PreTrainedModel) -> str | None:
+    """
+    Compare a few branches that are decoded on top of a cache with plain forward passes on the real model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model with tree attention.
+
+    Returns:
+        `str`, *optional*: why the model must not decode branches on top of a cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, model.config.get_text_config().vocab_size, (3, 8), generator=generator)
+    trunk, *bridges = rows.tolist()
+    contexts = [
+        BranchContext(0, seen, bridge[:length], 1, [])
+        for bridge, seen, length in zip(bridges, (5, 8), (3, 2), strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            cache = growing_cache()
+            model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
+            start = torch.zeros(1, dtype=torch.long, device=model.device)
+            branches = BranchRows(model, [Trunk.of(cache, start, [0])], contexts)
+            decoded = branches.forward(branches.first_tokens).float().log_softmax(-1)
+            separate = torch.cat(
+                [
+                    model(torch.tensor([trunk[: c.seen] + c.token_ids], device=model.device), use_cache=False).logits[
+                        :, -1
+                    ]
+                    for c in contexts
+                ]
+            )
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # whatever an unusual cache comes to
+        return f"its cache is not understood ({type(error).__name__}: {error})"
+    finally:
+        model.train(training)
+    difference = (decoded - separate.float().log_softmax(-1)).abs().max().item()
+    if difference <= _tolerance(model):  # false for NaN
+        return None
+    return f"on a small example its log-probabilities differ by {difference:.2g} from those of a plain forward pass"

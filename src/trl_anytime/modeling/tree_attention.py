@@ -1,0 +1,487 @@
+"""
+Tree attention: a packed rollout in one forward pass, at the cost of one causal row of the same length.
+
+A registered attention function carries it. Prompt and thinking (the trunk) are plain causal attention; the branches of
+one budget are one call over [trunk up to the cut | these branches]; no object of size L × L exists. The layout travels
+as the model's keyword argument `tree`. A forward pass without it takes the attention that the model had before.
+
+Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, D head size, Q queries, K keys.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+import transformers
+from accelerate.utils import is_peft_model
+from packaging.version import Version
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..method.packing import PackedRollouts
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# True while a layout goes through a model. Only mask creation and the guard below read it: what a layer computes,
+# also when gradient checkpointing repeats it later, depends on its arguments alone.
+_layout_in_use: ContextVar[bool] = ContextVar("layout_in_use", default=False)
+
+# Before transformers 5.21, sdpa drops the cap of the scores without a word (Gemma 2). Rollouts are then sampled
+# without it, so they must be scored without it.
+_SDPA_DROPS_SOFTCAP = Version(transformers.__version__) < Version("5.21")
+
+# Queries per block where scores are computed in blocks: large enough to keep a core busy, small beside a row
+_BLOCK = 256
+
+# Arguments that models hand to their attention and that do not change what it computes
+_HARMLESS_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
+
+
+class AttentionLayout(Protocol):
+    """How the rows of one forward pass attend, where it is not plain causal attention."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Output of one layer, of the query's shape; arguments as in [`tree_attention_forward`], `sinks` = `s_aux`."""
+
+
+@dataclass(frozen=True)
+class BudgetBranches:
+    """
+    The branches of one budget, for all rows.
+
+    Args:
+        index (`torch.Tensor`):
+            int64 of shape (R, Q), where the branch tokens stand in their row; filled up with 0.
+        positions (`torch.Tensor`):
+            int64 of shape (R, Q), their positions.
+        trunk (`int`):
+            The keys are the first `trunk` tokens of the row, then the branch tokens.
+        mask (`torch.Tensor`):
+            Bool of shape (R, 1, Q, K), True where a branch token sees a key.
+    """
+
+    index: torch.Tensor
+    positions: torch.Tensor
+    trunk: int
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """
+    How the rows of one batch attend, computed once per forward pass and shared by all layers.
+
+    Args:
+        position_ids (`torch.Tensor`):
+            int64 of shape (R, L).
+        trunk (`int`):
+            Tokens of the longest prompt and thinking.
+        budgets (`tuple[BudgetBranches, ...]`):
+            The branches of each budget.
+        source (`torch.Tensor`):
+            int64 of shape (R, L), where the output of each token stands in [trunk | budget 1 | … | budget M].
+    """
+
+    position_ids: torch.Tensor
+    trunk: int
+    budgets: tuple[BudgetBranches, ...]
+    source: torch.Tensor
+
+    @classmethod
+    def of(cls, packed: PackedRollouts, prompt_lengths: torch.Tensor, row_length: int) -> "TreeLayout":
+        """
+        Layout of rows that hold a prompt, then its packed rollout, then padding.
+
+        Args:
+            packed ([`PackedRollouts`]):
+                R rollouts.
+            prompt_lengths (`torch.Tensor`):
+                int64 of shape (R,), in tokens.
+            row_length (`int`):
+                L in tokens.
+        """
+        starts_RM, ends_RM = packed.spans[:, :, 0, 0], packed.spans[:, :, -1, 2]
+        sees_RM = packed.cuts + prompt_lengths[:, None]  # trunk tokens that the branches of each budget see
+        # The sizes reach the host in one transfer
+        sizes = torch.stack([(ends_RM - starts_RM).amax(0), sees_RM.amax(0)]).tolist()
+        trunk = int((packed.thinking_lengths + prompt_lengths).amax())
+
+        branch_RT = packed.branches()
+        positions_RT = packed.positions() + prompt_lengths[:, None]
+        budgets = []
+        for j, (width, budget_trunk) in enumerate(zip(*sizes, strict=True)):
+            step_Q = torch.arange(width, device=branch_RT.device)
+            real_RQ = step_Q < (ends_RM - starts_RM)[:, j, None]
+            packed_RQ = torch.where(real_RQ, starts_RM[:, j, None] + step_Q, 0)
+            branch_RQ = branch_RT.gather(1, packed_RQ)
+            sees_trunk = torch.arange(budget_trunk, device=branch_RT.device) < sees_RM[:, j, None, None]
+            sees_branch = (branch_RQ[:, :, None] == branch_RQ[:, None, :]) & (step_Q[:, None] >= step_Q[None, :])
+            mask_RQK = torch.cat([sees_trunk.expand(-1, width, -1), sees_branch & real_RQ[:, None, :]], dim=2)
+            index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], 0)
+            positions_RQ = positions_RT.gather(1, packed_RQ)
+            budgets.append(BudgetBranches(index_RQ, positions_RQ, budget_trunk, mask_RQK.unsqueeze(1)))
+
+        # Where the outputs of each budget begin in [trunk | budget 1 | … | budget M]
+        offsets_M = torch.tensor([0, *sizes[0][:-1]], device=branch_RT.device).cumsum(0) + trunk
+        budget_RT = branch_RT.clamp(min=0) // packed.spans.size(2)
+        index_RT = packed.indices()
+        of_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
+        source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], of_branch_RT)
+        padding_RT = index_RT >= packed.lengths[:, None]
+
+        index_L = torch.arange(row_length, device=branch_RT.device)
+        packed_RL = index_L - prompt_lengths[:, None]
+        in_prompt_RL = packed_RL < 0
+
+        def as_rows(x_RT):  # the prompt counts up, padding is 0
+            x_RT = x_RT.masked_fill(padding_RT, 0)
+            x_RL = x_RT.gather(1, packed_RL.clamp(0, x_RT.size(1) - 1))
+            return torch.where(in_prompt_RL, index_L, x_RL.masked_fill(packed_RL >= x_RT.size(1), 0))
+
+        return cls(as_rows(positions_RT), trunk, tuple(budgets), as_rows(source_RT))
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        dropout: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one layer: from query, key and value of shape (R, H, L, D) to an output of the query's."""
+        attend: Callable[..., torch.Tensor]
+        if softcap is None and sinks is None:
+            attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
+        else:
+            attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)
+
+        def take(x_RHLD, index_RQ):
+            return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
+
+        trunk = [x[:, :, : self.trunk] for x in (query, key, value)]
+        outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
+        for branches in self.budgets:
+            mask = branches.mask
+            if sliding_window is not None:
+                trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)
+                positions_RK = torch.cat([trunk_positions, branches.positions], dim=1)
+                near_RQK = branches.positions[:, :, None] - positions_RK[:, None, :] < sliding_window
+                mask = mask & near_RQK.unsqueeze(1)
+            keys, values = (
+                torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value)
+            )
+            outputs.append(attend(take(query, branches.index), keys, values, mask))
+        return take(torch.cat(outputs, dim=2), self.source)
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    base: str,
+    tree: AttentionLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Attention function in the form of transformers' `AttentionInterface`.
+
+    Args:
+        module (`torch.nn.Module`):
+            The attention layer.
+        query, key, value (`torch.Tensor`):
+            Shape (R, H, L, D); key and value may have fewer heads.
+        attention_mask (`torch.Tensor`, *optional*):
+            Mask of a plain forward pass; `None` with a tree.
+        base (`str`):
+            Attention implementation that plain forward passes take.
+        tree ([`AttentionLayout`], *optional*):
+            Layout of the rows; `None` for a plain forward pass.
+        scaling (`float`, *optional*):
+            Factor of the scores.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Attention dropout.
+        sliding_window (`int`, *optional*):
+            A token sees only keys less than this many positions before it.
+        softcap (`float`, *optional*):
+            Scores are capped to ± this value by a tanh.
+        s_aux (`torch.Tensor`, *optional*):
+            Shape (H,), a score per head that takes part in the softmax and attends to nothing (an attention sink).
+
+    Returns:
+        `tuple`: output of shape (R, L, H, D) and the attention weights, if the base returns them.
+
+    Raises:
+        `ValueError`: If the layer asks for something that a tree does not honour.
+        `RuntimeError`: If the layout got lost on its way through the model.
+    """
+    if tree is None:
+        if _layout_in_use.get():
+            raise RuntimeError(
+                f"{type(module).__name__} did not receive the keyword argument `tree`: this model does not hand its "
+                "keyword arguments down to the attention layers, so it cannot train on packed rollouts."
+            )
+        # Only what the layer gave: the base knows its own defaults
+        given = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: argument for name, argument in given.items() if argument is not None}
+        base_attention = _base_attention(module, base)
+        return base_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    assert attention_mask is None, "mask creation is off while a layout is in use"
+    _refuse_unknown(module, sliding_window, kwargs)
+    if base == "sdpa" and _SDPA_DROPS_SOFTCAP:
+        softcap = None
+    output = tree.attend(
+        module,
+        query,
+        key,
+        value,
+        scaling=scaling,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_trunk(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention; with a window in bands, each of which sees no more than itself and the window before it."""
+    length = query.size(2)
+    if sliding_window is None or sliding_window >= length:
+        return attend(query, key, value, None)
+    outputs = []
+    step = max(sliding_window, _BLOCK)
+    for start in range(0, length, step):
+        end, first = min(start + step, length), max(start - sliding_window + 1, 0)
+        queries = torch.arange(start, end, device=query.device)[:, None]
+        keys = torch.arange(first, end, device=query.device)
+        band = (keys <= queries) & (queries - keys < sliding_window)
+        outputs.append(attend(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], band[None, None]))
+    return torch.cat(outputs, dim=2)
+
+
+def _repeat_heads(x_RHKD: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return x_RHKD if x_RHKD.size(1) == num_heads else x_RHKD.repeat_interleave(num_heads // x_RHKD.size(1), dim=1)
+
+
+def _attend_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    """One call of torch's fused attention, causal without a mask."""
+    if mask is not None:  # with a mask, the fused kernels want as many key heads as query heads
+        key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.size(1) != query.size(1),
+    )
+
+
+def _attend_in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Capped scores and attention sinks, which torch's fused attention lacks: blocks of queries, scores recomputed."""
+    key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+
+    def attend_block(query, key, value, mask, sinks):
+        scores = query @ key.transpose(2, 3) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            sink_scores = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink_scores], dim=3)
+        weights = scores.softmax(dim=3, dtype=torch.float32).to(query.dtype)[..., : key.size(2)]
+        return torch.nn.functional.dropout(weights, dropout) @ value
+
+    outputs = []
+    for start in range(0, query.size(2), _BLOCK):
+        end = min(start + _BLOCK, query.size(2))
+        if mask is None:
+            num_keys = end
+            block_mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)[None, None]
+        else:
+            num_keys, block_mask = key.size(2), mask[:, :, start:end]
+        block = query[:, :, start:end], key[:, :, :num_keys], value[:, :, :num_keys], block_mask, sinks
+        outputs.append(checkpoint(attend_block, *block, use_reentrant=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _base_attention(module: torch.nn.Module, base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    # Each family has its own eager attention, beside its attention layer
+    if base == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def _refuse_unknown(module: torch.nn.Module, sliding_window: int | None, kwargs: dict[str, Any]) -> None:
+    for name, argument in kwargs.items():
+        if name not in _HARMLESS_ARGUMENTS and argument is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends with {name}={argument!r}, which tree attention does not support."
+            )
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types and layer_types[module.layer_idx] == "sliding_attention" and sliding_window is None:
+        raise ValueError(f"{type(module).__name__} does not tell its attention function the width of its window.")
+
+
+def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
+    return None if _layout_in_use.get() else ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+
+
+def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
+    """
+    Let `model` take packed rows (`tree=layout`). `generate()` and plain forward passes keep the attention they had.
+
+    Raises:
+        `ValueError`: If the model does not take a registered attention function.
+    """
+    model = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
+    base = model.config._attn_implementation
+    # transformers treats names that contain these words specially
+    name = "tree_over_" + re.sub("sdpa|flash|flex", lambda word: word[0][::-1], base)
+    AttentionInterface.register(name, partial(tree_attention_forward, base=base))
+    AttentionMaskInterface.register(name, partial(_create_mask, base=base))
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise ValueError(f"{type(model).__name__} does not support a registered attention function.")
+
+
+@contextmanager
+def plain_attention(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
+    """Give `model` the attention back that it had before, for code that goes by its name."""
+    model = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
+    name = model.config._attn_implementation
+    base = getattr(ALL_ATTENTION_FUNCTIONS.get(name), "keywords", {}).get("base", name)
+    model.set_attn_implementation(base)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(name)
+
+
+@contextmanager
+def layout_in_use() -> Iterator[None]:
+    """No masks are made inside: the layout that goes through the model says how its rows attend."""
+    token = _layout_in_use.set(True)
+    try:
+        yield
+    finally:
+        _layout_in_use.reset(token)
+
+
+def forward_packed(
+    model: torch.nn.Module,
+    packed: PackedRollouts,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    **kwargs: Any,
+) -> Any:
+    """
+    Forward pass over rows [left padding][prompt][packed rollout][right padding].
+
+    Args:
+        model (`torch.nn.Module`):
+            A model with tree attention (see [`enable_tree_attention`]), wrapped or not.
+        packed ([`PackedRollouts`]):
+            The R rollouts that stand in the last T columns of `input_ids`.
+        input_ids (`torch.Tensor`):
+            int64 of shape (R, L).
+        attention_mask (`torch.Tensor`):
+            int64 of shape (R, L), 0 on padding.
+        labels (`torch.Tensor`):
+            int64 of shape (R, L); only tokens that the policy sampled keep theirs.
+
+    Returns:
+        The model's output, with `log_probs` and `entropy` of shape (R, L - 1) aligned with `input_ids`. Its `aux_loss`
+        counts each token of a packed row once, as TRL's does for a plain row.
+    """
+    num_tokens = input_ids.size(1)
+    prompt_width = num_tokens - packed.token_ids.size(1)
+    prompt_lengths = attention_mask[:, :prompt_width].sum(dim=1)
+    untrained_RL = torch.nn.functional.pad(~packed.trained(), (prompt_width, 0), value=True)
+    labels = labels.masked_fill(untrained_RL, -100)
+
+    # With the padding at the end, all rows begin at index 0 and the trunks are one causal call without a mask. Beyond
+    # `length` there is only padding: TRL pads to the longest row of the generation batch, which may not be here.
+    length = int((packed.lengths + prompt_lengths).amax())
+    index_L = torch.arange(num_tokens, device=input_ids.device)
+    padding_R1 = prompt_width - prompt_lengths[:, None]
+    to_left = (index_L[:length] + padding_R1) % num_tokens
+    layout = TreeLayout.of(packed, prompt_lengths, length)
+    with layout_in_use():
+        outputs = model(
+            input_ids=input_ids.gather(1, to_left),
+            attention_mask=attention_mask.gather(1, to_left),
+            position_ids=layout.position_ids,
+            labels=labels.gather(1, to_left),
+            tree=layout,
+            **kwargs,
+        )
+
+    to_right = (index_L[:-1] - padding_R1) % (num_tokens - 1)
+    for name in ("log_probs", "entropy"):
+        field = getattr(outputs, name, None)
+        if field is not None:
+            outputs[name] = torch.nn.functional.pad(field, (0, num_tokens - length)).gather(1, to_right)
+    return outputs

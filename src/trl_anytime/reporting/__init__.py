@@ -1,0 +1,1 @@
+"""Telling people: learning curves, figures, trackers, model cards."""

@@ -1,0 +1,194 @@
+"""What a model card says, from the trainer that trained the model."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import SchedulerType
+from trl.data_utils import is_conversational
+
+from .. import __version__
+from ..brpo_config import BRPOConfig
+from ..inference.anytime_config import AnytimeContract
+from ..rewards import AnswerReward
+from .model_card import CardFacts, DataSet
+from .recipe_names import arm_name
+
+_LIBRARIES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
+_ADAPTERS = {"LORA": "LoRA"}  # as they are written in text
+# A file of a data set on the Hub, as `datasets` records what it has downloaded
+_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
+
+
+def card_facts(
+    trainer: Any,
+    contract: AnytimeContract,
+    paper: dict[str, str],
+    prompt: Any,
+    card_of_trl: ModelCard,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+) -> CardFacts:
+    """
+    Collect what a card says.
+
+    Args:
+        trainer ([`BRPOTrainer`]):
+            The trainer, before, during or after training.
+        contract ([`AnytimeContract`]):
+            Its model's contract.
+        paper (`dict[str, str]`):
+            Title, id and citation of the method.
+        prompt (`str` or `list[dict]`):
+            A prompt of the training data, for its form.
+        card_of_trl ([`~huggingface_hub.ModelCard`]):
+            TRL's card, for its tags and its links to trackers.
+        model_name (`str`, *optional*):
+            Name of the model. Defaults to that of the output folder.
+        dataset_name (`str`, *optional*):
+            Name of the training data. Defaults to `card_dataset`, or where the data were loaded from.
+    """
+    args: BRPOConfig = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = next(iter(model.peft_config.values())) if is_peft_model(model) else None
+    question = args.card_question or "What is 2 + 2?"
+    libraries = [*_LIBRARIES, *(["peft"] if adapter else []), *(["vllm"] if args.use_vllm else [])]
+    return CardFacts(
+        name=model_name or Path(str(args.output_dir)).absolute().name,
+        model_id=trainer.hub_model_id,
+        base_model=args.card_base_model or _loaded_from(model.config._name_or_path),
+        architecture=model.config.model_type,
+        adapter=None if adapter is None else _ADAPTERS.get(adapter.peft_type.value, adapter.peft_type.value),
+        tags=card_of_trl.data["tags"],
+        links=re.findall(r"^\[<img .*\]\(.*\)", card_of_trl.text, flags=re.MULTILINE),
+        contract=contract,
+        arm=_arm(args),
+        metric=args.card_metric or ("accuracy" if _is_accuracy(trainer) else "mean_reward"),
+        dataset=_describe(trainer.train_dataset, dataset_name or args.card_dataset, "unnamed data"),
+        eval_datasets=_eval_datasets(trainer.eval_dataset, args.card_eval_dataset),
+        num_generations_eval=trainer.num_generations_eval,
+        log_history=trainer.state.log_history,
+        step=_step_of_weights(trainer),
+        num_steps=max(trainer.state.max_steps, args.max_steps, 0),
+        settings=_settings(trainer, contract, adapter),
+        question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
+        versions={"trl_anytime": __version__, **{name: version(name) for name in libraries}},
+        paper=paper,
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of an id on the Hub, `name` or `owner/name`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(name)
+
+
+def _loaded_from(name_or_path: str | None) -> str | None:
+    """The id of a model that was loaded from the Hub; `None` for one from a folder, or made on the spot."""
+    name = name_or_path or ""
+    return name if is_hub_id(name) and not Path(name).exists() else None
+
+
+def _arm(args: BRPOConfig) -> str:
+    return arm_name(
+        args.budgets,
+        args.prior,
+        args.num_summaries,
+        args.max_summary_length,
+        args.baseline,
+        args.progress_decay,
+        args.summary_policy,
+    )
+
+
+def _is_accuracy(trainer: Any) -> bool:
+    """Whether the mean reward is an accuracy for sure: one of our verifiers, which give 0 or 1, and nothing else."""
+    weighted = [
+        (func, weight)
+        for func, weight in zip(trainer.reward_funcs, trainer.reward_weights.tolist(), strict=True)
+        if weight != 0
+    ]
+    return len(weighted) == 1 and isinstance(weighted[0][0], AnswerReward) and weighted[0][1] == 1
+
+
+def _step_of_weights(trainer: Any) -> int:
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_global_step:
+        return state.best_global_step
+    return state.global_step
+
+
+def _eval_datasets(datasets: Any, given: str | None) -> dict[str, DataSet]:
+    if datasets is None:
+        return {"": DataSet(given or "the evaluation set")}
+    if not isinstance(datasets, dict):
+        return {"": _describe(datasets, given, "the evaluation set")}
+    return {name: _describe(dataset, None, name) for name, dataset in datasets.items()}
+
+
+def _describe(dataset: Dataset | IterableDataset, given: str | None, otherwise: str) -> DataSet:
+    """
+    A data set by the name that was given, `owner/name:task` or any text; else by where it was loaded from, if that was
+    the Hub; else by `otherwise`.
+    """
+    num_rows = None if isinstance(dataset, IterableDataset) else len(dataset)
+    split = None if dataset.split is None else str(dataset.split)
+    files = dataset.info.download_checksums or {}
+    sources = {match.groups() for file in files if (match := _HUB_FILE.match(str(file)))}
+    loaded, revision = sources.pop() if len(sources) == 1 else (None, None)
+    name, _, task = (given or loaded or "").partition(":")
+    if "/" in name and is_hub_id(name) and not Path(name).exists():
+        config = dataset.info.config_name if name == loaded else None
+        return DataSet(
+            name,
+            on_hub=True,
+            num_rows=num_rows,
+            config=config,
+            split=split,
+            revision=revision if name == loaded else None,
+            task=task or config or "default",
+        )
+    return DataSet(given or otherwise, num_rows=num_rows, split=split)
+
+
+def _settings(trainer: Any, contract: AnytimeContract, adapter: Any) -> dict[str, str]:
+    args: BRPOConfig = trainer.args
+    weights = zip(contract.budgets, contract.prior, strict=True)
+    rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    is_stream = isinstance(trainer.train_dataset, IterableDataset)
+    baseline = {"v1": f"v1, λ = {args.progress_decay:g}", "brpo": f"brpo, λ = {args.progress_decay:g}"}
+    scheduler = SchedulerType(args.lr_scheduler_type).value
+    settings = {
+        "arm": _arm(args),
+        "thinking budgets (weight of each)": ", ".join(f"{budget} ({weight:.3g})" for budget, weight in weights),
+        "prior": args.prior if isinstance(args.prior, str) else "list of weights",
+        "baseline": baseline.get(args.baseline, args.baseline),
+        "summaries per thinking and budget": f"{args.num_summaries}, {args.summary_policy}",
+        "tokens of a summary": f"at most {args.max_summary_length}",
+        "thinkings per problem": str(trainer.num_generations),
+        "problems": "a stream" if is_stream else f"{len(trainer.train_dataset):,}",
+        "thinkings per optimiser step": str(
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        ),
+        "rewards (weight of each)": ", ".join(f"{name} ({weight:g})" for name, weight in rewards),
+        "learning rate": f"{args.learning_rate:g}, {scheduler}",
+        "loss": f"{args.loss_type}, clipped at {args.epsilon:g}, KL coefficient {args.beta:g}",
+        "iterations per generation batch": str(args.num_iterations),
+        "temperature": f"{args.temperature:g}",
+        "seed": str(args.seed),
+    }
+    if adapter is not None:
+        modules = adapter.target_modules or ()
+        names = {modules} if isinstance(modules, str) else {module.split(".")[-1] for module in modules}
+        rank = f"r = {adapter.r}, alpha = {adapter.lora_alpha}, " if adapter.peft_type == "LORA" else ""
+        settings["adapter"] = f"{rank}on {', '.join(sorted(names))}"
+    return settings

@@ -1,0 +1,155 @@
+"""Curves as pictures. Needs matplotlib, the extra `plot`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from ..evaluation.statistics import Estimate
+from .learning_curves import Curve, evaluations, rewards_in_training
+
+_LENGTH = "thinking/mean_length"
+
+
+def plot_results(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """
+    Accuracy against budget with confidence bands: a panel for each data set, a curve for each result.
+
+    Args:
+        results (`Sequence[dict]`):
+            Results of `trl-anytime eval`.
+        path (`Path`):
+            The picture.
+    """
+    groups = list(dict.fromkeys(group for result in results for group in result["curves"]))
+    figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for result in results:
+            if group not in result["curves"]:
+                continue
+            budgets = result["protocol"]["budgets"]
+            curve = [Estimate(**estimate) for estimate in result["curves"][group]["accuracy"]]
+            (line,) = axes.plot(budgets, [e.mean for e in curve], "o-", ms=3, label=result["protocol"]["model"])
+            axes.fill_between(
+                budgets, [e.low for e in curve], [e.high for e in curve], color=line.get_color(), alpha=0.15
+            )
+        axes.set(title=group, xlabel="thinking budget (tokens)", ylabel="accuracy")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Path) -> None:
+    """
+    Curves against the thinking budget before and after training: a panel for each set of problems.
+
+    Args:
+        panels (`Mapping[str, Mapping[str, Curve]]`):
+            For each panel's title the curves by their labels, in the order of their steps.
+        metric (`str`):
+            What the rewards are called.
+        path (`Path`):
+            The picture.
+    """
+    figure, all_axes = _row_of_panels(len(panels))
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+        # Gray for what is not the last
+        styles = [("o--", "tab:gray")] * (len(curves) - 1) + [("o-", "tab:blue")]
+        for (label, curve), (line, color) in zip(curves.items(), styles, strict=True):
+            axes.plot(list(curve.rewards), list(curve.rewards.values()), line, color=color, ms=4, label=label)
+        axes.set_title(title, parse_math=False)  # a name may have a dollar in it
+        axes.set(xlabel="thinking budget (tokens)", ylabel=metric)
+        if metric == "accuracy":
+            axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
+    """
+    [`training_figure`] as a file.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            `log_history` of a `trainer_state.json`.
+        path (`Path`):
+            The picture.
+
+    Raises:
+        `ValueError`: If there is no such metric in it.
+    """
+    training_figure(log_history).savefig(path, dpi=120)
+
+
+def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
+    """
+    A training run over its steps: the mean reward at each budget, on training prompts and in the evaluations of each
+    set, and the length of the thinkings.
+
+    Args:
+        log_history (`Sequence[dict]`):
+            `log_history` of a [`~transformers.TrainerState`].
+
+    Raises:
+        `ValueError`: If there is no such metric in it.
+    """
+    panels = {"training samples": rewards_in_training(log_history)}
+    panels |= {f"evaluation {name}".strip(): curves for name, curves in evaluations(log_history).items()}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        raise ValueError("The training run logged no `anytime/reward@…`: it was not one of BRPOTrainer.")
+    lengths = [(log["step"], log[_LENGTH]) for log in log_history if log.get(_LENGTH) is not None]
+    figure, all_axes = _row_of_panels(len(panels) + bool(lengths))
+    for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
+        for budget in sorted({budget for curve in curves for budget in curve.rewards}):
+            points = [(curve.step, curve.rewards[budget]) for curve in curves if budget in curve.rewards]
+            axes.plot(*zip(*points, strict=True), ".-", ms=4, label=f"{budget} tokens")
+        axes.set_title(title, parse_math=False)
+        axes.set(xlabel="step", ylabel="mean reward")
+        axes.legend(fontsize="small")
+    if lengths:
+        all_axes[-1].plot(*zip(*lengths, strict=True), ".-", ms=4)
+        all_axes[-1].set(title="training samples", xlabel="step", ylabel="thinking length (tokens)")
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
+    """
+    Mean reward against budget, a line for each evaluation of a set, from light to dark.
+
+    Args:
+        curves (`Sequence[Curve]`):
+            The evaluations; of several at one step, the last is drawn.
+        title (`str`):
+            Title.
+    """
+    figure, (axes,) = _row_of_panels(1)
+    by_step = sorted({curve.step: curve for curve in curves}.items())
+    for i, (step, curve) in enumerate(by_step):
+        named = i in (0, len(by_step) - 1)  # those between can be told by their shade
+        axes.plot(
+            list(curve.rewards),
+            list(curve.rewards.values()),
+            "o-",
+            ms=3,
+            color=colormaps["viridis_r"](0.15 + 0.85 * (i + 1) / len(by_step)),
+            label=f"step {step}" if named else None,
+        )
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="thinking budget (tokens)", ylabel="mean reward")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _row_of_panels(count: int) -> tuple[Figure, Sequence[Any]]:
+    """A figure and its axes. They are drawn at every checkpoint: a computed layout would take twice the time."""
+    width = 5 if count == 1 else 3.8 * count  # a page shrinks a wide picture, and its letters
+    figure = Figure(figsize=(width, 4))
+    figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.12, top=0.91, wspace=0.27)
+    return figure, figure.subplots(1, count, squeeze=False)[0]

@@ -1,0 +1,144 @@
+"""What all rewards with gold answers share: find the answer in a completion, read the gold, count what went wrong."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .verifier.extraction import answer_part, last_boxed
+from .verifier.gold_answers import bad_gold_message, check_golds, find_column, gold_alternatives
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerReward:
+    r"""Base of the rewards that compare an answer in a `\boxed{}` with a gold answer.
+
+    With [`BRPOTrainer`] the completion is a summary, and the answer is the last complete `\boxed{}` in the first
+    paragraph of `answer_bridge + summary` that starts with the final-answer text. In a plain `GRPOTrainer` the
+    completion is everything the model wrote, and the answer is the last complete `\boxed{}` behind the thinking.
+
+    On every call it logs every counter in `COUNTERS` as `rewards/<class name>/<counter>`: numbers of completions, 0
+    included, so that the keys are the same on every rank and at every step.
+
+    Args:
+        answer_columns (`tuple[str, ...]`, *optional*, defaults to `("answer", "solution")`):
+            Columns that may hold the gold answers; the first one present counts. A gold answer is a string, an int, a
+            float, or a list of these, of which any is right.
+        answer_bridge (`str`, *optional*, defaults to `"\n\n**Final Answer**\n"`):
+            Final-answer text that precedes each summary. The trainer puts in its own.
+        end_of_thinking (`str` or `None`, *optional*, defaults to `"</think>"`):
+            Marker that a whole completion must hold exactly once. `None` for models that do not think. Unused with
+            [`BRPOTrainer`], which counts the marker on token ids.
+        on_bad_gold (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` an error for an unusable gold answer, or `"skip"` its rows: left out when a dataset is checked,
+            reward `None` when a batch is graded.
+        max_answer_length (`int`, *optional*, defaults to `2000`):
+            Characters in the box beyond which an answer is wrong without a look.
+    """
+
+    answer_columns: tuple[str, ...] = ("answer", "solution")
+    answer_bridge: str = "\n\n**Final Answer**\n"
+    end_of_thinking: str | None = "</think>"
+    on_bad_gold: str = "raise"
+    max_answer_length: int = 2000
+
+    COUNTERS: ClassVar[tuple[str, ...]] = ("graded", "no_box", "too_long", "bad_format", "skipped_golds")
+
+    def __post_init__(self) -> None:
+        if self.on_bad_gold not in ("raise", "skip"):
+            raise ValueError(f"on_bad_gold must be 'raise' or 'skip', not {self.on_bad_gold!r}.")
+        if isinstance(self.answer_columns, str) or not self.answer_columns:
+            raise ValueError(f"answer_columns must be a tuple of column names, not {self.answer_columns!r}.")
+        if self.max_answer_length < 1:
+            raise ValueError(f"max_answer_length must be positive, not {self.max_answer_length!r}.")
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        *,
+        well_formed: Sequence[bool] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Grade completions.
+
+        Args:
+            prompts (`Sequence`):
+                Unused; part of TRL's signature.
+            completions (`Sequence[str]` or `Sequence[list[dict]]`):
+                Texts or conversations. With `well_formed` they are summaries, without it whole completions.
+            completion_ids (`Sequence[Sequence[int]]`, *optional*):
+                Unused; part of TRL's signature.
+            well_formed (`Sequence[bool]`, *optional*):
+                From [`BRPOTrainer`]: False for a summary that is wrong whatever it says, because its thinking did not
+                end as it should.
+            log_metric (`Callable`, *optional*):
+                TRL's `log_metric`.
+            columns (`dict`):
+                Columns of the dataset, one of `answer_columns` among them.
+
+        Returns:
+            `list[float | None]`: 1.0 or 0.0, or `None` for a bad gold answer with `on_bad_gold="skip"`.
+
+        Raises:
+            `ValueError`: For a bad gold answer, naming row, column and value, or if no column has gold answers.
+        """
+        counts = Counter(dict.fromkeys(self.COUNTERS, 0))
+        column = find_column(list(columns), self.answer_columns)
+        rewards: list[float | None] = [0.0] * len(completions)
+        rows, pairs = [], []
+        for row, (completion, value) in enumerate(zip(completions, columns[column], strict=True)):
+            golds = self._gold(value)
+            if golds is None:
+                if self.on_bad_gold == "raise":
+                    raise ValueError(bad_gold_message(row, column, value))
+                counts["skipped_golds"] += 1
+                rewards[row] = None
+                continue
+            formed = None if well_formed is None else well_formed[row]
+            part = answer_part(completion, formed, self.answer_bridge, self.end_of_thinking)
+            if part is None:
+                counts["bad_format"] += 1
+                continue
+            answer = (last_boxed(part) or "").strip()
+            if not answer:
+                counts["no_box"] += 1
+            elif len(answer) > self.max_answer_length and answer not in golds:
+                counts["too_long"] += 1
+            else:
+                rows.append(row)
+                pairs.append((golds, answer))
+        counts["graded"] = len(pairs)
+        for row, score in zip(rows, self._grade(pairs, counts), strict=True):
+            rewards[row] = score
+        if log_metric is not None:
+            for name in self.COUNTERS:
+                log_metric(f"rewards/{type(self).__name__}/{name}", float(counts[name]))
+        return rewards
+
+    def check_dataset(self, dataset: Any) -> Any:
+        """Check every gold answer of a dataset before training.
+
+        Args:
+            dataset (`Dataset` or `IterableDataset`):
+                A dataset with one of `answer_columns`. An iterable dataset is returned as it is: its rows are checked
+                when they are graded.
+
+        Returns:
+            The dataset; with `on_bad_gold="skip"` without the rows whose gold answer is bad, after a warning with
+            their number.
+
+        Raises:
+            `ValueError`: Naming row, column and value of the first bad gold, or the columns if none holds golds.
+        """
+        return check_golds(dataset, self.answer_columns, self._gold, skip=self.on_bad_gold == "skip")
+
+    def _gold(self, value: Any) -> list[str] | None:
+        """Alternatives of a gold answer, `None` for a value that is none."""
+        return gold_alternatives(value)
+
+    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
+        """Score answers against the alternatives of their golds, adding to `counts`."""
+        raise NotImplementedError

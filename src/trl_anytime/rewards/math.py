@@ -1,0 +1,139 @@
+"""The default reward: 1 if the boxed final answer is mathematically equal to a gold answer, 0 otherwise."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .base import AnswerReward
+from .verifier.equality import Exact, answers_equal
+from .verifier.gold_answers import bad_gold_message, gold_alternatives
+from .verifier.pool import PoolSettings, default_workers, get_pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class MathReward(AnswerReward):
+    r"""Reward 1 for a completion whose final answer is mathematically equal to a gold answer, 0 otherwise.
+
+    See [`AnswerReward`] for how the answer is found. What is plain (numbers, words, choices, lists of these) is graded
+    in this process, the rest in worker processes that are killed when they hang: such an answer scores 0 and is
+    counted as `timeouts`, or as `dead_workers` if its worker died. Instances hold settings only and can be pickled;
+    the workers belong to the process that grades.
+
+    Args:
+        workers (`int`, *optional*):
+            Worker processes of this rank. Defaults to half the cores of this rank, at most 4.
+        cpu_limit (`float`, *optional*, defaults to `2.0`):
+            CPU seconds for one answer.
+        hard_limit (`float`, *optional*, defaults to `10.0`):
+            Seconds after which a worker that does not answer is killed.
+        batch_limit (`float`, *optional*, defaults to `60.0`):
+            Seconds for one call; what is not graded by then scores 0. Keep it well below the timeout of collectives.
+        memory_limit (`int`, *optional*, defaults to `1024`):
+            MiB of address space of one worker.
+        tasks_per_worker (`int`, *optional*, defaults to `2000`):
+            Answers after which a worker is replaced by a fresh one.
+        kwargs (`dict`):
+            Settings of [`AnswerReward`]: `answer_columns`, `answer_bridge`, `end_of_thinking`, `on_bad_gold` and
+            `max_answer_length`.
+
+    Example:
+
+    ```python
+    >>> from trl_anytime.rewards import MathReward
+
+    >>> reward = MathReward(end_of_thinking=None)
+    >>> reward(prompts=["Half?"] * 2, completions=[r"\boxed{\frac12}", r"\boxed{2}"], answer=["0.5", "0.5"])
+    [1.0, 0.0]
+    ```
+    """
+
+    workers: int | None = None
+    cpu_limit: float = 2.0
+    hard_limit: float = 10.0
+    batch_limit: float = 60.0
+    memory_limit: int = 1024
+    tasks_per_worker: int = 2000
+
+    COUNTERS: ClassVar[tuple[str, ...]] = (*AnswerReward.COUNTERS, "timeouts", "dead_workers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cpu_limit", "hard_limit", "batch_limit", "memory_limit", "tasks_per_worker"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, not {self.workers!r}; leave it out for the default.")
+
+    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
+        exact = Exact()
+        outcomes: dict[tuple[str, str], str | None] = {}  # of a gold and an answer, each pair once; None: for a worker
+        for golds, answer in pairs:
+            for gold in golds:
+                if (gold, answer) not in outcomes:
+                    verdict = answers_equal(gold, answer, exact)
+                    outcomes[gold, answer] = None if verdict is None else "equal" if verdict else "different"
+        pending = [pair for pair, outcome in outcomes.items() if outcome is None]
+        if pending:
+            outcomes |= zip(pending, get_pool(self._pool_settings()).grade(pending), strict=True)
+        scores = []
+        for golds, answer in pairs:
+            found = {outcomes[gold, answer] for gold in golds}
+            scores.append(float("equal" in found))
+            if "equal" not in found:
+                counts["timeouts"] += "timeout" in found
+                counts["dead_workers"] += "dead" in found
+        return scores
+
+    def _pool_settings(self) -> PoolSettings:
+        return PoolSettings(
+            workers=self.workers or default_workers(),
+            cpu_limit=self.cpu_limit,
+            hard_limit=self.hard_limit,
+            batch_limit=self.batch_limit,
+            memory_limit=self.memory_limit,
+            tasks_per_worker=self.tasks_per_worker,
+        )
+
+
+def grade_answers(answers: Sequence[str], golds: Sequence[Any], **settings: Any) -> list[float]:
+    r"""Grade bare answers, as they stand in a box, in bulk.
+
+    Args:
+        answers (`Sequence[str]`):
+            Contents of boxes, without `\boxed{}`.
+        golds (`Sequence`):
+            One gold answer for each: a string, an int, a float, or a list of these, of which any is right.
+        settings (`dict`):
+            Settings of [`MathReward`], such as `workers` or `cpu_limit`.
+
+    Returns:
+        `list[float]`: 1.0 or 0.0 for each answer.
+
+    Raises:
+        `ValueError`: If the lengths differ or a gold answer is none.
+
+    Example:
+
+    ```python
+    >>> from trl_anytime.rewards import grade_answers
+
+    >>> grade_answers([r"\frac12", "(2,1)", "1{,}000"], ["0.5", "(1,2)", 1000])
+    [1.0, 0.0, 1.0]
+    ```
+    """
+    if len(answers) != len(golds):
+        raise ValueError(f"There are {len(answers)} answers but {len(golds)} gold answers.")
+    reward = MathReward(**settings)
+    scores = [0.0] * len(answers)
+    rows, pairs = [], []
+    for row, (answer, value) in enumerate(zip(answers, golds, strict=True)):
+        alternatives = gold_alternatives(value)
+        if alternatives is None:
+            raise ValueError(bad_gold_message(row, "golds", value))
+        if len(answer) <= reward.max_answer_length or answer in alternatives:
+            rows.append(row)
+            pairs.append((alternatives, answer))
+    for row, score in zip(rows, reward._grade(pairs, Counter()), strict=True):
+        scores[row] = score
+    return scores

@@ -1,0 +1,1 @@
+"""Think, cut, summarise: markers, rollouts, and the backends that sample them."""

@@ -1,0 +1,251 @@
+"""The two phases of a rollout by transformers: `generate()` thinks, and summaries are branches on top of its cache."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import GenerationMode, logits_process
+
+from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
+from ..modeling.growing_cache import growing_cache
+from .backend import Generation, RolloutSettings
+from .types import Rollout, Thinking
+
+# What a branch can be sampled with besides repetition_penalty: rules that look at the scores of one token alone
+_WARPERS = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+)
+# Once this share of the rows has finished, thinking goes on without them: the cache of the others is copied for it
+_FINISHED_SHARE = 0.25
+
+
+class TransformersGeneration(Generation):
+    """
+    Both phases by transformers: thinking by `generate()`, which drops finished rows as it goes, and the summaries as
+    branches on top of its cache.
+
+    Args:
+        hold_model (`Callable`):
+            Context manager that yields the model, ready to generate. The model has tree attention.
+        generation_config ([`~transformers.GenerationConfig`]):
+            How tokens are sampled.
+        pad_token_id (`int`):
+            Filler on the left of shorter prompts.
+        max_cached_tokens (`int`, *optional*):
+            Most tokens whose keys and values are held at a time. Prompts and branches are split into as many parts as
+            that takes; a single rollout may exceed it. All at once if not set.
+    """
+
+    def __init__(
+        self,
+        hold_model: Callable[[], AbstractContextManager[PreTrainedModel]],
+        generation_config: GenerationConfig,
+        pad_token_id: int,
+        max_cached_tokens: int | None = None,
+    ):
+        super().__init__()
+        self._hold_model = hold_model
+        self._generation_config = generation_config
+        self._pad_token_id = pad_token_id
+        self._max_cached_tokens = max_cached_tokens
+
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        self.seconds.clear()
+        prompts = [list(ids) for ids in prompt_ids]
+        # A thinking, and room for the summaries of one budget
+        per_branch = settings.markers.max_bridge_length + settings.max_summary_length
+        per_rollout = max(map(len, prompts)) + settings.budgets[-1] + settings.num_summaries * per_branch
+        at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
+        rollouts: list[Rollout] = []
+        with self._hold_model() as model, torch.no_grad():
+            for start in range(0, len(prompts), at_once):
+                part = prompts[start : start + at_once]
+                with self._timed("thinking"):
+                    thinkings, trunks = self._think(model, part, settings)
+                with self._timed("summarising"):
+                    rollouts += self._summarise(model, part, thinkings, trunks, settings)
+        return rollouts
+
+    def _think(
+        self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
+    ) -> tuple[list[Thinking], list[Trunk]]:
+        """One thinking for each prompt, and the trunks that hold their keys and values."""
+        width, most = max(map(len, prompts)), settings.budgets[-1]
+        padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
+        token_ids = torch.tensor(padded, device=model.device)
+        starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
+        rows = list(range(len(prompts)))  # whose thinking each row is
+        cache = growing_cache()
+        sampled: list[list[int]] = [[] for _ in prompts]
+        running, trunks = set(rows), []
+        # `generate()` runs until the last row has finished: it is called for some tokens at a time, and finished rows
+        # are set aside in between
+        config = self._config(max(8, most // 64), settings.stop_token_ids)
+        stop_ids = set(settings.stop_token_ids)
+        while running:
+            before = token_ids.size(1) - width
+            attention_mask = (torch.arange(token_ids.size(1), device=model.device) >= starts[:, None]).long()
+            config.max_new_tokens = min(config.max_new_tokens, most - before)
+            token_ids = cast(Any, model).generate(
+                token_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
+            )
+            for row, new in zip(rows, token_ids[:, width + before :].tolist(), strict=True):
+                if row in running:
+                    sampled[row] += new
+                    length = _length(sampled[row], before, stop_ids, settings.markers.think_end_ids)
+                    if length is not None or before + len(new) == most:
+                        sampled[row] = sampled[row][:length]
+                        running.remove(row)
+
+            finished = [r for r, row in enumerate(rows) if row not in running]
+            if running and len(finished) <= _FINISHED_SHARE * len(rows):
+                continue
+            trunk = Trunk.of(cache, starts, rows)
+            if not running:
+                trunks.append(trunk)
+                break
+            trunks.append(trunk.select(finished))
+            live = torch.tensor([r for r, row in enumerate(rows) if row in running], device=model.device)
+            cache.batch_select_indices(live)
+            token_ids, starts = token_ids[live], starts[live]
+            rows = [row for row in rows if row in running]
+        return [Thinking.of(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
+
+    def _summarise(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        thinkings: list[Thinking],
+        trunks: list[Trunk],
+        settings: RolloutSettings,
+    ) -> list[Rollout]:
+        cached = {
+            rollout: trunk.layers[0][0].size(2) - start
+            for trunk in trunks
+            for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
+        }
+        # Budgets that share a cut share a context
+        slots = [(i, *context) for i, thinking in enumerate(thinkings) for context in settings.contexts(thinking)]
+        contexts = []
+        for i, cut, bridge, indices in slots:
+            history = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
+            seen = min(cached[i], len(prompts[i]) + cut)
+            contexts.append(BranchContext(i, seen, history[seen:], settings.num_summaries_at(indices), history))
+
+        logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
+        held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
+        summaries: list[list[list[list[int]]]] = [[[] for _ in settings.budgets] for _ in prompts]
+        decoded: list[list[list[int]]] = [[] for _ in contexts]
+        for part in self._parts(contexts, settings, held):
+            branches = decode_branches(
+                model,
+                trunks,
+                [context for _, context in part],
+                partial(_choose, logits_processor, do_sample),
+                needs_history=any(not isinstance(processor, _WARPERS) for processor in logits_processor),
+                eos_token_ids=settings.eos_token_ids,
+                max_new_tokens=settings.max_summary_length,
+            )
+            for (c, _), of_context in zip(part, branches, strict=True):
+                decoded[c] += of_context
+        for (i, _, _, indices), of_context in zip(slots, decoded, strict=True):
+            for j, of_budget in settings.of_budgets(indices, of_context).items():
+                summaries[i][j] = of_budget
+        return [
+            Rollout.of(prompt, thinking, settings.budgets, settings.markers, of_rollout)
+            for prompt, thinking, of_rollout in zip(prompts, thinkings, summaries, strict=True)
+        ]
+
+    def _parts(
+        self, contexts: list[BranchContext], settings: RolloutSettings, held: int
+    ) -> Iterator[list[tuple[int, BranchContext]]]:
+        """Contexts, each with its index, in parts whose branches fit beside the `held` tokens of the trunks."""
+        if self._max_cached_tokens is None:
+            yield list(enumerate(contexts))
+            return
+        part: list[tuple[int, BranchContext]] = []
+        room = self._max_cached_tokens - held
+        for c, context in enumerate(contexts):
+            per_branch = len(context.token_ids) + settings.max_summary_length
+            remaining = context.num_branches
+            while remaining:
+                fitting = room // per_branch
+                if fitting < 1 and part:
+                    yield part
+                    part, room = [], self._max_cached_tokens - held
+                    continue
+                taken = min(max(fitting, 1), remaining)
+                part.append((c, replace(context, num_branches=taken)))
+                room -= taken * per_branch
+                remaining -= taken
+        yield part
+
+    def _config(self, max_new_tokens: int, eos_token_ids: list[int]) -> GenerationConfig:
+        config = copy.deepcopy(self._generation_config)
+        config.max_new_tokens, config.eos_token_id, config.pad_token_id = (
+            max_new_tokens,
+            eos_token_ids,
+            self._pad_token_id,
+        )
+        config.cache_implementation = None  # `generate()` refuses it beside a cache
+        return config
+
+
+def _length(token_ids: list[int], start: int, stop_ids: set[int], think_end: tuple[int, ...]) -> int | None:
+    """Tokens up to the first stop behind `start`, or `None`."""
+    for i in range(start, len(token_ids)):
+        if token_ids[i] in stop_ids or tuple(token_ids[max(i + 1 - len(think_end), 0) : i + 1]) == think_end:
+            return i + 1
+    return None
+
+
+def _choose(
+    logits_processor: LogitsProcessorList, do_sample: bool, token_ids: torch.Tensor | None, logits: torch.Tensor
+) -> torch.Tensor:
+    """The next tokens as `generate()` chooses them, see [`~trl_anytime.modeling.branch_decoding.decode_branches`]."""
+    scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
+    return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)
+
+
+def _prepared_sampling(
+    model: PreTrainedModel, generation_config: GenerationConfig
+) -> tuple[LogitsProcessorList, bool]:
+    """The processors that `generate()` makes of a configuration and the model's own, and whether it samples."""
+
+    def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        return logits_processor, generation_config.do_sample
+
+    some_token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    config = copy.deepcopy(generation_config)
+    config.max_new_tokens, config.cache_implementation = 1, None
+    return cast(Any, model).generate(
+        some_token, attention_mask=some_token, generation_config=config, custom_generate=take
+    )
+
+
+def sampling_objection(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
+    """Why branches cannot be sampled as `generation_config` asks, or `None`."""
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        return f"it does not do {mode.value.replace('_', ' ')}"
+    allowed = (*_WARPERS, logits_process.RepetitionPenaltyLogitsProcessor)
+    others = sorted(
+        type(processor).__name__
+        for processor in _prepared_sampling(model, generation_config)[0]
+        if not isinstance(processor, allowed)
+    )
+    return f"it does not apply {', '.join(others)}" if others else None

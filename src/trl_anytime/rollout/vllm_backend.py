@@ -1,0 +1,583 @@
+"""
+The two phases with vLLM: an engine loop of ours in colocate mode, TRL's client in server mode.
+
+Both work on the [`~trl.generation.vllm_generation.VLLMGeneration`] that TRL has built, with its engine or client and
+its sampling settings.
+"""
+
+import json
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, is_peft_model
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.import_utils import is_vllm_available
+
+from ..brpo_config import BRPOConfig
+from .backend import Generation, RolloutSettings, Sampler
+from .markers import ThinkingMarkers
+from .types import Rollout, Thinking
+
+if is_vllm_available():
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+# Steps in a row without a token, although requests are unfinished, after which an engine is given up. A long prompt is
+# computed in parts, in several such steps (TRL sets 4096 tokens for one); an engine that cannot place its requests in
+# its cache makes nothing but such steps.
+_MOST_EMPTY_STEPS = 1000
+
+
+# Colocate mode
+
+
+@dataclass(eq=False)
+class _Continuation:
+    """
+    What an engine has sampled so far for one request.
+
+    Args:
+        request_id (`str`):
+            Name of the request.
+        token_ids (`list[int]`):
+            The tokens.
+        logprobs (`list[float]`):
+            Their log-probabilities in the sampling distribution.
+        finished (`bool`):
+            Whether it is complete, or was aborted.
+        num_cached_tokens (`int`):
+            Tokens of its prompt whose keys and values the engine still had.
+    """
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+
+class _EngineLoop:
+    """
+    Requests to an engine and the tokens that have come for them, step by step.
+
+    The only place that talks to vLLM's engine; what it uses is the same in vLLM 0.22 and 0.31.
+
+    Args:
+        engine (`vllm.v1.engine.llm_engine.LLMEngine`):
+            The engine.
+    """
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self._unfinished: dict[str, _Continuation] = {}
+        self._num_requests = 0
+        self._num_empty_steps = 0
+        self.num_steps = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a continuation is still to be completed."""
+        return bool(self._unfinished)
+
+    def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
+        """
+        Request one continuation of `prompt_ids`.
+
+        Raises:
+            `ValueError`: If it might not fit into the engine's context, where the engine would just break it off.
+        """
+        context = self._engine.model_config.max_model_len
+        if len(prompt_ids) + sampling["max_tokens"] > context:
+            raise ValueError(
+                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new ones are more than vLLM's "
+                f"context of {context}. Raise `vllm_max_model_length`, lower `budgets` or "
+                "`max_summary_length`, or drop the longest prompts."
+            )
+        # Deltas, as otherwise a thinking would be copied as a whole for each of its tokens
+        params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
+        continuation = _Continuation(f"rollout-{self._num_requests}")
+        self._num_requests += 1
+        self._engine.add_request(continuation.request_id, {"prompt_token_ids": prompt_ids}, params)
+        self._unfinished[continuation.request_id] = continuation
+        return continuation
+
+    def step(self) -> list[_Continuation]:
+        """
+        Let the engine make one step.
+
+        Returns:
+            `list[_Continuation]`: Those that grew or are complete.
+
+        Raises:
+            `RuntimeError`: If the engine fails or makes no progress.
+        """
+        waiting = f"{len(self._unfinished)} of {self._num_requests} continuations unfinished"
+        try:
+            outputs = self._engine.step()
+        except Exception as error:  # whatever it is, say what it interrupted
+            raise RuntimeError(
+                f"The vLLM engine failed in step {self.num_steps + 1} of a generation batch, with {waiting}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.num_steps += 1
+        self._num_empty_steps = 0 if outputs else self._num_empty_steps + 1
+        if self._num_empty_steps > _MOST_EMPTY_STEPS:
+            raise RuntimeError(
+                f"The vLLM engine has sampled nothing in {_MOST_EMPTY_STEPS} steps, with {waiting}: its KV cache has "
+                "no room for them. Raise `vllm_gpu_memory_utilization`, or lower `budgets`."
+            )
+
+        grown = []
+        for output in outputs:
+            continuation = self._unfinished[output.request_id]
+            (delta,) = output.outputs
+            continuation.token_ids += delta.token_ids
+            continuation.logprobs += [
+                candidates[token].logprob for token, candidates in zip(delta.token_ids, delta.logprobs, strict=True)
+            ]
+            continuation.num_cached_tokens = output.num_cached_tokens
+            if output.finished:
+                del self._unfinished[continuation.request_id]
+                continuation.finished = True
+            grown.append(continuation)
+        return grown
+
+    def abort(self, continuations: Sequence[_Continuation]) -> None:
+        """End unfinished continuations where they are."""
+        self._engine.abort_request([continuation.request_id for continuation in continuations])
+        for continuation in continuations:
+            del self._unfinished[continuation.request_id]
+            continuation.finished = True
+
+    def abort_all(self) -> None:
+        """Leave nothing behind in the engine."""
+        self.abort(list(self._unfinished.values()))
+
+
+@dataclass
+class _OpenRollout:
+    """
+    A rollout that is being sampled.
+
+    Args:
+        prompt_ids (`list[int]`):
+            The rendered prompt.
+        number (`int`):
+            Number of its thinking among all continuations; its summaries follow.
+        sampled (`_Continuation`):
+            Its thinking.
+        summaries (`list[list[_Continuation]]`):
+            A summaries for each budget, as far as they have been requested.
+        num_context_tokens (`int`):
+            Tokens of the summaries' contexts.
+    """
+
+    prompt_ids: list[int]
+    number: int
+    sampled: _Continuation
+    summaries: list[list[_Continuation]] = field(default_factory=list)
+    num_context_tokens: int = 0
+    _num_searched: int = 0
+
+    def has_ended(self, markers: ThinkingMarkers) -> bool:
+        """Whether the end of thinking is among the tokens that came since the last call."""
+        first = max(self._num_searched - len(markers.think_end_ids) + 1, 0)
+        self._num_searched = len(self.sampled.token_ids)
+        return markers.end_of_thinking(self.sampled.token_ids[first:]) is not None
+
+    def thinking(self, settings: RolloutSettings) -> Thinking:
+        """The thinking so far."""
+        return Thinking.of(
+            self.sampled.token_ids, settings.markers, settings.eos_token_ids, logprobs=self.sampled.logprobs
+        )
+
+    def num_passed(self, budgets: list[int]) -> int:
+        """How many of the budgets cut the thinking at a place that is certain by now."""
+        return len(budgets) if self.sampled.finished else bisect_right(budgets, len(self.sampled.token_ids))
+
+    def close(self, settings: RolloutSettings) -> Rollout:
+        """The complete rollout."""
+        return Rollout.of(
+            self.prompt_ids,
+            self.thinking(settings),
+            settings.budgets,
+            settings.markers,
+            [[summary.token_ids for summary in of_budget] for of_budget in self.summaries],
+            [[summary.logprobs for summary in of_budget] for of_budget in self.summaries],
+        )
+
+
+class EngineGeneration(Generation):
+    """
+    The two phases in a vLLM engine.
+
+    A summary's context is a prefix that the engine has just computed, and whose keys and values are in its prefix
+    cache. With `overlap` the summaries at a budget are requested as soon as the thinking has passed it, and take the
+    places of thinkings that have ended while others still run.
+
+    Args:
+        engine (`vllm.v1.engine.llm_engine.LLMEngine`):
+            The engine; `llm.llm_engine` of a `vllm.LLM`.
+        sampling (`dict[str, Any]`, *optional*):
+            Parameters of vLLM's `SamplingParams` for both phases. A `seed` gives every continuation a seed of its own,
+            counted from there.
+        overlap (`bool`, *optional*, defaults to `True`):
+            Whether the phases overlap.
+
+    Attributes:
+        num_steps (`int`):
+            Steps of the engine in the last call.
+        num_context_tokens (`int`):
+            Tokens of all summaries' contexts in the last call.
+        num_cached_tokens (`int`):
+            Those of them that the prefix cache had.
+
+    Raises:
+        `ValueError`: If the engine has no prefix cache.
+    """
+
+    def __init__(self, engine: Any, sampling: dict[str, Any] | None = None, overlap: bool = True):
+        super().__init__()
+        self._engine = engine
+        self._parameters = {"logprobs": 0, **(sampling or {})}
+        self._overlap = overlap
+        self.num_steps = self.num_context_tokens = self.num_cached_tokens = 0
+        if not engine.vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                "The vLLM engine runs without a prefix cache, so every summary would compute its thinking anew. vLLM "
+                "switches it off for models that it cannot cache, among them many recurrent and hybrid ones: set "
+                "`use_vllm=False` for them."
+            )
+
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        self.seconds.clear()
+        loop = _EngineLoop(self._engine)
+        try:
+            rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
+        except BaseException:
+            with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
+                loop.abort_all()
+            raise
+        self.num_steps = loop.num_steps
+        self.num_context_tokens = sum(rollout.num_context_tokens for rollout in rollouts)
+        self.num_cached_tokens = sum(
+            summary.num_cached_tokens
+            for rollout in rollouts
+            for summary in dict.fromkeys(chain.from_iterable(rollout.summaries))  # once, where budgets share them
+        )
+        return [rollout.close(settings) for rollout in rollouts]
+
+    def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
+        with self._timed("thinking"):
+            sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
+            per_rollout = 1 + len(settings.budgets) * settings.num_summaries
+            numbers = range(0, len(prompts) * per_rollout, per_rollout)
+            rollouts = [
+                _OpenRollout(prompt, number, loop.add(prompt, _with_seed(sampling, number)))
+                for prompt, number in zip(prompts, numbers, strict=True)
+            ]
+            thinking = {rollout.sampled: rollout for rollout in rollouts}
+            while thinking:
+                for continuation in loop.step():
+                    rollout = thinking.get(continuation)
+                    if rollout is None:
+                        continue  # a summary
+                    # A marker of several tokens does not stop the engine
+                    if rollout.has_ended(settings.markers) and not continuation.finished:
+                        loop.abort([continuation])
+                    if continuation.finished:
+                        del thinking[continuation]
+                    if self._overlap:
+                        self._summarise(loop, rollout, settings)
+        with self._timed("summarising"):
+            for rollout in rollouts:
+                self._summarise(loop, rollout, settings)
+            while loop.has_unfinished:
+                loop.step()
+        return rollouts
+
+    def _summarise(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+        """Request the summaries at all budgets that the thinking has passed since the last call."""
+        passed = range(len(rollout.summaries), rollout.num_passed(settings.budgets))
+        if not passed:
+            return
+        thinking, num_summaries = rollout.thinking(settings), settings.num_summaries
+        sampling = self._sampling(settings.max_summary_length, settings.eos_token_ids)
+        for j in passed:
+            cut, bridge = thinking.cut(settings.budgets[j], settings.markers)
+            if (
+                settings.share_summaries
+                and j
+                and (cut, bridge) == thinking.cut(settings.budgets[j - 1], settings.markers)
+            ):
+                rollout.summaries.append(rollout.summaries[-1])
+                continue
+            context = [*rollout.prompt_ids, *thinking.token_ids[:cut], *bridge]
+            first = rollout.number + 1 + j * num_summaries
+            rollout.summaries.append(
+                [loop.add(context, _with_seed(sampling, first + a)) for a in range(num_summaries)]
+            )
+            rollout.num_context_tokens += num_summaries * len(context)
+
+    def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
+        """Sampling parameters of one phase."""
+        return {**self._parameters, "max_tokens": max_tokens, "stop_token_ids": stop_token_ids}
+
+
+class ColocateGeneration(EngineGeneration):
+    """
+    The two phases in the engine that TRL's colocate mode has in this process, between one wake and one sleep.
+
+    A `seed` in `generation_kwargs` gives every continuation a seed of its own, counted from there.
+
+    Args:
+        vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's backend, in colocate mode. Its weights are synchronised by TRL before each roll-out.
+        overlap (`bool`, *optional*, defaults to `True`):
+            Whether the phases overlap.
+    """
+
+    def __init__(self, vllm_generation: VLLMGeneration, overlap: bool = True):
+        super().__init__(vllm_generation.llm.llm_engine, overlap=overlap)
+        self._vllm = vllm_generation
+
+    def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        with self._awake():
+            prompts, own = self._prompts_of_group([list(ids) for ids in prompt_ids])
+            return super().roll_out(prompts, settings)[own]
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Wake the engine, if it sleeps between generations at all, and let it sleep again."""
+        if not self._vllm.enable_sleep_mode:
+            yield
+            return
+        if self._vllm._llm_weights_sleeping:  # sleep has discarded them, and TRL had no reason to send new ones
+            self._vllm.sync_weights()
+        try:
+            self._vllm.llm.wake_up(tags=["kv_cache"])
+            yield
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to report
+                self._sleep()
+            raise
+        self._sleep()
+
+    def _sleep(self) -> None:
+        self._vllm._llm_weights_sleeping = True
+        self._vllm.llm.sleep(level=2)
+
+    def _prompts_of_group(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
+        """
+        The prompts of all ranks that share this engine by tensor parallelism, and which of them are this rank's.
+
+        Each of these ranks has a scheduler of its own, and they must not part: whatever is requested, and when, may
+        depend on nothing but these prompts and the tokens that come, which are the same on all of them.
+        """
+        size = self._vllm.tensor_parallel_size
+        if size == 1:
+            return prompts, slice(None)
+        gathered: list[Any] = [None] * size
+        torch.distributed.all_gather_object(gathered, prompts, group=self._vllm.tp_group)
+        if is_peft_model(self._vllm.model):  # as TRL does, against https://github.com/huggingface/trl/issues/3671
+            torch.distributed.barrier(device_ids=[self._vllm.accelerator.local_process_index])
+        first = torch.distributed.get_rank(group=self._vllm.tp_group) * len(prompts)
+        return [ids for part in gathered for ids in part], slice(first, first + len(prompts))
+
+    def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
+        """Sampling parameters of one phase, otherwise those of `VLLMGeneration.generate`."""
+        vllm = self._vllm
+        return {
+            "repetition_penalty": vllm.repetition_penalty,
+            "temperature": vllm.temperature,
+            "top_p": vllm.top_p,
+            "top_k": vllm.top_k,
+            "min_p": 0.0 if vllm.min_p is None else vllm.min_p,
+            "logprobs": vllm.logprobs,
+            **vllm.generation_kwargs,
+            "max_tokens": max_tokens,
+            "stop_token_ids": stop_token_ids,
+        }
+
+
+def _with_seed(sampling: dict[str, Any], number: int) -> dict[str, Any]:
+    """The parameters of one continuation: with one seed for all, the summaries of a cut would be the same."""
+    seed = sampling.get("seed")
+    return sampling if seed is None else {**sampling, "seed": seed + number}
+
+
+# Server mode
+
+
+def check_server(args: BRPOConfig, model_name: str) -> int:
+    """
+    Wait until the vLLM server is there, and see whether it is one that this trainer can use.
+
+    TRL looks for the server on the main process only, where an error leaves the other ranks waiting. This check, which
+    comes before TRL's, is collective.
+
+    Args:
+        args ([`BRPOConfig`]):
+            Where the server is, and how long to wait for it (`vllm_server_timeout`, in seconds).
+        model_name (`str`):
+            Repository or folder of the model to be trained; empty if it has none.
+
+    Returns:
+        `int`: Tokens that a prompt and its continuation may come to in the server.
+
+    Raises:
+        `ConnectionError`: On every rank, if the server does not answer in time.
+        `ValueError`: On every rank, if it serves another model or lacks what TRL and BRPO need.
+    """
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [_check_server(args, model_name)]
+        except (ConnectionError, ValueError) as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _check_server(args: BRPOConfig, model_name: str) -> int:
+    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    deadline = time.monotonic() + args.vllm_server_timeout
+    while True:
+        try:
+            served = _get_json(f"{url}/v1/models")["data"][0]
+            break
+        except OSError as error:  # refused, timed out, or an HTTP status while it starts
+            if time.monotonic() >= deadline:
+                raise ConnectionError(
+                    f"The vLLM server at {url} did not answer within `vllm_server_timeout={args.vllm_server_timeout}` "
+                    f"seconds: {error}. Start it with `vllm serve`, or set `vllm_server_base_url`."
+                ) from error
+        time.sleep(min(2.0, args.vllm_server_timeout / 10))
+
+    names = {served["id"], served.get("root")}
+    if model_name and model_name not in names and Path(model_name).resolve() != Path(served["root"]).resolve():
+        raise ValueError(
+            f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. "
+            "Serve that; or, if both have the same architecture, restart the server with "
+            f"`--served-model-name {model_name}`."
+        )
+    try:
+        config = _get_json(f"{url}/server_info?config_format=json")["vllm_config"]
+    except HTTPError as error:
+        raise ValueError(
+            f"The vLLM server at {url} does not offer its development endpoints ({error}), by which TRL sends it the "
+            "weights: restart it with `VLLM_SERVER_DEV_MODE=1` in its environment."
+        ) from error
+    if config["weight_transfer_config"] is None:
+        raise ValueError(
+            f"The vLLM server at {url} cannot receive weights: restart it with "
+            """`--weight-transfer-config '{"backend": "nccl"}'`."""
+        )
+    if not config["cache_config"]["enable_prefix_caching"]:
+        raise ValueError(
+            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking anew: "
+            "restart it with `--enable-prefix-caching`."
+        )
+    return served["max_model_len"]
+
+
+def _get_json(url: str) -> dict[str, Any]:
+    with urlopen(url, timeout=10) as response:
+        return json.load(response)
+
+
+class _PatientClient:
+    """
+    TRL's client, whose failures wait until every rank can be told.
+
+    TRL calls it on the main process, in the middle of collectives: an error there would leave the other ranks waiting.
+    After a failure it does nothing and returns empty continuations.
+
+    Args:
+        client ([`~trl.generation.vllm_client.VLLMClient`]):
+            TRL's client.
+
+    Attributes:
+        error (`Exception`, *optional*):
+            What failed first.
+    """
+
+    def __init__(self, client: Any):
+        self._client = client
+        self.error: Exception | None = None
+
+    @contextmanager
+    def _patiently(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, every rank must hear of it
+            self.error = error
+
+    def generate(self, *, prompts: list, n: int, **kwargs: Any) -> dict[str, Any]:
+        if self.error is None:
+            with self._patiently():
+                return self._client.generate(prompts=prompts, n=n, **kwargs)
+        nothing: list[list] = [[] for _ in range(n * len(prompts))]
+        return {"prompt_ids": prompts, "completion_ids": nothing, "logprobs": nothing, "logprob_token_ids": None}
+
+    def update_named_params(self, metadata: list, named_params: Iterator) -> None:
+        if self.error is None:
+            with self._patiently():
+                self._client.update_named_params(metadata, named_params)
+        for _ in named_params:  # the other ranks take part in gathering what is left
+            pass
+
+    def reset_prefix_cache(self) -> None:
+        if self.error is None:
+            with self._patiently():
+                self._client.reset_prefix_cache()
+
+
+class ServerSampler:
+    """
+    A [`~trl_anytime.rollout.backend.Sampler`] over TRL's server mode, whose failures are raised on every rank.
+
+    Args:
+        sample ([`~trl_anytime.rollout.backend.Sampler`]):
+            Samples by `vllm_generation`.
+        vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's backend, in server mode. Its client is replaced by one that reports failures here.
+    """
+
+    def __init__(self, sample: Sampler, vllm_generation: VLLMGeneration):
+        self._sample = sample
+        self._client: _PatientClient | None = None
+        if vllm_generation.accelerator.is_main_process:
+            self._client = _PatientClient(vllm_generation.vllm_client)
+            vllm_generation.vllm_client = self._client  # type: ignore[assignment]
+
+    def __call__(
+        self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """
+        Collective.
+
+        Raises:
+            `RuntimeError`: On every rank, if the server failed since the last call.
+        """
+        sampled = self._sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations)
+        error = None
+        if self._client is not None:
+            error, self._client.error = self._client.error, None
+        message = [None if error is None else f"The vLLM server failed: {type(error).__name__}: {error}"]
+        broadcast_object_list(message)
+        if message[0] is not None:
+            raise RuntimeError(message[0]) from error
+        return sampled

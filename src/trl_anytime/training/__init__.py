@@ -1,0 +1,1 @@
+"""What `GRPOTrainer` lacks, with budgets or without: checkpoints, faults, preemption, alarms."""

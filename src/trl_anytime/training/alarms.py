@@ -1,0 +1,368 @@
+"""Alarms: training that goes wrong in one of several known ways says so once, with a sample and a suggestion."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..rollout.types import Rollout
+
+# Updates that a figure is taken over: a hard batch or two raise no alarm, and of a run of hundreds it is little
+WINDOW = 10
+# "Always", or one less it "never", in a share of rollouts that a figure averages
+ALWAYS = 0.99
+# Of rewards that are the same at all budgets: their means are sums in the same order, and differ by rounding at most
+SAME = 1e-6
+# Share of the rollouts whose tokens all have advantage 0. It rises by itself as problems get solved: to .86 over ten
+# updates in a run of the learning study that reached a reward of .98.
+NO_ADVANTAGE = 0.95
+# Share of the summaries without a box among those that a reward looks at. Where most lack it, it grades the form.
+NO_BOX = 0.5
+# Share of the summaries that are cut off. Now and then one repeats itself in every run (1 % in the quickstart); at a
+# quarter, answers that are right do not fit.
+CLIPPED = 0.25
+# Share of the graded answers that were given up, which score 0 whatever they say. Noise as large as many a run's gain.
+TIMEOUTS = 0.05
+# Mean difference between vLLM's and the trainer's log-probabilities, in nats per token. With bfloat16 on both sides,
+# 0.01 to 0.04 is reported; from 0.1 on a token's ratio is off by half of what PPO's clipping allows.
+LOGPROB_DIFFERENCE = 0.1
+# Entropy, against the first window. Training uses it up, and good runs keep a quarter
+# (https://huggingface.co/papers/2505.22617); the quickstart keeps four tenths.
+ENTROPY_LEFT = 0.1
+# Gradient norm, median against that of the window before: at most 2.1 in the runs of the learning study
+GRAD_NORM_GROWTH = 10.0
+# The norm is logged for one update, and says nothing of the others since the last log: one alone may be a chance
+GRAD_NORMS = 3
+
+_PIECE = 80  # characters of a prompt, of either end of a thinking, of a summary: all four make a few lines
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """
+    One way in which training goes wrong.
+
+    Args:
+        name (`str`):
+            What is wrong.
+        metric (`str`):
+            What the figure is.
+        figure (`Callable`):
+            The figure in one log; None where the log does not have it.
+        threshold (`float`):
+            The alarm goes off where the mean figure of the last window is as large as this, or larger.
+        suggestion (`str`):
+            What to change.
+        low (`bool`, *optional*, defaults to `False`):
+            Whether it goes off where the figure is as small, or smaller.
+        compared_with (`str`, *optional*):
+            `"first"`: `threshold` is a multiple of the mean over the first window; `"before"`: of the median over the
+            window before the last, and the figure is a median, too.
+        shows (`Callable`, *optional*):
+            How well a rollout and a summary of it (token ids and text) show what is wrong. The first is taken if not
+            set.
+    """
+
+    name: str
+    metric: str
+    figure: Callable[[Mapping[str, float]], float | None]
+    threshold: float
+    suggestion: str
+    low: bool = False
+    compared_with: str | None = None
+    shows: Callable[[Rollout, list[int], str], float] = lambda rollout, ids, text: 0
+
+    @property
+    def least_values(self) -> int:
+        """Values that a window must have, however many updates they stand for."""
+        return GRAD_NORMS if self.compared_with == "before" else 1
+
+
+# Figures in one log
+
+
+def _rewards(metrics: Mapping[str, float]) -> list[float]:
+    return [value for name, value in metrics.items() if name.startswith("anytime/reward@")]
+
+
+def _largest_reward(metrics: Mapping[str, float]) -> float | None:
+    return max(map(abs, _rewards(metrics)), default=None)
+
+
+def _reward_spread(metrics: Mapping[str, float]) -> float | None:
+    """Largest less smallest reward, as a share; 0 where no thinking is cut and summaries differ by chance alone."""
+    rewards = _rewards(metrics)
+    if len(rewards) < 2 or not any(rewards):  # rewards of 0 have an alarm of their own
+        return None
+    if metrics.get("thinking/never_cut_ratio", 0) >= ALWAYS:
+        return 0.0
+    return (max(rewards) - min(rewards)) / max(map(abs, rewards))
+
+
+def _no_advantage(metrics: Mapping[str, float]) -> float | None:
+    # Rewards of 0 have an alarm of their own
+    return metrics.get("anytime/no_advantage_ratio") if any(_rewards(metrics)) else None
+
+
+def _counts(metrics: Mapping[str, float], counter: str) -> float:
+    """One of the counters that `trl_anytime.rewards` log, over all reward functions."""
+    return sum(n for name, n in metrics.items() if name.startswith("rewards/") and name.endswith(f"/{counter}"))
+
+
+def _no_box(metrics: Mapping[str, float]) -> float | None:
+    missing = _counts(metrics, "no_box")
+    looked_at = missing + _counts(metrics, "graded") + _counts(metrics, "too_long")
+    return missing / looked_at if looked_at else None
+
+
+def _timeouts(metrics: Mapping[str, float]) -> float | None:
+    graded = _counts(metrics, "graded")
+    return _counts(metrics, "timeouts") / graded if graded else None
+
+
+def _grad_norm(metrics: Mapping[str, float]) -> float | None:
+    return metrics.get("grad_norm") or None  # 0: an update without a signal
+
+
+def _logged(name: str) -> Callable[[Mapping[str, float]], float | None]:
+    return lambda metrics: metrics.get(name)
+
+
+ALARMS = (
+    Alarm(
+        "no reward at any budget",
+        "the largest `anytime/reward@…`",
+        _largest_reward,
+        0.0,
+        "see in the sample whether the reward function would find a right answer there; if so, train on problems that "
+        "this model can solve",
+        low=True,
+    ),
+    Alarm(
+        "nothing to learn from",
+        "`anytime/no_advantage_ratio`",
+        _no_advantage,
+        NO_ADVANTAGE,
+        "train on problems that the model solves now and then, neither always nor never",
+    ),
+    Alarm(
+        "boxes are missing",
+        r"the share of summaries without a \boxed{} (`no_box`)",
+        _no_box,
+        NO_BOX,
+        r"end every prompt with the request to put the final answer within \boxed{}",
+        shows=lambda rollout, ids, text: "\\boxed" not in text,
+    ),
+    Alarm(
+        "summaries are cut off",
+        "`summary/clipped_ratio`",
+        _logged("summary/clipped_ratio"),
+        CLIPPED,
+        "raise `max_summary_length`",
+        shows=lambda rollout, ids, text: len(ids),
+    ),
+    Alarm(
+        "thinking is never finished",
+        "`thinking/finished_ratio`",
+        _logged("thinking/finished_ratio"),
+        1 - ALWAYS,
+        "raise the last of `budgets`, or set `think_end` if the sample ends its thinking in another way",
+        low=True,
+        shows=lambda rollout, ids, text: not rollout.thinking.finished,
+    ),
+    Alarm(
+        "thinking is always empty",
+        "`thinking/empty_ratio`",
+        _logged("thinking/empty_ratio"),
+        ALWAYS,
+        "see in the sample whether the chat template closes the thinking (`chat_template_kwargs`); if not, start from "
+        "a model that thinks",
+        shows=lambda rollout, ids, text: -len(rollout.thinking.token_ids),
+    ),
+    Alarm(
+        "the verifier gives up",
+        "the share of graded answers with a timeout (`timeouts`)",
+        _timeouts,
+        TIMEOUTS,
+        "give `MathReward` more `workers`, and if that does not help a larger `cpu_limit`",
+    ),
+    Alarm(
+        "vLLM and trainer disagree on log-probabilities",
+        "the difference per token (`sampling/sampling_logp_difference/mean`)",
+        _logged("sampling/sampling_logp_difference/mean"),
+        LOGPROB_DIFFERENCE,
+        "let vLLM compute what the trainer does: the same dtype, no quantization, `top_p=1`, `top_k=0`, no `min_p`",
+    ),
+    Alarm(
+        "the reward is the same at all budgets",
+        "the spread of `anytime/reward@…`, as a share of the largest,",
+        _reward_spread,
+        SAME,
+        "lower the first of `budgets` if thinkings end before it, and else check that the reward function reads the "
+        "completion",
+        low=True,
+    ),
+    Alarm(
+        "entropy has collapsed",
+        "`entropy`",
+        _logged("entropy"),
+        ENTROPY_LEFT,
+        "lower `learning_rate`, or set `entropy_coef`",
+        low=True,
+        compared_with="first",
+    ),
+    Alarm(
+        "the gradient explodes",
+        "the median `grad_norm`",
+        _grad_norm,
+        GRAD_NORM_GROWTH,
+        "lower `learning_rate`",
+        compared_with="before",
+    ),
+)
+
+
+@dataclass
+class _History:
+    """
+    The values of one figure.
+
+    Args:
+        last_step (`int`):
+            Step of the last value.
+        values (`list[tuple[int, float]]`):
+            Values that are still needed, each after the number of updates that it stands for.
+        first (`float`, *optional*):
+            Mean over the first window.
+    """
+
+    last_step: int = 0
+    values: list[tuple[int, float]] = field(default_factory=list)
+    first: float | None = None
+
+
+class Alarms:
+    """
+    Watches what is logged; each alarm goes off once. A value counts for all updates since the one before, of which it
+    is the mean if there were several.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Decodes the sample.
+
+    Attributes:
+        rollouts (`Sequence[Rollout]`):
+            Where the sample is taken from; none is shown if there are none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.rollouts: Sequence[Rollout] = ()
+        self._tokenizer = tokenizer
+        self._histories = {alarm.name: _History() for alarm in ALARMS}
+        self._gone_off: list[str] = []
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
+        """
+        Take in one log.
+
+        Args:
+            step (`int`):
+                Optimiser steps so far.
+            metrics (`Mapping[str, Any]`):
+                What is logged. What is no number, or of an evaluation, is ignored.
+
+        Returns:
+            `list[str]`: a warning for each alarm that goes off.
+        """
+        numbers = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and not math.isnan(value)
+        }
+        warnings = []
+        for alarm in ALARMS:
+            value = alarm.figure(numbers)
+            if value is None or alarm.name in self._gone_off:
+                continue
+            history = self._histories[alarm.name]
+            history.values.append((step - history.last_step, value))
+            history.last_step = step
+            finding = _finding(alarm, history)
+            if finding is not None:
+                self._gone_off.append(alarm.name)
+                warnings.append(f"Step {step}: {finding}.{self._sample(alarm)} Suggestion: {alarm.suggestion}.")
+        return warnings
+
+    def _sample(self, alarm: Alarm) -> str:
+        """The summary that shows the alarm best, of the first at each budget, the last budget before the others."""
+        if not self.rollouts:
+            return ""
+        places = [(rollout, j) for rollout in self.rollouts for j in reversed(range(len(rollout.cuts)))]
+        summaries = [rollout.summaries[j][0] for rollout, j in places]
+        texts = self._tokenizer.batch_decode(summaries)
+        best = max(range(len(places)), key=lambda i: alarm.shows(places[i][0], summaries[i], texts[i]))
+        (rollout, j), summary = places[best], texts[best]
+        cut = rollout.cuts[j]
+        prompt, thinking = self._tokenizer.batch_decode([rollout.prompt_ids, rollout.thinking.token_ids[:cut]])
+        if len(prompt) > _PIECE:
+            prompt = f"[...] {prompt[-_PIECE:]}"
+        if len(thinking) > 2 * _PIECE:
+            thinking = f"{thinking[:_PIECE]} [...] {thinking[-_PIECE:]}"
+        if len(summary) > _PIECE:
+            summary = f"{summary[:_PIECE]} [...]"
+        return f" Sample: prompt {prompt!r}, {cut} tokens of thinking {thinking!r}, summary {summary!r}."
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain types."""
+        return {
+            "gone_off": list(self._gone_off),
+            "histories": {name: (h.last_step, list(h.values), h.first) for name, h in self._histories.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a [`~Alarms.state_dict`]."""
+        self._gone_off = list(state["gone_off"])
+        self._histories |= {name: _History(*history) for name, history in state["histories"].items()}
+
+
+def _finding(alarm: Alarm, history: _History) -> str | None:
+    """What is wrong, if the last window is full and bad. Values that no later window needs are forgotten."""
+    last = _last_window(history.values, alarm.least_values)
+    if not last:
+        return None
+    updates = sum(count for count, _ in last)
+    figure = sum(count * value for count, value in last) / updates
+    threshold, multiple = alarm.threshold, ""
+    if alarm.compared_with == "before":
+        before = _last_window(history.values[: -len(last)], alarm.least_values)
+        if not before:
+            return None
+        history.values = before + last
+        figure, threshold = (median(value for _, value in window) for window in (last, before))
+        threshold *= alarm.threshold
+        multiple = f", {alarm.threshold:g} times the {sum(count for count, _ in before)} updates before"
+    else:
+        history.values = last
+    if alarm.compared_with == "first":
+        history.first = figure if history.first is None else history.first
+        threshold *= history.first
+        multiple = f", {alarm.threshold:g} times the first {WINDOW} updates"
+    if figure > threshold if alarm.low else figure < threshold:
+        return None
+    return (
+        f"{alarm.name}: {alarm.metric} was {figure:.3g} in the last {updates} updates (alarm at {threshold:.3g} or "
+        f"{'less' if alarm.low else 'more'}{multiple})"
+    )
+
+
+def _last_window(values: list[tuple[int, float]], least_values: int) -> list[tuple[int, float]]:
+    """The last values that stand for [`WINDOW`] updates or more; none if there are not so many."""
+    updates = 0
+    for length, (count, _) in enumerate(reversed(values), start=1):
+        updates += count
+        if updates >= WINDOW and length >= least_values:
+            return values[-length:]
+    return []
