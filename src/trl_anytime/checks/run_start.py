@@ -1,28 +1,63 @@
 """What the trainer says when training begins: what the run is going to be, and what is odd about it."""
 
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..rewards import AnswerReward, FormatReward
-from ..rollout.markers import render_prompt
+from ..brpo_config import BRPOConfig
+from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, WARNING, Finding
 from .memory import Launch, memory_finding
 from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
 from .unused_settings import idle_settings
 
-if TYPE_CHECKING:
-    from ..brpo_trainer import BRPOTrainer
-
 logger = get_logger(__name__)
 
 
-def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
+class ReadyTrainer(Protocol):
+    """What the checks read off a [`BRPOTrainer`]."""
+
+    args: BRPOConfig
+    model: PreTrainedModel
+    markers: ThinkingMarkers
+    accelerator: Accelerator
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+    chat_template_kwargs: dict[str, Any]
+    eos_token_ids: list[int]
+    reward_funcs: list[Any]
+    is_fsdp_enabled: bool
+
+
+class StartReport(TrainerCallback):
+    """
+    Print what the run is going to be, and check it, when training begins. See [`report_start`].
+
+    Args:
+        trainer ([`BRPOTrainer`]):
+            The trainer.
+        prompt_length (`int`):
+            Tokens of the longest prompt.
+    """
+
+    def __init__(self, trainer: ReadyTrainer, prompt_length: int) -> None:
+        self._trainer, self._prompt_length = trainer, prompt_length
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report from the main process."""
+        if state.is_world_process_zero:
+            report_start(self._trainer, self._prompt_length)
+
+
+def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     """
     The checks of `trl-anytime doctor` that are left once a trainer has been built, in seconds. For the main process.
 

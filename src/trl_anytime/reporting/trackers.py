@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
@@ -23,9 +23,9 @@ _TRACKERS = ("trackio", "wandb", "tensorboard")
 _TABLE_ROWS = 64  # TensorBoard renders text as a whole; all rows are in TRL's parquet files
 
 
-class Trackers:
+class Trackers(TrainerCallback):
     """
-    Sends figures and tables to the trackers in use.
+    Send figures and tables to the trackers in use, from the main process.
 
     A tracker that refuses one costs that figure or table and a warning, and training goes on: neither is needed for
     it, and the numbers in them are logged as metrics, too.
@@ -35,12 +35,27 @@ class Trackers:
             Names of the trackers in use. Those that are not known here get nothing.
         callback_handler ([`~transformers.trainer_callback.CallbackHandler`]):
             Of the trainer; its callback for TensorBoard holds the writer.
+        completions (`Mapping[str, Any]`, *optional*):
+            TRL's columns of completions, which the trainer fills anew; none if they are not logged.
     """
 
-    def __init__(self, report_to: Sequence[str], callback_handler: CallbackHandler) -> None:
+    def __init__(
+        self,
+        report_to: Sequence[str],
+        callback_handler: CallbackHandler,
+        completions: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._completions = completions
         self._names = [name for name in _TRACKERS if name in report_to]
         self._callback_handler = callback_handler
         self._can_plot = True
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Send what belongs to this log."""
+        if state.is_world_process_zero and logs is not None:
+            self.update(logs, state, self._completions)
 
     def update(self, logs: Mapping[str, Any], state: TrainerState, table: Mapping[str, Any] | None) -> None:
         """

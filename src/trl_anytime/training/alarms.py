@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..rollout.types import Rollout
+
+logger = get_logger(__name__)
 
 # Updates that a figure is taken over: a hard batch or two raise no alarm, and of a run of hundreds it is little
 WINDOW = 10
@@ -244,25 +248,48 @@ class _History:
     first: float | None = None
 
 
-class Alarms:
+class Alarms(TrainerCallback, ExportableState):
     """
-    Watches what is logged; each alarm goes off once. A value counts for all updates since the one before, of which it
-    is the mean if there were several.
+    Watch what is logged and warn once for each alarm.
+
+    A value counts for all updates since the one before, of which it is the mean if there were several. The progress of
+    the alarms is saved in `trainer_state.json`, and a resumed run goes on from there. Only the main process watches.
+    `trainer.remove_callback(Alarms)` switches them off.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Decodes the sample.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Decodes the sample. Taken from the trainer when training begins if not set.
 
     Attributes:
         rollouts (`Sequence[Rollout]`):
             Where the sample is taken from; none is shown if there are none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.rollouts: Sequence[Rollout] = ()
         self._tokenizer = tokenizer
+        self._forget()
+
+    def _forget(self) -> None:
         self._histories = {alarm.name: _History() for alarm in ALARMS}
         self._gone_off: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
+        """Start anew, or go on from a checkpoint's `trainer_state.json`."""
+        self._tokenizer = self._tokenizer or processing_class
+        self._forget()
+        # A checkpoint of a run without alarms has no entry, and transformers wants one in order to save
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self.progress = saved["attributes"]["progress"]
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Warn if an alarm goes off."""
+        if state.is_world_process_zero and logs is not None:
+            for warning in self.update(state.global_step, logs):
+                logger.warning(warning)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """
@@ -298,7 +325,7 @@ class Alarms:
 
     def _sample(self, alarm: Alarm) -> str:
         """The summary that shows the alarm best, of the first at each budget, the last budget before the others."""
-        if not self.rollouts:
+        if not self.rollouts or self._tokenizer is None:
             return ""
         places = [(rollout, j) for rollout in self.rollouts for j in reversed(range(len(rollout.cuts)))]
         summaries = [rollout.summaries[j][0] for rollout, j in places]
@@ -315,17 +342,22 @@ class Alarms:
             summary = f"{summary[:_PIECE]} [...]"
         return f" Sample: prompt {prompt!r}, {cut} tokens of thinking {thinking!r}, summary {summary!r}."
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain types."""
+    def state(self) -> dict[str, Any]:
+        """What transformers writes into `trainer_state.json`."""
+        return {"args": {}, "attributes": {"progress": self.progress}}
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Alarms that have gone off and the values that later windows need, in plain types."""
         return {
             "gone_off": list(self._gone_off),
-            "histories": {name: (h.last_step, list(h.values), h.first) for name, h in self._histories.items()},
+            "histories": {name: [h.last_step, list(h.values), h.first] for name, h in self._histories.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a [`~Alarms.state_dict`]."""
-        self._gone_off = list(state["gone_off"])
-        self._histories |= {name: _History(*history) for name, history in state["histories"].items()}
+    @progress.setter
+    def progress(self, saved: Mapping[str, Any]) -> None:
+        self._gone_off = list(saved["gone_off"])
+        self._histories |= {name: _History(*history) for name, history in saved["histories"].items()}
 
 
 def _finding(alarm: Alarm, history: _History) -> str | None:
