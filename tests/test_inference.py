@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was(tokenizer, contract):
 
 def test_a_model_without_tree_attention(model, tokenizer, contract, monkeypatch, caplog):
     expected = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
-    monkeypatch.setattr("trl_anytime.inference.generate.structural_objection", lambda model: "it is recurrent")
+    monkeypatch.setattr("trl_anytime.modeling.support.structural_objection", lambda model: "it is recurrent")
     found = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
     assert found == expected
     assert "computes its thinking once more" in caplog.text and "it is recurrent" in caplog.text

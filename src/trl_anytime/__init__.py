@@ -22,13 +22,13 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AnytimeContract": ".contract",
+    "AnytimeContract": ".inference.anytime_config",
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
-    "CompletionClient": ".server",
-    "Sampling": ".contract",
-    "ThinkingBudgetLogitsProcessor": ".inference",
-    "anytime_generate": ".inference",
+    "CompletionClient": ".rollout.http_backend",
+    "Sampling": ".inference.anytime_config",
+    "ThinkingBudgetLogitsProcessor": ".inference.generate",
+    "anytime_generate": ".inference.generate",
 }
 
 

@@ -27,8 +27,7 @@ from ..data import (
     read_rows,
     to_problems,
 )
-from ..modeling.support import decoding_objection, measured_objection, structural_objection
-from ..modeling.tree_attention import enable_tree_attention
+from ..modeling.support import admit, decoding_objection, measured_objection, structural_objection
 from ..rewards import MathReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.vllm_backend import check_server
@@ -396,8 +395,7 @@ def _tree_attention(
                 )
             ]
         add_fused_lm_head(model)
-        enable_tree_attention(model)
-        objection, measured = measured_objection(model), True
+        objection, measured = admit(model, (measured_objection,)), True
         decoding = decoding_objection(model) if objection is None and not args.use_vllm else None
         if decoding is not None:
             return [

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..method.budgets import check_budgets
-from ..modeling.support import decoding_objection, structural_objection
-from ..modeling.tree_attention import enable_tree_attention, plain_attention
+from ..modeling.support import admit, decoding_objection
+from ..modeling.tree_attention import plain_attention
 from ..rollout.backend import Generation, PrefixGeneration, RolloutSettings, Sampler
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.transformers_backend import TransformersGeneration, sampling_objection
@@ -274,17 +275,12 @@ def _transformers_backend(
     base = cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.get_base_model())
     config = sampling.generation_config()
     pad_token_id = _padding(tokenizer)
-    objection = structural_objection(base)
-    if objection is None:
-        plain = base.config._attn_implementation
-        enable_tree_attention(model)
-        objection = sampling_objection(model, config) or decoding_objection(model)
-        if objection is None:
-            return TransformersGeneration(lambda: _held(model), config, pad_token_id, max_cached_tokens)
-        base.set_attn_implementation(plain)
+    reason = admit(model, (partial(sampling_objection, generation_config=config), decoding_objection))
+    if reason is None:
+        return TransformersGeneration(lambda: _held(model), config, pad_token_id, max_cached_tokens)
     logger.warning_once(
         f"Every answer computes its thinking once more: {type(base).__name__} cannot answer on top of the thinking's "
-        f"cache, because {objection}."
+        f"cache, because {reason}."
     )
     return PrefixGeneration(GenerateSampler(model, config, pad_token_id))
 

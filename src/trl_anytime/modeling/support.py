@@ -1,17 +1,46 @@
 """What a model may do with the tree of a rollout: by its structure, then by checks of the real model."""
 
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from ..method.packing import PackedRollouts
 from .branch_decoding import BranchContext, BranchRows, Trunk
 from .growing_cache import growing_cache
 from .separate_rows import forward_rows
-from .tree_attention import forward_packed
+from .tree_attention import enable_tree_attention, forward_packed
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def admit(model: Any, checks: Sequence[Callable[[Any], str | None]]) -> str | None:
+    """
+    Give `model` tree attention if its structure allows it and every check passes; else leave it as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        checks (`Sequence[Callable]`):
+            Each gets the model, with tree attention, and returns what rules it out, or `None`.
+
+    Returns:
+        `str`, *optional*: why the model must not have tree attention.
+    """
+    base = cast(PreTrainedModel, model.get_base_model() if is_peft_model(model) else model)
+    reason = structural_objection(base)
+    if reason is not None:
+        return reason
+    plain = base.config._attn_implementation
+    enable_tree_attention(model)
+    for check in checks:
+        reason = check(model)
+        if reason is not None:
+            base.set_attn_implementation(plain)
+            return reason
+    return None
 
 
 def structural_objection(model: PreTrainedModel) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _WORKER_MODULE = f"{__package__}.worker"
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 _START_SECONDS = 60.0  # to import sympy from a slow file system; a second or two otherwise
 _MAX_FAILED_STARTS = 3
 _CLOSE_SECONDS = 1.0
