@@ -102,12 +102,12 @@ def main() -> None:
             engine.llm.reset_prefix_cache()
             generation = ColocateGeneration(engine, overlap)
             rollouts[name] = generation.roll_out(prompts, settings)
-            seconds = sum(generation.seconds.values())
+            seconds = sum(generation.times.seconds.values())
             if name not in rows or seconds < rows[name]["seconds"]:
                 rows[name] = {
                     "steps": generation.num_steps,
                     "seconds": seconds,
-                    **{f"seconds_{phase}": value for phase, value in generation.seconds.items()},
+                    **{f"seconds_{phase}": value for phase, value in generation.times.seconds.items()},
                 }
     without, overlapping = rows.values()
     result = {

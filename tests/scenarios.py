@@ -21,6 +21,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration
+from trl_anytime.rollout.timing import PhaseTimes
+from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.rollout.types import Rollout, Thinking
 from trl_anytime.training.faults import FaultWatch
 
@@ -102,7 +104,7 @@ def train(directory, resume=None, kill=None, by_prefix=False, **settings):
     """
     trainer = make_trainer(directory, **settings)
     if by_prefix:
-        trainer._generation = PrefixGeneration(trainer._sample)
+        trainer.generation = PrefixGeneration(TRLSampler(trainer))
     if kill is not None:
         place, rank, count = kill
         if this_rank() == rank:
@@ -126,8 +128,8 @@ def counted(function, count, action):
 
 
 PLACES = {
-    "train begin": lambda trainer: (trainer, "_admit_sharded"),
-    "generation": lambda trainer: (trainer._generation, "roll_out"),
+    "train begin": lambda trainer: (trainer, "_at_train_begin"),
+    "generation": lambda trainer: (trainer.generation, "roll_out"),
     "grading": lambda trainer: (trainer, "_calculate_rewards"),
     "loss": lambda trainer: (trainer, "_compute_loss"),
     "evaluation": lambda trainer: (trainer, "prediction_step"),
@@ -290,7 +292,7 @@ class Replay:
     """
 
     def __init__(self, calls):
-        self.seconds = {}
+        self.times = PhaseTimes()
         self._any = [replayed(rollout) for rollouts in calls for rollout in rollouts]
         self._calls = iter(calls)
 
@@ -326,16 +328,16 @@ def equality(directory, replay=None, **settings):
     trainer = make_trainer(directory, num_prompts=8, **{**EQUALITY, **settings})
     calls, gradients = [], []
     if replay is None:
-        roll_out = trainer._generation.roll_out
+        roll_out = trainer.generation.roll_out
 
         def record(prompt_ids, rollout_settings):
             rollouts = roll_out(prompt_ids, rollout_settings)
             calls.append(recorded(rollouts))
             return rollouts
 
-        trainer._generation.roll_out = record
+        trainer.generation.roll_out = record
     else:
-        trainer._generation = Replay(json.loads(Path(replay).read_text()))
+        trainer.generation = Replay(json.loads(Path(replay).read_text()))
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -378,7 +380,7 @@ def uneven(directory, **settings):
         return [0.0] * len(completion_ids)
 
     trainer = make_trainer(directory, reward=[fast, slow], **settings)
-    roll_out = trainer._generation.roll_out
+    roll_out = trainer.generation.roll_out
 
     def spread(prompt_ids, rollout_settings):
         rollouts = roll_out(prompt_ids, rollout_settings)
@@ -392,7 +394,7 @@ def uneven(directory, **settings):
             for rollout in rollouts
         ]
 
-    trainer._generation.roll_out = spread
+    trainer.generation.roll_out = spread
     trainer.train()
     return summary(trainer)
 

@@ -15,6 +15,7 @@ from trl_anytime import BRPOTrainer
 from trl_anytime.method.advantages import summary_advantages, thinking_advantages
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.backend import PrefixGeneration
+from trl_anytime.rollout.trl_backend import TRLSampler
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):
@@ -240,7 +241,7 @@ def test_sampling_settings_are_restored(tmp_path):
     trainer = make_trainer(tmp_path)
     config = trainer.generation_config.to_dict()
     eos_token_ids = list(trainer.eos_token_ids)
-    with pytest.raises(RuntimeError), trainer._sampling(5, [2, 7]):
+    with pytest.raises(RuntimeError), TRLSampler(trainer)._settings(5, [2, 7]):
         assert trainer.generation_config.max_new_tokens == 5
         assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [2, 7]
         raise RuntimeError
@@ -385,7 +386,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
 def test_empty_thinkings(tmp_path):
     """A backend that returns no thinking at all."""
     trainer = make_trainer(tmp_path)
-    trainer._generation = PrefixGeneration(trainer._sample)
+    trainer.generation = PrefixGeneration(TRLSampler(trainer))
     generate = trainer._generate_single_turn
 
     def no_thinking(prompt_ids, images, fields, num_generations):
@@ -449,7 +450,7 @@ def test_separate_rows_train_the_same(tmp_path):
             learning_rate=1.0,
             gradient_checkpointing=False,
         )
-        trainer._generation = PrefixGeneration(trainer._sample)  # the same random numbers for both
+        trainer.generation = PrefixGeneration(TRLSampler(trainer))  # the same random numbers for both
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
         logs.append(trainer.state.log_history)
@@ -464,7 +465,7 @@ def hybrid_model():
 
 
 def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
-    with caplog.at_level("WARNING", logger="trl_anytime.brpo_trainer"):
+    with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
         trainer = make_trainer(tmp_path, model=hybrid_model())
     # 7 rows of 9 + 7 tokens against one of 9 + 6 · 7
     (warning,) = [record.getMessage() for record in caplog.records if "packed rollouts" in record.getMessage()]
@@ -477,8 +478,8 @@ def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
 
 
 def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("trl_anytime.brpo_trainer.measured_objection", lambda model: "it is odd")
-    with caplog.at_level("WARNING", logger="trl_anytime.brpo_trainer"):
+    monkeypatch.setattr("trl_anytime.modeling.support.measured_objection", lambda model: "it is odd")
+    with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
         trainer = make_trainer(tmp_path)
     assert "cannot train on packed rollouts: it is odd" in caplog.text
     assert trainer.model.config._attn_implementation == "sdpa"

@@ -29,7 +29,9 @@ def test_whole_checkpoints(saved):
     folder, later = last_whole(saved[False])
     assert folder.name == "checkpoint-5" and not later
     files = manifest(folder)["files"]
-    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "brpo_rank_0.pth"} < set(files)
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "rank_state_0.pth"} < set(
+        files
+    )
     assert all((folder / name).stat().st_size == size for name, size in files.items())
 
 
@@ -42,7 +44,7 @@ def truncate(folder):
     ("damage", "reason"),
     [
         (truncate, "optimizer.pt should have"),
-        (lambda folder: (folder / "brpo_rank_0.pth").unlink(), "brpo_rank_0.pth should have"),
+        (lambda folder: (folder / "rank_state_0.pth").unlink(), "rank_state_0.pth should have"),
         (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
         (lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": None})), "is unfinished"),

@@ -109,5 +109,5 @@ def test_a_pushed_checkpoint_is_whole(pushed, tmp_path):
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(content)
     files = checkpoint.manifest(tmp_path / "last-checkpoint")["files"]
-    assert {CARD, BUDGET_PICTURE, TRAINING_PICTURE, "brpo_rank_0.pth"} <= set(files)
+    assert {CARD, BUDGET_PICTURE, TRAINING_PICTURE, "rank_state_0.pth"} <= set(files)
     assert checkpoint.load_rank_state(tmp_path / "last-checkpoint", 0, torch.device("cpu"))

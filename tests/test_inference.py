@@ -19,8 +19,8 @@ def test_the_tokens_are_those_of_training(tmp_path):
         make_model(), args, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
     )
     rollouts = []
-    roll_out = trainer._generation.roll_out
-    trainer._generation.roll_out = lambda *args: rollouts.append((args, roll_out(*args))) or rollouts[-1][1]
+    roll_out = trainer.generation.roll_out
+    trainer.generation.roll_out = lambda *args: rollouts.append((args, roll_out(*args))) or rollouts[-1][1]
     trainer.save_model()  # before the first update
     trainer.train()
     ((prompt_ids, settings), trained), *_ = rollouts

@@ -406,7 +406,7 @@ def test_card_of_a_checkpoint(trained):
     assert [log["step"] for log in logs] == [0, 1]
     for budget, result in zip([2, 4], card.data.eval_results, strict=True):
         assert result.metric_value == round(logs[1][f"eval_anytime/reward@{budget}"], 4)
-    whole = json.loads((folder / "brpo_checkpoint.json").read_text())["files"]
+    whole = json.loads((folder / "manifest.json").read_text())["files"]
     assert {CARD, BUDGET_PICTURE, TRAINING_PICTURE} <= set(whole)
     is_lora = "adapter_config.json" in whole
     assert card.data.library_name == ("peft" if is_lora else "transformers")

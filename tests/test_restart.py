@@ -89,8 +89,8 @@ def test_killed_at_a_place(ranks, straight, tmp_path, kind, place, count):
         "checkpoint-6",
         "checkpoint-6/model.safetensors",
         "checkpoint-6/optimizer.pt",
-        "checkpoint-6/brpo_rank_0.pth",
-        "checkpoint-6/brpo_checkpoint.new",
+        "checkpoint-6/rank_state_0.pth",
+        "checkpoint-6/manifest.new",
     ],
 )
 def test_killed_while_saving(ranks, straight, tmp_path, file):

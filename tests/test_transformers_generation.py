@@ -288,7 +288,7 @@ CONTINUOUS_BATCHING = {
 )
 def test_the_trainer_chooses(tmp_path, caplog, settings, backend, reason):
     trainer = make_trainer(tmp_path, max_steps=1, **settings)
-    assert type(trainer._generation) is backend
+    assert type(trainer.generation) is backend
     assert (reason is None and "prompt of its own" not in caplog.text) or reason in caplog.text
     trainer.train()
     assert trainer.state.log_history[0]["time/thinking"] > 0 < trainer.state.log_history[0]["time/summarising"]
@@ -299,8 +299,8 @@ def test_the_trainer_generates_without_dropout_and_goes_on_with_it(tmp_path):
     trainer = make_trainer(tmp_path, get_peft_model(make_model(attention_dropout=0.9), lora), top_k=1)
     trainer.model.train()
     settings = make_settings(budgets=[3, 9])
-    rollouts = [trainer._generation.roll_out(PROMPTS, settings) for _ in range(2)]
+    rollouts = [trainer.generation.roll_out(PROMPTS, settings) for _ in range(2)]
     assert rollouts[0] == rollouts[1]
     assert trainer.model.training and trainer.model.get_base_model().model.layers[0].training
     with trainer.model.disable_adapter():
-        assert trainer._generation.roll_out(PROMPTS, settings) != rollouts[0]
+        assert trainer.generation.roll_out(PROMPTS, settings) != rollouts[0]

@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 import trl
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -14,8 +15,12 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 import trl_anytime.brpo_trainer
+import trl_anytime.rollout.trl_backend
 import trl_anytime.rollout.vllm_backend
+import trl_anytime.training.reliable_trainer
 from trl_anytime import BRPOTrainer
+from trl_anytime.rollout.trl_backend import TRLSampler
+from trl_anytime.training.reliable_trainer import ReliableGRPOTrainer
 
 # Overridden methods and the parameters they are called with
 OVERRIDDEN = {
@@ -30,7 +35,6 @@ OVERRIDDEN = {
     "_get_train_sampler": ["self", "dataset"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_save_checkpoint": ["self", "model", "trial"],
-    "log": ["self", "logs", "start_time"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "save_model": ["self", "output_dir", "_internal_call"],
 }
@@ -53,51 +57,9 @@ ATTRIBUTES = {"_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_
 # Attributes that transformers sets when training begins: the loss since the last log, and when that was
 TRAINING_ATTRIBUTES = {"_globalstep_last_logged", "_tr_loss"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
-OWN = {
-    "_action",
-    "_admit_sharded",
-    "_is_sharded",
-    "_at_train_begin",
-    "_adaptive_baseline",
-    "_alarms",
-    "_batch",
-    "_check_finite",
-    "_checkpoint",
-    "_find_checkpoint",
-    "_leave_out",
-    "_num_counted",
-    "_preemption",
-    "_prompt_text",
-    "_rank_state",
-    "_rollouts_in_use",
-    "_settings",
-    "_check_context",
-    "_choose_forward",
-    "_choose_generation",
-    "_contract",
-    "_engine_context",
-    "_evaluated",
-    "_first_prompt",
-    "_find_markers",
-    "_forward",
-    "_generation",
-    "_hold_model",
-    "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
-    "_learned_baselines",
-    "_log_table",
-    "_longest_prompts",
-    "_longest_prompt",
-    "_new_batch",
-    "_packed",
-    "_packed_rows",
-    "_roll_out",
-    "_rollout_seconds",
-    "_sample",
-    "_sampling",
-    "_timed",
-    "_trackers",
-    "_update_seconds",
-}
+# Our modules that reach into a trainer
+SOURCES = [trl_anytime.brpo_trainer, trl_anytime.training.reliable_trainer, trl_anytime.rollout.trl_backend]
+TRAINERS = [BRPOTrainer, ReliableGRPOTrainer]
 
 
 def parameters(function):
@@ -105,21 +67,24 @@ def parameters(function):
 
 
 def test_private_members_are_all_listed():
-    """A private member that is used but not listed here fails the test."""
-    tree = ast.parse(Path(trl_anytime.brpo_trainer.__file__).read_text())
+    """A private member of the hosts that is used but not listed here fails the test."""
+    nodes = [node for module in SOURCES for node in ast.walk(ast.parse(inspect.getsource(module)))]
     used = {
         node.attr
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.Attribute)
-        and node.attr.startswith("_")
-        and not node.attr.startswith("__")
-        and (
-            (isinstance(node.value, ast.Name) and node.value.id == "self")
-            or (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")
-        )
+        and re.fullmatch("_[a-z].*", node.attr)
+        and ast.unparse(node.value) in ("self", "super()", "trainer", "self._trainer")
     }
-    overridden = {name for name in OVERRIDDEN if name[0] == "_"}
-    assert used - CLASS_ATTRIBUTES == (ATTRIBUTES | TRAINING_ATTRIBUTES | OWN | set(CALLED) | overridden)
+    hosts = inspect.getsource(GRPOTrainer) + inspect.getsource(Trainer)
+    own = {name for trainer in [*TRAINERS, TRLSampler] for name in vars(trainer) if not hasattr(GRPOTrainer, name)}
+    own |= {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and f"self.{node.attr} = " not in hosts
+    }
+    overridden = {name for name in OVERRIDDEN if name[0] == "_"} | {"_get_per_token_logps_and_entropies"}
+    assert used - own - CLASS_ATTRIBUTES == ATTRIBUTES | TRAINING_ATTRIBUTES | set(CALLED) | overridden
 
 
 def test_overridden_and_called_methods():
@@ -228,12 +193,14 @@ def test_rollout_hook():
     assert 'tool_mask = extra_fields.pop("env_mask", None)' in source
 
 
-def test_the_docstring_names_every_override():
-    overridden = {
-        name for name, member in vars(BRPOTrainer).items() if inspect.isfunction(member) and hasattr(GRPOTrainer, name)
-    }
-    documented = BRPOTrainer.__doc__.split("What changes")[1].split("Example:")[0]
-    assert {name for name in overridden if f"`{name}`" not in documented} == set()
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_docstring_names_every_override(trainer):
+    overridden = {name for name, member in vars(trainer).items() if inspect.isfunction(member)}
+    overridden &= {name for parent in trainer.__mro__[1:] for name in vars(parent)}
+    documented = trainer.__doc__.split("What changes")[1].split("Example:")[0].split("Args:")[0]
+    assert {name for name in overridden if f"`{name}`" not in documented} <= {"__init__"}
+    named = set(re.findall(r"`(_?[a-z]\w+)`", documented))
+    assert {name for name in named if hasattr(GRPOTrainer, name)} <= overridden
 
 
 def test_supported_versions():

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .brpo_config import BRPOConfig
     from .brpo_trainer import BRPOTrainer
-    from .inference.anytime_config import AnytimeContract, Sampling
+    from .inference.anytime_config import AnytimeContract
     from .inference.generate import ThinkingBudgetLogitsProcessor, anytime_generate
     from .rollout.http_backend import CompletionClient
+    from .rollout.sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,7 +27,7 @@ _MODULE_OF = {
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
     "CompletionClient": ".rollout.http_backend",
-    "Sampling": ".inference.anytime_config",
+    "Sampling": ".rollout.sampling",
     "ThinkingBudgetLogitsProcessor": ".inference.generate",
     "anytime_generate": ".inference.generate",
 }

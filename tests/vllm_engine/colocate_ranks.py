@@ -36,7 +36,7 @@ if __name__ == "__main__":
     result = {
         "log": [log for log in trainer.state.log_history if "loss" in log],
         "weights": torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist(),
-        "requested": trainer._generation.num_context_tokens,
+        "requested": trainer.generation.num_context_tokens,
     }
     with open(os.path.join(folder, f"rank{RANK}.json"), "w") as file:
         json.dump(result, file)

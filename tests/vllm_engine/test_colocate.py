@@ -9,6 +9,7 @@ from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_r
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
 from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.rollout.vllm_backend import ColocateGeneration
 
 EOS, THINK_END, SO, ANSWER = 2, 5, 9, 8
@@ -118,21 +119,21 @@ def test_evaluation(trainer, monkeypatch):
 def test_greedy_tokens_are_those_of_trl(trainer, vllm, overlap):
     settings = make_settings()
     with sampling(vllm, temperature=0.0):
-        expected = PrefixGeneration(trainer._sample).roll_out(PROMPTS, settings)
+        expected = PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS, settings)
         generation = ColocateGeneration(vllm, overlap)
         assert_same(generation.roll_out(PROMPTS, settings), expected)
     # Otherwise the comparison says little
     assert {rollout.thinking.finished for rollout in expected} == {True, False}
-    assert set(generation.seconds) == {"thinking", "summarising"}
+    assert set(generation.times.seconds) == {"thinking", "summarising"}
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_marker_of_several_tokens(trainer, vllm, overlap):
     with sampling(vllm, temperature=0.0):
-        free = PrefixGeneration(trainer._sample).roll_out(PROMPTS, make_settings(think_end=(0,)))
+        free = PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS, make_settings(think_end=(0,)))
         # Some two tokens that the first thinking comes to, and a budget that cuts between them
         settings = make_settings(budgets=(4, 5, 80), think_end=tuple(free[0].thinking.token_ids[4:6]))
-        expected = PrefixGeneration(trainer._sample).roll_out(PROMPTS, settings)
+        expected = PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS, settings)
         generation = ColocateGeneration(vllm, overlap)
         assert_same(generation.roll_out(PROMPTS, settings), expected)
     assert expected[0].cuts == [4, 5, 6] and expected[0].thinking.finished
@@ -173,7 +174,7 @@ def test_sampling_parameters_are_those_of_trl(trainer, vllm, monkeypatch):
     monkeypatch.setattr(engine, "add_request", spy)
     settings = make_settings(budgets=(4, 8), num_summaries=1, summary=3)
     with sampling(vllm, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2, presence_penalty=0.3):
-        PrefixGeneration(trainer._sample).roll_out(PROMPTS[:1], settings)
+        PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS[:1], settings)
         ColocateGeneration(vllm, overlap=False).roll_out(PROMPTS[:1], settings)
     assert len(asked) == 6
     for params in asked:
@@ -279,7 +280,7 @@ def test_an_engine_that_dies_in_mid_phase(trainer, vllm, monkeypatch, phase):
             patch.setattr(executor, "execute_model", fail_after(steps, executor.execute_model))
             with pytest.raises(RuntimeError, match="The vLLM engine failed in step .* RuntimeError: device lost"):
                 generation.roll_out(PROMPTS, settings)
-        assert generation.seconds.keys() == {"thinking", phase}
+        assert generation.times.seconds.keys() == {"thinking", phase}
         # Nothing of it is left in the engine: what follows is as if it had not been
         assert not vllm.llm.llm_engine.has_unfinished_requests()
         vllm.llm.reset_prefix_cache()  # the step that failed has computed nothing of what it was to

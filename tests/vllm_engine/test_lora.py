@@ -38,7 +38,7 @@ def trainer(tmp_path_factory):
 def engine_logprob(trainer, monkeypatch):
     """The engine's log-probability of the likeliest token after the prompt."""
     monkeypatch.setattr(trainer.vllm_generation, "temperature", 0.0)
-    (rollout,) = trainer._generation.roll_out([PROMPT], RolloutSettings([1], 1, 1, trainer.markers, [2]))
+    (rollout,) = trainer.generation.roll_out([PROMPT], RolloutSettings([1], 1, 1, trainer.markers, [2]))
     return rollout.thinking.logprobs[0]
 
 

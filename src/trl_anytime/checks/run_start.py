@@ -9,8 +9,8 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..rewards import AnswerReward, FormatReward
 from ..brpo_config import BRPOConfig
+from ..rewards import AnswerReward, FormatReward
 from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, WARNING, Finding
@@ -93,7 +93,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
         raise ValueError("\n".join(errors))
 
 
-def _memory(trainer: "BRPOTrainer", prompt_length: int) -> list[Finding]:
+def _memory(trainer: ReadyTrainer, prompt_length: int) -> list[Finding]:
     """The estimate for this GPU; none for quantized weights."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model.config, "quantization_config", None) is not None:

@@ -23,9 +23,10 @@ from ..modeling.support import admit, decoding_objection
 from ..modeling.tree_attention import plain_attention
 from ..rollout.backend import Generation, PrefixGeneration, RolloutSettings, Sampler
 from ..rollout.http_backend import CompletionClient, ServerGeneration
+from ..rollout.sampling import Sampling
 from ..rollout.transformers_backend import TransformersGeneration, sampling_objection
 from ..rollout.types import Rollout, Thinking
-from .anytime_config import AnytimeContract, Sampling, check_context
+from .anytime_config import AnytimeContract, check_context
 
 logger = logging.get_logger(__name__)
 

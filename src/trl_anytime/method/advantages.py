@@ -11,7 +11,7 @@ a thinking at a budget are NaN, the returns that include this budget are unknown
 mean, and their advantages are NaN, for the caller to leave out of the loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +103,7 @@ def thinking_advantages(
     rewards: torch.Tensor,
     budgets: Sequence[int],
     prior: str | Sequence[float],
-    baseline: str = "brpo",
+    baseline: str | Callable[[torch.Tensor, Returns], torch.Tensor] = "brpo",
     progress_decay: float = 0.5,
 ) -> torch.Tensor:
     """
@@ -116,8 +116,9 @@ def thinking_advantages(
             Thinking budgets b_1 < … < b_m in tokens.
         prior (`str` or `Sequence[float]`):
             Weights of the budgets, see [`prior_weights`].
-        baseline (`str`, *optional*, defaults to `"brpo"`):
-            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0).
+        baseline (`str` or `Callable`, *optional*, defaults to `"brpo"`):
+            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0). Or a
+            function of `rewards` and [`Returns`], such as that of a learned baseline, which returns shape (P, G, M).
         progress_decay (`float`, *optional*, defaults to `0.5`):
             λ in (0, 1], how fast earlier rewards lose weight in V1.
 
@@ -125,7 +126,7 @@ def thinking_advantages(
         `torch.Tensor`: shape (P, G, M). A segment past the end of its thinking has a value but no tokens.
     """
     segments = segment_returns(rewards, budgets, prior, progress_decay)
-    return segments.returns - segments.baseline(baseline)
+    return segments.returns - (baseline(rewards, segments) if callable(baseline) else segments.baseline(baseline))
 
 
 def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = "decoupled") -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
@@ -12,6 +13,8 @@ from .branch_decoding import BranchContext, BranchRows, Trunk
 from .growing_cache import growing_cache
 from .separate_rows import forward_rows
 from .tree_attention import enable_tree_attention, forward_packed
+
+logger = get_logger(__name__)
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -41,6 +44,62 @@ def admit(model: Any, checks: Sequence[Callable[[Any], str | None]]) -> str | No
             base.set_attn_implementation(plain)
             return reason
     return None
+
+
+def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost_of_rows: float) -> Callable[..., Any]:
+    """
+    Return the forward pass of packed rollouts: tree attention where the model allows it, else separate rows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, not wrapped. It gets tree attention if it may have it.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            A reference model of the same kind.
+        mode (`str`):
+            `"auto"`, `"tree"` or `"rows"`, see [`BRPOConfig`].
+        is_sharded (`bool`):
+            Whether the parameters are not at hand yet; [`check_sharded`] measures when training begins.
+        cost_of_rows (`float`):
+            How many times as many tokens separate rows forward, for the warning.
+
+    Raises:
+        `ValueError`: With mode `"tree"`, if the model must not have tree attention.
+    """
+    if mode == "rows":
+        return forward_rows
+    reason = admit(model, () if is_sharded else (measured_objection,))
+    if reason is None:
+        if ref_model is not None:
+            enable_tree_attention(ref_model)
+        return forward_packed
+    base = model.get_base_model() if is_peft_model(model) else model
+    message = f"{type(base).__name__} cannot train on packed rollouts: {reason}."
+    if mode == "tree":
+        raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
+    logger.warning(
+        f"{message} It trains on separate rows, one for each summary, which forward up to {cost_of_rows:.1f} times as "
+        "many tokens."
+    )
+    return forward_rows
+
+
+def check_sharded(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> None:
+    """
+    Refuse a sharded model, ready to train, whose packed rows are not what separate rows are. Collective.
+
+    Args:
+        wrapped, model, half_precision:
+            See [`sharded_objection`].
+
+    Raises:
+        `ValueError`: With what to set.
+    """
+    reason = sharded_objection(wrapped, model, half_precision)
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `tree_attention='rows'` to train "
+            "on separate rows instead."
+        )
 
 
 def structural_objection(model: PreTrainedModel) -> str | None:

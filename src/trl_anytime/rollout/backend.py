@@ -5,16 +5,14 @@ A backend gets rendered prompts as token ids and returns whole rollouts. It keep
 keys and values, an engine that is awake) between them.
 """
 
-import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 from .markers import ThinkingMarkers
+from .timing import PhaseTimes
 from .types import Rollout, Thinking
 
 
@@ -91,12 +89,12 @@ class Generation(ABC):
     A backend of the two phases.
 
     Attributes:
-        seconds (`dict[str, float]`):
+        times ([`~trl_anytime.rollout.timing.PhaseTimes`]):
             Seconds of the last call, by phase: `"thinking"` and `"summarising"`.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.times = PhaseTimes()
 
     @abstractmethod
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
@@ -112,14 +110,6 @@ class Generation(ABC):
         Returns:
             `list[Rollout]`: N rollouts in the order of the prompts, each with M × A summaries.
         """
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
 
 
 class Sampler(Protocol):
@@ -158,9 +148,9 @@ class PrefixGeneration(Generation):
         self._sample = sample
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
-        self.seconds.clear()
+        self.times.seconds.clear()
         prompts, markers = [list(ids) for ids in prompt_ids], settings.markers
-        with self._timed("thinking"):
+        with self.times("thinking"):
             sampled, logprobs = self._sample(
                 prompts, settings.budgets[-1], settings.stop_token_ids, settings.num_generations
             )
@@ -178,7 +168,7 @@ class PrefixGeneration(Generation):
         for i, cut, bridge, indices in slots:
             context = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
             contexts += [context] * settings.num_summaries_at(indices)
-        with self._timed("summarising"):
+        with self.times("summarising"):
             sampled, logprobs = self._sample(
                 contexts, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
             )

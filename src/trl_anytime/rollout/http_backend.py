@@ -19,8 +19,8 @@ from urllib.request import Request, urlopen
 
 from transformers.utils import logging
 
-from ..inference.anytime_config import Sampling
 from .backend import Generation, RolloutSettings
+from .sampling import Sampling
 from .types import Rollout, Thinking
 
 # What a server says when the same request may succeed later: a timeout, a conflict, too early, too many requests, and

@@ -64,7 +64,7 @@ class TransformersGeneration(Generation):
         self._max_cached_tokens = max_cached_tokens
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
-        self.seconds.clear()
+        self.times.seconds.clear()
         prompts = [list(ids) for ids in prompt_ids]
         # A thinking, and room for the summaries of one budget
         per_branch = settings.markers.max_bridge_length + settings.max_summary_length
@@ -74,9 +74,9 @@ class TransformersGeneration(Generation):
         with self._hold_model() as model, torch.no_grad():
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
-                with self._timed("thinking"):
+                with self.times("thinking"):
                     thinkings, trunks = self._think(model, part, settings)
-                with self._timed("summarising"):
+                with self.times("summarising"):
                     rollouts += self._summarise(model, part, thinkings, trunks, settings)
         return rollouts
 

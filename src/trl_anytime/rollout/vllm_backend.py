@@ -260,7 +260,7 @@ class EngineGeneration(Generation):
             )
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
-        self.seconds.clear()
+        self.times.seconds.clear()
         loop = _EngineLoop(self._engine)
         try:
             rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
@@ -278,7 +278,7 @@ class EngineGeneration(Generation):
         return [rollout.close(settings) for rollout in rollouts]
 
     def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
-        with self._timed("thinking"):
+        with self.times("thinking"):
             sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
             per_rollout = 1 + len(settings.budgets) * settings.num_summaries
             numbers = range(0, len(prompts) * per_rollout, per_rollout)
@@ -299,7 +299,7 @@ class EngineGeneration(Generation):
                         del thinking[continuation]
                     if self._overlap:
                         self._summarise(loop, rollout, settings)
-        with self._timed("summarising"):
+        with self.times("summarising"):
             for rollout in rollouts:
                 self._summarise(loop, rollout, settings)
             while loop.has_unfinished:

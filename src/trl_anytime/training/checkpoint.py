@@ -17,21 +17,13 @@ from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOConfig
 
-from ..brpo_config import BRPOConfig
-from ..rollout.markers import ThinkingMarkers
-
-MANIFEST = "brpo_checkpoint.json"
+MANIFEST = "manifest.json"
 
 # They shape rollouts and advantages, or say which prompts come next
 _FIXED = (
-    "budgets",
-    "prior",
-    "num_summaries",
-    "max_summary_length",
-    "baseline",
-    "progress_decay",
-    "summary_policy",
     "loss_type",
     "num_generations",
     "num_iterations",
@@ -59,7 +51,6 @@ _REPORTED = (
     "bf16",
     "fp16",
     "max_completion_length",
-    "tree_attention",
 )
 # Of a model's config: where it was loaded from, and how it is computed
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
@@ -108,7 +99,9 @@ def manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint of `BRPOTrainer`, or in part.") from None
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it is not a checkpoint of `ReliableGRPOTrainer`, or in part."
+        ) from None
     except json.JSONDecodeError:
         raise ValueError(f"{folder / MANIFEST} cannot be read.") from None
     if content["files"] is None:
@@ -150,6 +143,13 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
     raise ValueError(" ".join([f"No whole checkpoint in {output_dir}.", *reasons]))
 
 
+def rotate(output_dir: Path, save_total_limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `save_total_limit`, and those that a run has begun and not finished."""
+    if save_total_limit is not None:
+        remove_unfinished(output_dir)
+    rotate_checkpoints(str(output_dir), save_total_limit, best, use_mtime=True)
+
+
 def _number(path: Path) -> re.Match[str] | None:
     return re.fullmatch(r"checkpoint-(\d+)", path.name)
 
@@ -157,22 +157,20 @@ def _number(path: Path) -> re.Match[str] | None:
 # Settings
 
 
-def settings_of(
-    args: BRPOConfig,
-    markers: ThinkingMarkers,
+def settings(
+    args: GRPOConfig,
     model: PreTrainedModel,
     frozen: PreTrainedModel | None,
     num_prompts: int | None,
     rollouts_in_use: bool,
+    further: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """
     What a resumed run is compared by.
 
     Args:
-        args ([`BRPOConfig`]):
+        args ([`~trl.GRPOConfig`]):
             Settings of the run.
-        markers ([`ThinkingMarkers`]):
-            End of thinking and bridges.
         model ([`~transformers.PreTrainedModel`]):
             The model in training, perhaps with adapters.
         frozen ([`~transformers.PreTrainedModel`], *optional*):
@@ -182,6 +180,8 @@ def settings_of(
             Rows of the training data; a stream has none.
         rollouts_in_use (`bool`):
             Whether training is in the middle of a generation batch.
+        further (`Mapping`):
+            What a trainer adds to `"fixed"`, which must not change, and to `"reported"`, which may.
 
     Returns:
         `dict`: of what can be written as JSON.
@@ -191,12 +191,10 @@ def settings_of(
     for adapter in adapters.values():
         for name in ("base_model_name_or_path", "inference_mode", "peft_version"):
             adapter.pop(name, None)
-    settings = {
+    compared = {
         "fixed": {
             **{name: getattr(args, name) for name in _FIXED},
-            "think_end": markers.think_end,
-            "truncation_bridge": markers.truncation_bridge,
-            "answer_bridge": markers.answer_bridge,
+            **further["fixed"],
             **{f"model.config.{name}": value for name, value in config.items()},
             **{
                 f"peft_config[{name!r}].{key}": value
@@ -208,15 +206,15 @@ def settings_of(
             "weights of the base or reference model": None if frozen is None else _fingerprint(frozen),
         },
         "geometry": {name: getattr(args, name) for name in _GEOMETRY},
-        "reported": {name: getattr(args, name) for name in _REPORTED},
+        "reported": {**{name: getattr(args, name) for name in _REPORTED}, **further["reported"]},
         "rollouts_in_use": rollouts_in_use,
         "steps_between_generations": generate_every(args) / args.gradient_accumulation_steps,
         "save_only_model": args.save_only_model,
     }
-    return json.loads(json.dumps(settings, default=_plain))
+    return json.loads(json.dumps(compared, default=_plain))
 
 
-def generate_every(args: BRPOConfig) -> int:
+def generate_every(args: GRPOConfig) -> int:
     """Micro-batches that are trained on one generation batch."""
     assert args.steps_per_generation is not None  # filled in by TRL
     return args.steps_per_generation * args.num_iterations
@@ -281,7 +279,7 @@ def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
 
 def has_rank_state(folder: Path, world_size: int) -> bool:
     """Whether `folder` was saved by as many ranks."""
-    return len(list(folder.glob("brpo_rank_*.pth"))) == world_size
+    return len(list(folder.glob("rank_state_*.pth"))) == world_size
 
 
 def load_rank_state(folder: Path, rank: int, device: torch.device) -> dict[str, Any]:
@@ -299,7 +297,7 @@ def load_rank_state(folder: Path, rank: int, device: torch.device) -> dict[str, 
 
 
 def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"brpo_rank_{rank}.pth"
+    return folder / f"rank_state_{rank}.pth"
 
 
 def to_plain(value: Any) -> Any:

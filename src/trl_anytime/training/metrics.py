@@ -1,6 +1,7 @@
 """What a generation batch looked like: metrics, and rows for the table of completions."""
 
 import math
+from collections import defaultdict, deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,13 @@ from ..method.budgets import live_segments
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
 
+# TRL's metrics that look at the end of a packed row, where they only meet its last summary
+METRICS_OF_PLAIN_ROWS = (
+    "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+)
 # Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
 _ROUNDING = 1e-6
 
@@ -156,3 +164,42 @@ def completion_rows(
                 thinking = f"{thinking[:200]} [...] {thinking[-200:]}"
             rows.append({"prompt": prompt, "completion": text, "budget": budget, "thinking": thinking})
     return rows
+
+
+def completion_table(
+    rows: Sequence[Mapping[str, Any]],
+    rewards: Mapping[str, Sequence[float]],
+    thinking_advantages: torch.Tensor,
+    summary_advantages: torch.Tensor,
+    extra: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """
+    The columns of TRL's table of completions.
+
+    Args:
+        rows (`Sequence[Mapping[str, Any]]`):
+            N·M rows of all ranks, see [`completion_rows`].
+        rewards (`Mapping[str, Sequence[float]]`):
+            By reward function, the reward of each row.
+        thinking_advantages (`torch.Tensor`):
+            Shape (N, M).
+        summary_advantages (`torch.Tensor`):
+            Shape (N, M, A); the first summary stands in the table.
+        extra (`Mapping[str, Sequence[Any]]`):
+            Columns that reward functions have added.
+    """
+    return {
+        "prompt": deque(row["prompt"] for row in rows),
+        "completion": deque(row["completion"] for row in rows),
+        "rewards": defaultdict(deque, {name: deque(values) for name, values in rewards.items()}),
+        "advantages": deque(summary_advantages[:, :, 0].flatten().tolist()),
+        "extra": defaultdict(
+            deque,
+            {
+                "budget": deque(row["budget"] for row in rows),
+                "thinking": deque(row["thinking"] for row in rows),
+                "thinking_advantage": deque(thinking_advantages.flatten().tolist()),
+                **{name: deque(values) for name, values in extra.items()},
+            },
+        ),
+    }

@@ -1,0 +1,62 @@
+"""How tokens are drawn, whatever draws them."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """
+    How tokens are drawn, in thinkings and summaries alike.
+
+    Args:
+        temperature (`float`, *optional*, defaults to `1.0`):
+            0 takes the most probable token.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Tokens are drawn from the most probable ones that together have this probability.
+        top_k (`int`, *optional*, defaults to `0`):
+            Tokens are drawn from so many; 0 for all.
+        min_p (`float`, *optional*, defaults to `0.0`):
+            Tokens are drawn from those with this share of the largest probability.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            Factor against tokens that have occurred.
+
+    Raises:
+        `ValueError`: For a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, float("inf")),
+            ("top_p", 1e-9, 1),
+            ("top_k", -1, float("inf")),  # vLLM's own value for all
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1e-9, float("inf")),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {getattr(self, name)!r}.")
+
+    def generation_config(self) -> GenerationConfig:
+        """The settings of transformers. Every one is set: what is not would come from the model's own."""
+        if self.temperature == 0:
+            return GenerationConfig(do_sample=False, repetition_penalty=self.repetition_penalty)
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p or None,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    def vllm(self) -> dict[str, Any]:
+        """The settings of vLLM, for an engine and in requests."""
+        return {**asdict(self), "top_k": max(self.top_k, 0)}

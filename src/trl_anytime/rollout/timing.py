@@ -1,0 +1,46 @@
+"""Seconds by phase, measured in one way everywhere."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimes:
+    """
+    Add up the seconds spent in each phase. A phase inside another one counts for itself alone.
+
+    Attributes:
+        seconds (`dict[str, float]`):
+            Seconds by phase.
+
+    Example:
+
+    ```python
+    >>> times = PhaseTimes()
+    >>> with times("updating"), times("rollouts"):
+    ...     pass
+    >>> times.take("rollouts") >= 0
+    True
+    ```
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._nested = [0.0]  # seconds of the phases inside each one that is open
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time what is done inside as `phase`."""
+        start = time.perf_counter()
+        self._nested.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.seconds[phase] += elapsed - self._nested.pop()
+            self._nested[-1] += elapsed
+
+    def take(self, phase: str) -> float:
+        """Return the seconds of `phase` since it was taken last."""
+        return self.seconds.pop(phase, 0.0)

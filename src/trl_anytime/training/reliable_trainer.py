@@ -1,0 +1,351 @@
+"""The [`ReliableGRPOTrainer`]: a [`~trl.GRPOTrainer`] whose runs restart exactly and whose faults are named."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+
+from ..rollout.timing import PhaseTimes
+from . import checkpoint
+from .faults import FaultWatch, memory_advice
+from .preemption import Preemption
+from .reward_guard import RewardGuard
+
+logger = get_logger(__name__)
+
+
+class _AtTrainBegin(TrainerCallback):
+    """Call the trainer back when model, optimizer and state are ready, before the first step."""
+
+    def __init__(self, trainer: "ReliableGRPOTrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._at_train_begin()
+
+
+class ReliableGRPOTrainer(GRPOTrainer):
+    """
+    [`~trl.GRPOTrainer`] whose runs restart exactly and whose faults are named. It trains the same.
+
+    A run that was killed at any moment goes on from its last whole checkpoint and ends with the weights of a run that
+    was not, bit by bit (docs/reliability.md). [`BRPOTrainer`] is one; with plain GRPO it is used as `GRPOTrainer` is.
+
+    What changes in [`~trl.GRPOTrainer`]; the rest is inherited:
+
+    - `train`: resumes from whole checkpoints with settings that fit; a fault on one rank ends all; SIGTERM saves.
+    - `_save_checkpoint`: checkpoints are whole or recognised as broken.
+    - `_load_from_checkpoint`: adapters keep the precision that they train in.
+    - `_get_train_sampler`: a resumed run sees the prompts in the order in which it would have seen them.
+    - `_generate_and_score_completions`, `_calculate_rewards`, `prediction_step`: what reward functions return is
+      checked on all ranks, and every rollout counts once in an evaluation, however many ranks there are.
+    - `_get_per_token_logps_and_entropies`, `_compute_loss`, `_get_grad_norm`: refuse what is not finite.
+    - `training_step`: measures the time of the update, and says what helps when memory runs out.
+
+    Args:
+        model, reward_funcs, args, train_dataset, kwargs:
+            See [`~trl.GRPOTrainer`].
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What a loss, log-probability or gradient that is not finite does: `"raise"` ends the run and names the
+            prompts, `"skip"` leaves the optimiser step out.
+    """
+
+    # Narrower than declared by the base class
+    args: GRPOConfig
+    model: PreTrainedModel
+    train_dataset: Dataset | IterableDataset
+    num_generations: int
+    num_generations_eval: int
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        *,
+        on_nonfinite: str = "raise",
+        **kwargs: Any,
+    ):
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
+        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        self._on_nonfinite = on_nonfinite
+        self._times = PhaseTimes()
+        self._num_rollouts = 0  # of this rank, in the generation batch in flight
+        # What `train()` goes on from, if anything
+        self._checkpoint: Path | None = None
+        # Logs of evaluations before `train()`
+        self._evaluated: list[dict[str, Any]] = []
+        self._preemption = Preemption(self.accelerator, enabled=self.args.save_strategy != "no")
+        self.add_callback(self._preemption)
+        self.add_callback(_AtTrainBegin(self))
+
+    # What a subclass adds
+
+    def _resume_settings(self) -> dict[str, dict[str, Any]]:
+        """Settings that a resumed run is compared by besides GRPO's: `"fixed"` must not change, `"reported"` may."""
+        return {"fixed": {}, "reported": {}}
+
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        """Write further files into a checkpoint, before it is marked as whole. Called on all ranks."""
+
+    def _at_train_begin(self) -> None:
+        """Restore what transformers does not, once model, optimizer and state are ready. Called on all ranks."""
+        if self._checkpoint is None:
+            self.state.log_history[:0] = self._evaluated
+            return
+        if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):
+            return  # other ranks than at the time, and no rollouts in use
+        state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
+        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+        self._metrics["train"].update(state["metrics"])
+        if self.log_completions and state["logs"] is not None:
+            self._logs.update(checkpoint.to_logs(state["logs"]))
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["last_logged"]
+
+    # Checkpoints and restarts
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        # transformers starts a log of its own: what was evaluated before the first step is the curve before training
+        self._evaluated = [] if self.state.global_step > 0 else self.state.log_history
+        with FaultWatch(), self._preemption:
+            self._checkpoint = self._find_checkpoint(resume_from_checkpoint)
+            output = super().train(
+                resume_from_checkpoint=None if self._checkpoint is None else str(self._checkpoint),
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+        if self._preemption.stopped:
+            # What a script does after training is meant for a trained model, and may take longer than there is time
+            raise SystemExit(0)
+        return output
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
+        if not resume_from_checkpoint:
+            return None
+        folder, reason = Path(), None
+        warnings: list[str] = []
+        if self.accelerator.is_main_process:
+            try:
+                if resume_from_checkpoint is True:
+                    folder, warnings = checkpoint.last_whole(Path(str(self.args.output_dir)))
+                else:
+                    folder = Path(resume_from_checkpoint)
+                saved = checkpoint.manifest(folder)["settings"]
+                changed = checkpoint.compare_settings(saved, self._settings(), folder)
+                if changed:
+                    warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
+            except ValueError as error:
+                reason = str(error)
+        folder, warnings, reason = broadcast_object_list([folder, warnings, reason])
+        if reason is not None:
+            raise ValueError(reason)
+        for warning in warnings:
+            logger.warning(warning)
+        return folder
+
+    def _settings(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        frozen = model if is_peft_model(model) else self.ref_model
+        if self._is_sharded:
+            frozen = None  # its weights are not at hand
+        return checkpoint.settings(
+            self.args,
+            model,
+            None if frozen is None else self.accelerator.unwrap_model(frozen),
+            None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
+            self._rollouts_in_use,
+            self._resume_settings(),
+        )
+
+    @property
+    def _rollouts_in_use(self) -> bool:
+        return self._step % checkpoint.generate_every(self.args) != 0
+
+    def _save_checkpoint(self, model, trial):
+        args, run_dir = self.args, Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if args.should_save:
+            checkpoint.begin(folder)
+        self.accelerator.wait_for_everyone()
+        # No older one is deleted, and nothing is pushed, before this one is whole
+        save_total_limit, args.save_total_limit = args.save_total_limit, None
+        push_to_hub, args.push_to_hub = args.push_to_hub, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, args.push_to_hub = save_total_limit, push_to_hub
+        self._add_to_checkpoint(folder)
+        if not args.save_only_model:
+            checkpoint.save_rank_state(folder, args.process_index, self._rank_state())
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # has been saved without its limit
+            checkpoint.finish(folder, self._settings())
+        if push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            checkpoint.rotate(run_dir, save_total_limit, self.state.best_model_checkpoint)
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
+        return {
+            # Between generation batches the count may start anew, and must if the next ones are dealt out otherwise
+            "step": self._step if self._rollouts_in_use else 0,
+            "buffered_inputs": self._buffered_inputs if self._rollouts_in_use else None,
+            "metrics": checkpoint.to_plain(self._metrics["train"]),
+            "logs": checkpoint.to_plain(self._logs) if self.log_completions else None,
+            "loss": self._tr_loss,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT loads adapters in float32, also where TRL trains them in bfloat16 (QLoRA)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        if self._checkpoint is not None:
+            # Each epoch draws its order from the sampler's one generator: go past those of the epochs already done
+            state = TrainerState.load_from_json(str(self._checkpoint / TRAINER_STATE_NAME))
+            for _ in range(int(state.epoch)):
+                next(iter(sampler))
+        return sampler
+
+    # Rollouts and rewards
+
+    def _generate_and_score_completions(self, inputs):
+        self._num_rollouts = len(inputs)
+        with memory_advice("rollouts"), self._times("rollouts"):
+            output = super()._generate_and_score_completions(inputs)
+        if self._num_real < self._num_rollouts * self.accelerator.num_processes:
+            self._drop_padding_rollouts(output)
+        return output
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        guard, reward_funcs = RewardGuard(self.state.global_step), self.reward_funcs
+        self.reward_funcs = [
+            guard.guard(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
+        ]
+        try:
+            with self._times("grading"):
+                rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = reward_funcs
+        guard.raise_on_all_ranks()
+        guard.check_models(reward_funcs, self.reward_func_names, rewards_per_func, prompts)
+        rows_per_rollout = len(inputs) // self._num_rollouts
+        rewards_per_func[self._num_real * rows_per_rollout :] = torch.nan
+        return rewards_per_func
+
+    @property
+    def _num_real(self) -> int:
+        """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
+        of_all = self._num_rollouts * self.accelerator.num_processes
+        state = self.accelerator.gradient_state
+        if self.model.training or not state.end_of_dataloader:
+            return of_all
+        loader = state.active_dataloader
+        if not hasattr(loader.dataset, "__len__"):  # a stream does not know where it began anew
+            return of_all
+        return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
+
+    def _drop_padding_rollouts(self, output: dict[str, Any]) -> None:
+        """Take rollouts that fill up an evaluation's last batch out of its loss and of what TRL has logged."""
+        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"])) * output["completion_mask"]
+        last = output["completion_ids"].gather(1, output["completion_mask"].sum(dim=1, keepdim=True) - 1)
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
+        real = slice(self._num_real)
+        lengths = self.accelerator.gather(mask.sum(dim=1))
+        kept = lengths[real].float()
+        truncated = self.accelerator.gather(~torch.isin(last[:, 0], ends))[real]
+        terminated = kept[~truncated] if not truncated.all() else kept.new_zeros(1)
+        metrics = self._metrics["eval"]
+        for prefix, values in (("", kept), ("terminated_", terminated)):
+            for name, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
+                metrics[f"completions/{name}_{prefix}length"][-1] = value.item()
+        metrics["completions/clipped_ratio"][-1] = truncated.float().mean().item()
+        metrics["frac_reward_zero_std"][-1] *= len(lengths) / len(kept)  # theirs was NaN, which is not zero
+        first = self.accelerator.process_index * self._num_rollouts
+        output["tool_mask"][max(0, self._num_real - first) :] = 0
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.accelerator.gradient_state.end_of_dataloader:
+            # transformers keeps the first few ranks' losses of the last batch: give each the loss of all
+            loss = self.accelerator.reduce(loss, reduction="sum") * (self._num_rollouts / self._num_real)
+        return (loss, *rest)
+
+    # What is not finite
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        self._check_finite("log-probabilities", output[0], input_ids[:, :-logits_to_keep])
+        return output
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self._check_finite("loss", loss.expand(len(inputs["prompt_ids"]), 1), inputs["prompt_ids"])
+        return loss
+
+    def _check_finite(self, name: str, values: torch.Tensor, prompt_ids: torch.Tensor) -> None:
+        """`values` has one row per prompt; `prompt_ids` may be padded."""
+        if self._on_nonfinite == "skip" or torch.isfinite(values).all():
+            return
+        rows = (~torch.isfinite(values)).any(dim=1)
+        texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
+        raise FloatingPointError(
+            f"Step {self.state.global_step}: {name} not finite for {len(texts)} of {len(rows)} rollouts of a "
+            f"micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
+        )
+
+    def _prompt_text(self, ids: torch.Tensor) -> str:
+        text = self._tokenizer.decode(ids[ids != self._tokenizer.pad_token_id])
+        return text if len(text) <= 200 else f"{text[:100]} [...] {text[-100:]}"
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With fp16 an overflow is part of scaling the loss, which leaves the step out by itself
+        if grad_norm is None or self.args.fp16:
+            return grad_norm
+        finite = math.isfinite(grad_norm)
+        if self._on_nonfinite == "skip":
+            self._metrics["train"]["nonfinite/skipped_ratio"].append(float(not finite))
+            if not finite:  # the norm is the same on all ranks: all of them leave the step out
+                model.zero_grad()
+        elif not finite:
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: the norm of the gradient is {float(grad_norm)}, while loss and "
+                "log-probabilities were finite. `on_nonfinite='skip'` leaves such steps out."
+            )
+        return grad_norm
+
+    # The update
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with memory_advice("update"), self._times("updating"):
+            output = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["time/updating"].append(self._times.take("updating"))
+        return output
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or getattr(self.args.deepspeed_plugin, "zero_stage", 0) == 3
