@@ -7,8 +7,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from trl import GRPOConfig
 
-from .method.advantages import BASELINES, SUMMARY_POLICIES
-from .method.budgets import check_budgets, prior_weights
+from .method.advantages import BASELINES as COMPUTED_BASELINES
+from .method.advantages import SUMMARY_POLICIES
+from .method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
 
 if TYPE_CHECKING:
     Prior = str | list[float]
@@ -60,6 +61,7 @@ _FIXED_SETTINGS = (
         "put the wanted form into `answer_bridge` and the reward",
     ),
 )
+BASELINES = (*COMPUTED_BASELINES, "adaptive")
 TREE_ATTENTION = ("auto", "tree", "rows")
 ON_NONFINITE = ("raise", "skip")
 CARD_METRICS = ("accuracy", "mean_reward")
@@ -180,7 +182,7 @@ class BRPOConfig(GRPOConfig):
 
     # Parameters that control budgets and summaries
     budgets: list[int] = field(
-        default_factory=lambda: [2000, 4000, 6000, 8000],
+        default_factory=lambda: list(PAPER_BUDGETS),
         metadata={"help": "Thinking budgets in tokens, strictly increasing. Thinking is sampled up to the last one."},
     )
     prior: Prior = field(
@@ -193,7 +195,9 @@ class BRPOConfig(GRPOConfig):
     num_summaries: int = field(
         default=4, metadata={"help": "Summaries per thinking and budget during training. Evaluation draws one."}
     )
-    max_summary_length: int = field(default=118, metadata={"help": "Most tokens sampled for one summary."})
+    max_summary_length: int = field(
+        default=PAPER_SUMMARY_LENGTH, metadata={"help": "Most tokens sampled for one summary."}
+    )
     eval_budgets: list[int] | None = field(
         default=None, metadata={"help": "Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`."}
     )
@@ -201,7 +205,7 @@ class BRPOConfig(GRPOConfig):
     # Parameters that control the advantages
     baseline: str = field(
         default="brpo",
-        metadata={"help": "Baseline of the thinking's advantage.", "choices": [*BASELINES, "adaptive"]},
+        metadata={"help": "Baseline of the thinking's advantage.", "choices": list(BASELINES)},
     )
     progress_decay: float = field(
         default=0.5,
@@ -334,8 +338,8 @@ class BRPOConfig(GRPOConfig):
         for name in ("num_summaries", "max_summary_length", "max_cached_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.baseline not in (*BASELINES, "adaptive"):
-            raise ValueError(f"`baseline` must be one of {(*BASELINES, 'adaptive')}, got {self.baseline!r}.")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
         if self.summary_policy not in SUMMARY_POLICIES:
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
         if self.tree_attention not in TREE_ATTENTION:

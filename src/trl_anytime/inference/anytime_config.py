@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..method.budgets import check_budgets, prior_weights
+from ..method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.sampling import Sampling
 
@@ -92,12 +92,12 @@ class AnytimeContract:
         kwargs = dict(chat_template_kwargs or {})
         prompt: Any = [{"role": "user", "content": "?"}] if tokenizer.chat_template else "?"
         text, generation_prompt = render_prompt(tokenizer, prompt, kwargs)
-        budgets = [2000, 4000, 6000, 8000]
+        budgets = list(PAPER_BUDGETS)
         return cls(
             markers=find_markers(tokenizer, text, generation_prompt, think_end, truncation_bridge, answer_bridge),
             budgets=budgets,
             prior=prior_weights("uniform", budgets).tolist(),
-            max_summary_length=118,
+            max_summary_length=PAPER_SUMMARY_LENGTH,
             sampling=Sampling(temperature=0.6),
             eos_token_ids=list(dict.fromkeys([_eos(tokenizer), *eos_token_ids])),
             chat_template_kwargs=kwargs,

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
+# The paper's settings for a thinking of 8k tokens, and the most tokens of one of its summaries
+PAPER_BUDGETS = (2000, 4000, 6000, 8000)
+PAPER_SUMMARY_LENGTH = 118
+
 
 def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
     """
