@@ -56,7 +56,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
-	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest hypothesis rich triton
+	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest hypothesis markdown-it-py rich triton
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

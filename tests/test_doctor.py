@@ -33,7 +33,14 @@ from trl_anytime.checks.memory import (
     without_memory,
 )
 from trl_anytime.checks.start_checks import reward_findings, splice_findings
-from trl_anytime.checks.unused_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, idle_settings
+from trl_anytime.checks.unused_settings import (
+    _DATA,
+    _EVALUATION,
+    _MODEL,
+    _TRAINING,
+    unused_recipe_settings,
+    unused_settings,
+)
 from trl_anytime.data import DataArguments
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
@@ -348,24 +355,53 @@ def test_the_tables_name_settings():
 
 
 @pytest.mark.parametrize(
-    ("settings", "idle"),
+    ("settings", "unused"),
     [
         ({}, set()),
         ({"eval_budgets": [3]}, {"eval_budgets"}),
-        ({"vllm_gpu_memory_utilization": 0.5}, {"vllm_gpu_memory_utilization"}),
-        ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, {"warmup_steps"}),
-        ({"warmup_steps": 5}, set()),
+        ({"vllm_overlap": False}, {"vllm_overlap"}),
         ({"max_completion_length": 99}, set()),
         ({"max_completion_length": 99, "loss_type": "dapo"}, {"max_completion_length"}),
+        ({"progress_decay": 0.9}, set()),
         ({"progress_decay": 0.9, "baseline": "v2"}, {"progress_decay"}),
-        ({"num_train_epochs": 7}, {"num_train_epochs"}),  # the settings of the tests have `max_steps`
-        ({"cache_implementation": "static"}, {"cache_implementation"}),
+        ({"max_cached_tokens": 500}, set()),
+        ({"max_cached_tokens": 500, "use_transformers_continuous_batching": True}, {"max_cached_tokens"}),
+        (
+            {"max_tool_calling_iterations": 2, "log_multimodal": False},
+            {"max_tool_calling_iterations", "log_multimodal"},
+        ),
     ],
 )
-def test_idle_settings(tmp_path, settings, idle):
-    args = make_config(tmp_path, **{"save_strategy": "steps", **settings})
-    found = " ".join(finding.found for finding in idle_settings(args, has_eval_data=False))
-    assert {f.name for f in fields(args) if f"`{f.name}=" in found} == idle
+def test_unused_settings(tmp_path, settings, unused):
+    args = make_config(tmp_path, **settings)
+    assert named(args, unused_settings(args, has_eval_data=False)) == unused
+
+
+def named(settings, findings):
+    found = " ".join(finding.found for finding in findings)
+    return {f.name for f in fields(settings) if f"`{f.name}=" in found}
+
+
+def test_unused_settings_of_evaluation_data(tmp_path):
+    args = make_config(tmp_path, eval_budgets=[3])
+    assert unused_settings(args, has_eval_data=True) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "unused"),
+    [
+        ({"dataset_name": "owner/set", "dataset_config": "main", "dataset_train_split": "part"}, {}, set()),
+        ({"dataset_name": "a.jsonl", "dataset_train_split": "part"}, {}, {"dataset_train_split"}),
+        ({"dataset_name": "owner/set", "eval_dataset_split": "part"}, {}, {"eval_dataset_split"}),
+        ({"dataset_name": "owner/set", "eval_dataset_split": "part", "eval_dataset_name": "owner/b"}, {}, set()),
+        ({"dataset_name": "owner/set"}, {"lora_r": 8, "lora_alpha": 3}, {"lora_r", "lora_alpha"}),
+        ({"dataset_name": "owner/set"}, {"lora_r": 8, "use_peft": True}, set()),
+    ],
+)
+def test_unused_settings_of_a_recipe(data, model, unused):
+    data_args, model_args = DataArguments(**data), ModelConfig(**model)
+    findings = unused_recipe_settings(data_args, model_args)
+    assert named(data_args, findings) | named(model_args, findings) == unused
 
 
 def test_a_static_cache_is_ignored(tmp_path):
@@ -403,9 +439,9 @@ def test_steps_are_those_of_the_trainer(tmp_path, settings):
 
 
 def test_what_the_trainer_says(tmp_path, capsys, caplog):
-    make_trainer(tmp_path, sapo_temperature_neg=2.0, max_steps=1).train()
+    make_trainer(tmp_path, progress_decay=0.9, baseline="v2", max_steps=1).train()
     assert "optimiser steps per generation batch" in capsys.readouterr().out
-    assert "`sapo_temperature_neg=2.0` has no effect" in caplog.text
+    assert "`progress_decay=0.9`" in caplog.text
 
 
 def test_what_the_trainer_refuses(tmp_path):

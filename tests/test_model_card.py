@@ -1,44 +1,49 @@
 """The card of a model: what it says, what its metadata say, and that its code runs."""
 
+import ast
 import importlib.util
 import json
 import re
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
+import jinja2
 import pytest
 import torch
 import yaml
 from datasets import Dataset, IterableDataset, NamedSplit
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from markdown_it import MarkdownIt
 from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_anytime import AnytimeContract, BRPOConfig, BRPOTrainer
 from trl_anytime.inference.serving import deployment
+from trl_anytime.reporting.card_facts import CardFacts, DataSet, links_to_trackers
 from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
 from trl_anytime.reporting.model_card import (
     BUDGET_PICTURE,
     CARD,
     TRAINING_PICTURE,
-    CardFacts,
-    DataSet,
     build_card,
     eval_result_files,
     write_card,
 )
-from trl_anytime.reporting.recipe_names import arm_name
+from trl_anytime.reporting.recipe_names import recipe_name
 from trl_anytime.rewards import ExactMatch
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
-# Arms
+# Names of recipes
 
 
 @pytest.mark.parametrize(
-    ("config", "arm"),
+    ("config", "recipe"),
     [
         ("8k_grpo", "GRPO"),
         ("8k_anytime_linear", "AnytimeReasoner-linear"),
@@ -51,10 +56,10 @@ CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
         ("elastic_reasoning", "Elastic Reasoning"),
     ],
 )
-def test_arms_of_the_papers(config, arm):
+def test_recipes_of_the_papers(config, recipe):
     settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     names = ("budgets", "prior", "num_summaries", "max_summary_length", "baseline", "summary_policy")
-    assert arm_name(**{name: settings[name] for name in names}, progress_decay=0.5) == arm
+    assert recipe_name(**{name: settings[name] for name in names}, progress_decay=0.5) == recipe
 
 
 UNIFORM = {
@@ -69,7 +74,7 @@ UNIFORM = {
 
 
 @pytest.mark.parametrize(
-    ("change", "arm"),
+    ("change", "recipe"),
     [
         ({"prior": [2, 2]}, "AnytimeReasoner-uniform"),
         ({"prior": [1, 3]}, "AnytimeReasoner-linear"),
@@ -85,8 +90,8 @@ UNIFORM = {
         ({"budgets": [3]}, "custom"),
     ],
 )
-def test_arm_of_other_settings(change, arm):
-    assert arm_name(**{**UNIFORM, **change}) == arm
+def test_recipe_of_other_settings(change, recipe):
+    assert recipe_name(**{**UNIFORM, **change}) == recipe
 
 
 # Curves in the log
@@ -163,7 +168,7 @@ def make_facts(**changes):
         "tags": ["trl", "brpo"],
         "links": [],
         "contract": contract,
-        "arm": "AnytimeReasoner-uniform",
+        "recipe": "AnytimeReasoner-uniform",
         "metric": "accuracy",
         "dataset": DataSet("owner/problems", on_hub=True, num_rows=8),
         "eval_datasets": {"": DataSet("owner/bench", on_hub=True, num_rows=30, split="test", revision="abc")},
@@ -171,7 +176,7 @@ def make_facts(**changes):
         "log_history": LOG,
         "step": 4,
         "num_steps": 4,
-        "settings": {"arm": "AnytimeReasoner-uniform"},
+        "settings": {"recipe": "AnytimeReasoner-uniform"},
         "question": [{"role": "user", "content": "1 2"}],
         "versions": {"trl": "1.16.0"},
         "paper": {"title": "Optimizing", "id": "2505.13438", "citation": "@misc{x}"},
@@ -276,27 +281,122 @@ def test_ungraded_answers_are_mentioned():
     assert "12.5% of the answers could not be graded" in build_card(make_facts(log_history=log)).text
 
 
+def structure(card):
+    """The card as Markdown: the types of its elements in order, where its links and pictures lead, its heading."""
+    kinds, addresses, heading = [], [], None
+    for block in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text):
+        for token in [block, *(block.children or ())]:
+            kinds.append(token.type)
+            addresses += [token.attrs[name] for name in ("href", "src") if name in token.attrs]
+            if heading is None and token.type == "inline":
+                heading = "".join(child.content for child in token.children)
+    return kinds, addresses, heading
+
+
+def hostile_facts(text, contract, **changes):
+    """Facts in which everything that comes from outside is this text."""
+    return make_facts(
+        **{
+            "name": text,
+            "model_id": text,
+            "base_model": text,
+            "architecture": text,
+            "tags": [text],
+            "contract": replace(
+                contract,
+                markers=replace(contract.markers, think_end=text, truncation_bridge=text, answer_bridge=text),
+                chat_template_kwargs={text: text},
+            ),
+            "dataset": DataSet(text),
+            "eval_datasets": {"": DataSet(text, config=text, split=text)},
+            "log_history": [*LOG[:-1], evaluation(4, 0.7, 0.8, 0.9)],
+            "settings": {"recipe": text, "adapter": text},
+            "question": [{"role": "user", "content": text}],
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"adapter": "LoRA"}, {"question": None}, {"on_hub": True}], ids=str)
 @pytest.mark.parametrize(
-    "name", ["yes", "a: b #c", "- x\n---\n# y", "\"quoted\" 'too'", "{{ x }} | *y* `z`", "ö → 日本 🙂"]
+    "text",
+    [
+        "yes",
+        "a: b #c",
+        "- x\n---\n# y\n",
+        "\"quoted\" 'too'",
+        "{{ facts.name }} {% raw %} {# x",
+        "ö → 日本 🙂",
+        "![x](https://evil.example/a.png)",
+        "](https://evil.example) ![x",
+        "[x]: https://evil.example",
+        "<img src=https://evil.example/a.png> <!-- <script>",
+        "&lt;img&gt; &#33;",
+        "a | b \\| c",
+        "x\n\n| a | b |\n| --- | --- |\n| c | d |\n",
+        "*y* **y** _y_ ~~y~~ `z` ``z`` \\",
+        "```\n\n# y\n\n```\n![x](a.png)",
+        "END\n```\n# y\r\n\r\n# z",
+        "$x^$ $$y$$",
+        "x'; echo evil > file; '",
+        "\x1b[31mred\x07 \x85 \u2028",
+    ],
 )
-def test_odd_names(name):
-    facts = make_facts(
-        name=name,
-        dataset=DataSet(name),
-        eval_datasets={"": DataSet(name)},
-        settings={"arm": name},
-        question=[{"role": "user", "content": name}],
-        tags=[name],
-    )
-    card = ModelCard(str(build_card(facts)))  # written and read again
-    assert card.data.model_name == name and card.data.tags == [name]
-    assert {result.dataset_name for result in card.data.eval_results} == {name}
-    assert len(re.findall(r"^# ", card.text, flags=re.MULTILINE)) == 1
-    (code,) = blocks(card, "python")
-    assert name == next(
-        value for line in code.splitlines() if line.startswith("question") for value in [eval(line[11:])[0]["content"]]
-    )
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in card.text.split("| setting |")[1].splitlines()[1:3])
+def test_text_from_outside_is_inert(tmp_path, text, changes):
+    """A card of hostile names is built as one of plain names, and its data and code hold the names as given."""
+    contract = make_facts().contract
+    cards = []
+    for word in (text, "plain"):
+        given = dict(changes)
+        if given.pop("on_hub", False):
+            dataset = DataSet(word, on_hub=True, revision=word)
+            given |= {"dataset": dataset, "eval_datasets": {"": dataset}}
+        if "question" in given:
+            given["question"] = word  # no chat
+        build_card(hostile_facts(word, contract, **given)).save(tmp_path / CARD)
+        cards.append(ModelCard.load(tmp_path / CARD))
+    card, plain = cards
+
+    (kinds, addresses, heading), (kinds_of_plain, addresses_of_plain, _) = map(structure, cards)
+    assert kinds == kinds_of_plain
+    assert [address.replace(quote(text), "plain") for address in addresses] == addresses_of_plain
+    assert heading == re.sub("[\x00-\x1f]", "\ufffd", " ".join(text.split()))
+
+    assert card.data.to_dict().keys() == plain.data.to_dict().keys()
+    assert (card.data.model_name, card.data.base_model, text in card.data.tags) == (text, text, True)
+    assert {result.dataset_name for result in card.data.eval_results} == {text}
+    code = blocks(card, "python")
+    assignments = dict(line.split(" = ", 1) for line in code[0].split("\n") if " = " in line)
+    question = ast.literal_eval(assignments["question"])
+    assert text == (question if isinstance(question, str) else question[0]["content"])
+    assert ast.literal_eval(assignments["model_id"].removesuffix("  # or a folder")) == " ".join(text.split())
+    if "question" not in changes:
+        serve, request = blocks(card, "bash")
+        assert shlex.split(serve)[2] == ("merged" if "adapter" in changes else " ".join(text.split()))
+        body = json.loads(request.split("<<'END'\n")[1].removesuffix("\nEND"))
+        assert body["messages"] == [{"role": "user", "content": text}]
+        assert body["chat_template_kwargs"] == {text: text}
+
+
+def test_a_name_that_utf_8_cannot_write(tmp_path):
+    """As that of a folder may be; ids on the Hub are ASCII."""
+    name = "models/\udcff"
+    facts = make_facts(name=name, dataset=DataSet(name), question=[{"role": "user", "content": name}])
+    build_card(facts).save(tmp_path / CARD)
+    card = ModelCard.load(tmp_path / CARD)
+    assert card.data.model_name == name and "# models/\ufffd\n" in card.text
+    (question,) = re.findall("^question = (.*)", card.text, flags=re.MULTILINE)
+    assert ast.literal_eval(question)[0]["content"] == name
+
+
+def test_the_template_is_given_all_that_it_names(monkeypatch):
+    """Jinja writes nothing, without a word, for a name that it does not know."""
+    given = {}
+    monkeypatch.setattr(ModelCard, "from_template", lambda data, path, **values: given.update(values, path=path))
+    for changes in ({}, {"adapter": "LoRA", "question": "1 2"}, {"log_history": LOG[1:3]}, {"base_model": None}):
+        build_card(make_facts(**changes), [BUDGET_PICTURE, TRAINING_PICTURE])
+        template = jinja2.Template(Path(given["path"]).read_text(), undefined=jinja2.StrictUndefined)
+        assert template.render(card_data="", **given)
 
 
 def test_bridges_with_backticks():
@@ -306,10 +406,10 @@ def test_bridges_with_backticks():
     assert "```'`` </think>'```" in build_card(make_facts(contract=contract)).text
 
 
-def test_arms_in_the_text():
-    assert "Arm of the paper: **GRPO+vr**" in build_card(make_facts(arm="GRPO+vr")).text
-    assert "none of the paper's arms" in build_card(make_facts(arm="custom")).text
-    assert "papers/2505.05315" in build_card(make_facts(arm="Elastic Reasoning")).text
+def test_recipes_in_the_text():
+    assert "**GRPO+vr**" in build_card(make_facts(recipe="GRPO+vr")).text
+    assert "listed below" in build_card(make_facts(recipe="custom")).text
+    assert "papers/2505.05315" in build_card(make_facts(recipe="Elastic Reasoning")).text
 
 
 def test_files_of_an_earlier_card_are_removed(tmp_path):
@@ -528,6 +628,25 @@ def test_streams_and_several_sets(tmp_path):
         ("one", "mean_reward"),
         ("two", "mean_reward"),
     }
+
+
+def test_names_that_trl_s_card_would_take_as_they_are(tmp_path):
+    trainer = make_trainer(tmp_path)
+    hostile = "x\n[<img src=https://evil.example/a.png>](https://evil.example)\n"
+    trainer.create_model_card(hostile, hostile, tags=["mine"])
+    card = ModelCard.load(tmp_path / CARD)
+    kinds, addresses, _ = structure(card)
+    assert not {kind for kind in kinds if kind.startswith("html") or kind == "image"}
+    assert not [address for address in addresses if "evil" in address]
+    assert (card.data.model_name, "mine" in card.data.tags) == (hostile, True)
+
+
+def test_links_to_trackers():
+    """TRL writes a run's name into an address as it is."""
+    badge = '[<img src="https://example.com/badge.png" alt="Trackio" width="150" height="24"/>]'
+    text = f"# x\n\n{badge}(https://space?project=p&runs=my run (2)&sidebar=collapsed)\n{badge}(javascript:x)\n"
+    (link,) = links_to_trackers(text)
+    assert link == f"{badge}(https://space?project=p&runs=my%20run%20%282%29&sidebar=collapsed)"
 
 
 def test_the_best_checkpoint(tmp_path):

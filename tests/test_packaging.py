@@ -22,6 +22,14 @@ PINNED = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").re
 OLDEST = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "Makefile").read_text().split("OLDEST =")[1].split("\n\n")[0]))
 
 
+def test_files_that_are_not_python_are_packaged():
+    package = ROOT / "src" / "trl_anytime"
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packaged = {path for pattern in setuptools["package-data"]["trl_anytime"] for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packaged == files
+
+
 def test_the_command():
     module, _, function = PROJECT["scripts"]["trl-anytime"].partition(":")
     assert callable(getattr(import_module(module), function))

@@ -335,7 +335,10 @@ def test_default_workers(monkeypatch):
 
 
 def test_workers_start_without_torch():
-    code = "import sys, trl_anytime.rewards.verifier.worker, trl_anytime.rewards.verifier.symbolic; print(sorted(sys.modules))"
+    code = (
+        "import sys, trl_anytime.rewards.verifier.worker, trl_anytime.rewards.verifier.symbolic; "
+        "print(sorted(sys.modules))"
+    )
     modules = subprocess.run(
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     ).stdout

@@ -5,7 +5,7 @@ from trl_anytime.method.packing import PackedRollouts
 
 
 def drawing():
-    """The rollout in the drawing of `trl_anytime.method.packing`: thinking 1 … 4, bridges 9, summaries of 1, 2, 1, 1 tokens."""
+    """The rollout drawn in `trl_anytime.method.packing`: thinking 1 … 4, bridges 9, summaries of 1, 2, 1, 1 tokens."""
     return PackedRollouts.pack(
         thinkings=[[1, 2, 3, 4]], cuts=[[2, 4]], bridges=[[[9], [9]]], summaries=[[[[5], [6, 6]], [[7], [8]]]]
     )

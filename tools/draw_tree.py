@@ -1,5 +1,6 @@
 """
-Draws the packed row of docs/method.md: the rollout in the docstring of `trl_anytime.method.packing`, laid out by the package.
+Draws the packed row of docs/method.md: the rollout in the docstring of `trl_anytime.method.packing`, laid out by the
+package.
 
     python tools/draw_tree.py > docs/images/tree.svg
 """

@@ -548,7 +548,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     # With TRL's arguments, which are not those of transformers
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]
-        super().create_model_card(model_name, dataset_name, tags)
+        # Without names, which TRL's card would take as they are; from it come tags and the links to trackers alone
+        super().create_model_card(tags=tags)
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             card_of_trl = ModelCard.load(folder / CARD)

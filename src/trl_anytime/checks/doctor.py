@@ -35,7 +35,7 @@ from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding, planned_model, without_memory
 from .start_checks import context_findings, reward_findings, sampled_rows, splice_findings, template_findings, text_of
-from .unused_settings import idle_recipe_settings, idle_settings
+from .unused_settings import unused_recipe_settings, unused_settings
 
 # Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
 _SMALL = 500_000_000
@@ -189,7 +189,7 @@ def examine(
 
 def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfig) -> list[Finding]:
     has_eval_data = data_args.eval_dataset_name is not None
-    findings = idle_settings(args, has_eval_data) + idle_recipe_settings(data_args, model_args)
+    findings = unused_settings(args, has_eval_data) + unused_recipe_settings(data_args, model_args)
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if strategy != "no" and not has_eval_data:
         findings.append(
@@ -200,7 +200,7 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
                 "Set `eval_dataset_name`, or remove `eval_strategy`.",
             )
         )
-    return findings or [Finding("settings", OK, "Every setting that is given has an effect.")]
+    return findings or [Finding("settings", OK, "Every setting of BRPO, data and LoRA that is given has an effect.")]
 
 
 def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool) -> tuple[list[Finding], int | None]:

@@ -16,7 +16,7 @@ from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, WARNING, Finding
 from .memory import Launch, memory_finding
 from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
-from .unused_settings import idle_settings
+from .unused_settings import unused_settings
 
 logger = get_logger(__name__)
 
@@ -79,7 +79,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
     findings = [
         *batch.findings(),
-        *idle_settings(args, has_eval_data=trainer.eval_dataset is not None),
+        *unused_settings(args, has_eval_data=trainer.eval_dataset is not None),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
         *reward_findings(args, trainer.reward_funcs, rows),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),

@@ -117,8 +117,8 @@ def thinking_advantages(
         prior (`str` or `Sequence[float]`):
             Weights of the budgets, see [`prior_weights`].
         baseline (`str` or `Callable`, *optional*, defaults to `"brpo"`):
-            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0). Or a
-            function of `rewards` and [`Returns`], such as that of a learned baseline, which returns shape (P, G, M).
+            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0). Or
+            a function of `rewards` and [`Returns`], such as a learned baseline's, that returns shape (P, G, M).
         progress_decay (`float`, *optional*, defaults to `0.5`):
             λ in (0, 1], how fast earlier rewards lose weight in V1.
 

@@ -21,7 +21,9 @@ def forward_rows(
     **kwargs: Any,
 ) -> Any:
     """
-    Drop-in replacement of [`~trl_anytime.modeling.tree_attention.forward_packed`]: the same log-probabilities from separate rows.
+    Compute the log-probabilities of packed rows from separate rows.
+
+    A drop-in replacement of [`~trl_anytime.modeling.tree_attention.forward_packed`].
 
     Args:
         model (`torch.nn.Module`):

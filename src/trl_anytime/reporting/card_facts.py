@@ -1,9 +1,11 @@
-"""What a model card says, from the trainer that trained the model."""
+"""What a model card says, and how it is collected from the trainer that trained the model."""
 
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -17,13 +19,157 @@ from .. import __version__
 from ..brpo_config import BRPOConfig
 from ..inference.anytime_config import AnytimeContract
 from ..rewards import AnswerReward
-from .model_card import CardFacts, DataSet
-from .recipe_names import arm_name
+from .learning_curves import Curve, before_and_after, evaluations, training_curves
+from .recipe_names import recipe_name
 
 _LIBRARIES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
 _ADAPTERS = {"LORA": "LoRA"}  # as they are written in text
 # A file of a data set on the Hub, as `datasets` records what it has downloaded
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
+_BADGE = re.compile(r"^(\[<img [^<>]*>\])\((https?://.*)\)", flags=re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """
+    Where problems come from.
+
+    Args:
+        name (`str`):
+            Id on the Hub, or any text.
+        on_hub (`bool`, *optional*, defaults to `False`):
+            Whether the name is an id on the Hub.
+        num_rows (`int`, *optional*):
+            Number of problems; a stream has none.
+        config, split, revision (`str`, *optional*):
+            Which part and state of it.
+        task (`str`, *optional*, defaults to `"default"`):
+            What the task is called where the data set is a benchmark on the Hub.
+    """
+
+    name: str
+    on_hub: bool = False
+    num_rows: int | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    task: str = "default"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """
+    What a card says.
+
+    Args:
+        name (`str`):
+            Name of the model.
+        model_id (`str`, *optional*):
+            Id on the Hub to load it by. `None` for a folder.
+        base_model (`str`, *optional*):
+            Id on the Hub of the model that training started from. `None` if it is not known.
+        architecture (`str`):
+            Model type by its config.
+        adapter (`str`, *optional*):
+            Kind of adapter that was trained, such as `"LoRA"`; `None` for a whole model.
+        tags (`list[str]`):
+            Tags on the Hub.
+        links (`list[str]`):
+            Links to the run in trackers, as Markdown.
+        contract ([`AnytimeContract`]):
+            How the model is used.
+        recipe (`str`):
+            See [`~trl_anytime.reporting.recipe_names.recipe_name`].
+        metric (`str`):
+            What the mean reward of an evaluation is: `"accuracy"` or `"mean_reward"`.
+        dataset ([`DataSet`]):
+            Training data.
+        eval_datasets (`dict[str, DataSet]`):
+            Evaluation data by the names of the sets; a single set has the name `""`.
+        num_generations_eval (`int`):
+            Thinkings for each problem in an evaluation.
+        log_history (`list[dict]`):
+            What the run has logged.
+        step, num_steps (`int`):
+            Optimiser steps that these weights were trained for, and those that were planned.
+        settings (`dict[str, str]`):
+            Rows of the table of settings.
+        question (`str` or `list[dict]`):
+            A prompt for the code.
+        versions (`dict[str, str]`):
+            Versions of the libraries.
+        paper (`dict[str, str]`):
+            Title, id (arXiv) and citation (BibTeX) of the method.
+    """
+
+    name: str
+    model_id: str | None
+    base_model: str | None
+    architecture: str
+    adapter: str | None
+    tags: list[str]
+    links: list[str]
+    contract: AnytimeContract
+    recipe: str
+    metric: str
+    dataset: DataSet
+    eval_datasets: dict[str, DataSet]
+    num_generations_eval: int
+    log_history: list[dict[str, Any]]
+    step: int
+    num_steps: int
+    settings: dict[str, str]
+    question: Any
+    versions: dict[str, str]
+    paper: dict[str, str]
+
+    @property
+    def location(self) -> str:
+        """What loads the model: its id on the Hub, or the folder of the card."""
+        return " ".join(self.model_id.split()) if self.model_id else "."
+
+    @property
+    def metric_name(self) -> str:
+        """What the curves show."""
+        return self.metric.replace("_", " ") if self.results else "mean reward"
+
+    @property
+    def results(self) -> list[tuple[DataSet, Curve, Curve | None]]:
+        """Each evaluation set with its first evaluation, and its last one if more steps lie between."""
+        found = []
+        for name, curves in evaluations(self.log_history).items():
+            before, after = before_and_after(curves, self.step)
+            if before is not None:
+                found.append((self.eval_datasets.get(name, DataSet(name)), before, after))
+        return found
+
+    @property
+    def measured(self) -> list[tuple[DataSet, Curve]]:
+        """The evaluations that are of these very weights."""
+        return [
+            (dataset, curve)
+            for dataset, before, after in self.results
+            if (curve := before if after is None else after).step == self.step
+        ]
+
+    @property
+    def curves(self) -> list[tuple[DataSet | None, dict[str, Curve]]]:
+        """The curves of each evaluation set by their labels; without an evaluation, those of the training samples."""
+        if results := self.results:
+            return [(dataset, _labelled(before, after)) for dataset, before, after in results]
+        first, last = training_curves(self.log_history)
+        return [] if first is None else [(None, _labelled(first, last))]
+
+
+def _labelled(before: Curve, after: Curve | None) -> dict[str, Curve]:
+    """Curves by their labels, which say how long the model had been trained."""
+    return {_label(curve): curve for curve in (before, after) if curve is not None}
+
+
+def _label(curve: Curve) -> str:
+    if curve.first_step is None:
+        return "before training" if curve.step == 0 else f"after step {curve.step}"
+    return f"steps {curve.first_step} to {curve.step}" if curve.first_step < curve.step else f"step {curve.step}"
 
 
 def card_facts(
@@ -66,9 +212,9 @@ def card_facts(
         architecture=model.config.model_type,
         adapter=None if adapter is None else _ADAPTERS.get(adapter.peft_type.value, adapter.peft_type.value),
         tags=card_of_trl.data["tags"],
-        links=re.findall(r"^\[<img .*\]\(.*\)", card_of_trl.text, flags=re.MULTILINE),
+        links=links_to_trackers(card_of_trl.text),
         contract=contract,
-        arm=_arm(args),
+        recipe=_recipe(args),
         metric=args.card_metric or ("accuracy" if _is_accuracy(trainer) else "mean_reward"),
         dataset=_describe(trainer.train_dataset, dataset_name or args.card_dataset, "unnamed data"),
         eval_datasets=_eval_datasets(trainer.eval_dataset, args.card_eval_dataset),
@@ -92,14 +238,28 @@ def is_hub_id(name: str) -> bool:
     return bool(name)
 
 
+def links_to_trackers(text: str) -> list[str]:
+    """
+    Find the badges in TRL's card that lead to the run in its trackers.
+
+    Args:
+        text (`str`):
+            TRL's card, with names of runs in its addresses as they are.
+
+    Returns:
+        `list[str]`: the badges as Markdown.
+    """
+    return [f"{badge}({quote(address, safe='/:?&=%#+,;@~')})" for badge, address in _BADGE.findall(text)]
+
+
 def _loaded_from(name_or_path: str | None) -> str | None:
     """The id of a model that was loaded from the Hub; `None` for one from a folder, or made on the spot."""
     name = name_or_path or ""
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
-def _arm(args: BRPOConfig) -> str:
-    return arm_name(
+def _recipe(args: BRPOConfig) -> str:
+    return recipe_name(
         args.budgets,
         args.prior,
         args.num_summaries,
@@ -168,7 +328,7 @@ def _settings(trainer: Any, contract: AnytimeContract, adapter: Any) -> dict[str
     baseline = {"v1": f"v1, λ = {args.progress_decay:g}", "brpo": f"brpo, λ = {args.progress_decay:g}"}
     scheduler = SchedulerType(args.lr_scheduler_type).value
     settings = {
-        "arm": _arm(args),
+        "recipe": _recipe(args),
         "thinking budgets (weight of each)": ", ".join(f"{budget} ({weight:.3g})" for budget, weight in weights),
         "prior": args.prior if isinstance(args.prior, str) else "list of weights",
         "baseline": baseline.get(args.baseline, args.baseline),

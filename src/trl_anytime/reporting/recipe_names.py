@@ -7,7 +7,7 @@ from ..method.budgets import prior_weights
 _PRIORS = ("uniform", "linear", "base")
 
 
-def arm_name(
+def recipe_name(
     budgets: Sequence[int],
     prior: str | Sequence[float],
     num_summaries: int,
@@ -17,7 +17,7 @@ def arm_name(
     summary_policy: str,
 ) -> str:
     """
-    Name of the arm that these settings of [`BRPOConfig`] make up, by the papers' tables.
+    Name the recipe that these settings of [`BRPOConfig`] make up, by the papers' tables.
 
     Number of budgets, lengths and number of summaries beyond one may differ from those of the papers. With a single
     budget the priors are the same, and so are the baselines `"brpo"` and `"v2"`.
@@ -39,7 +39,7 @@ def arm_name(
             `"decoupled"` or `"final"`.
 
     Returns:
-        `str`: one of the seven arms of arXiv 2505.13438 (`"AnytimeReasoner-uniform"`, `"-linear"` and `"-base"`,
+        `str`: one of the seven variants in arXiv 2505.13438 (`"AnytimeReasoner-uniform"`, `"-linear"` and `"-base"`,
         `"GRPO"`, `"GRPO+linear"`, `"GRPO+decouple"`, `"GRPO+vr"`), `"Elastic Reasoning"` (arXiv 2505.05315: GRPO whose
         solution may be as long as its thinking), or `"custom"`.
     """

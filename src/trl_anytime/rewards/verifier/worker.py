@@ -1,8 +1,8 @@
 """A worker process: grades one (gold, answer) pair after the other, under a CPU limit and a memory limit.
 
-Run as `python -m trl_anytime.rewards.verifier.worker`. Reads JSON lines from standard input, `{"gold": ..., "answer": ...}`,
-and replies to each with one line, `{"outcome": "equal" | "different" | "timeout"}`. Before the first it says how its
-self-test went. It ends when its input does, and when its parent has died.
+Run as `python -m trl_anytime.rewards.verifier.worker`. Reads JSON lines from standard input, `{"gold": ...,
+"answer": ...}`, and replies to each with one line, `{"outcome": "equal" | "different" | "timeout"}`. Before the first
+it says how its self-test went. It ends when its input does, and when its parent has died.
 """
 
 import json
