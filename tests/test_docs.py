@@ -6,7 +6,7 @@ How blocks are marked is described in CONTRIBUTING.md, "A page of documentation"
 """
 
 import doctest
-import importlib.util
+import importlib
 import json
 import random
 import re
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import quickstart
 import torch
+import toy_task
 from test_packaging import OLDEST, PINNED
 from test_tree import drawing
 from tiny import make_config, make_model, make_tokenizer, parity_reward
@@ -43,7 +45,7 @@ IN_SHORT = {
     "benchmarks/memory.py": "--hidden 128 --layers 1 --budgets 8 16 --prompt 4 --summary 4",
 }
 # Commands that another test runs in short, wherever they stand
-ELSEWHERE = {"python -m benchmarks.learning": "tests/test_learning_study.py", "cp outputs/learning": None}
+ELSEWHERE = {"python -m studies.learning": "tests/test_learning_study.py", "cp outputs/learning": None}
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def test_a_command_can_be_what_it_says(block):
         if words[0] == "make":
             assert all(recipe(target) for target in words[1:])
         for word in words:
-            if re.match(r"(examples|benchmarks|tests|src|tools)/.*\.\w+$", path := word.partition(":")[0]):
+            if re.match(r"(examples|benchmarks|studies|tests|src|tools)/.*\.\w+$", path := word.partition(":")[0]):
                 assert (ROOT / path).exists(), path
 
 
@@ -130,15 +132,18 @@ def workplace(tmp_path_factory):
     for name in ("examples", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
 
-    spec = importlib.util.spec_from_file_location("quickstart_of_the_docs", ROOT / "examples" / "quickstart.py")
-    quickstart = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    problems = quickstart.make_problems(32, random.Random(0))
-    rows, tokenizer = quickstart.make_rl_dataset(problems), quickstart.make_tokenizer()
+    # The quickstart's model, untrained
+    tokenizer = toy_task.make_tokenizer(toy_task.POINTERS)
+    problems = toy_task.make_problems(toy_task.POINTERS, 32, random.Random(0))
     torch.manual_seed(0)
-    model_dir = folder / "outputs" / "quickstart" / "model"
-    settings = {"output_dir": str(model_dir), "use_cpu": True, "max_completion_length": 100}
-    trainer = quickstart.make_trainer(quickstart.make_model(tokenizer), tokenizer, rows, rows, 1, **settings)
+    settings = {**toy_task.BRPO_SETTINGS, "budgets": quickstart.BUDGETS, "max_completion_length": 100, "use_cpu": True}
+    trainer = trl_anytime.BRPOTrainer(
+        toy_task.make_model(tokenizer),
+        trl_anytime.BRPOConfig(str(folder / "outputs" / "quickstart" / "model"), **settings),
+        toy_task.make_rl_dataset(problems),
+        reward_funcs=toy_task.end_of_chain_reward,
+        processing_class=tokenizer,
+    )
     trainer.save_model()
     questions = [{"problem": problem.question, "answer": problem.answer} for problem in problems[:4]]
     (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, questions)))

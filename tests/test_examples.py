@@ -1,6 +1,5 @@
 """The examples: their configurations say what the paper says, and they run."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -9,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_task
+import train
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny import make_tokenizer
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 from trl import ModelConfig, TrlParser
 
 from trl_anytime import BRPOConfig
@@ -22,16 +23,6 @@ from trl_anytime.rewards import MathReward
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROBLEMS = EXAMPLES.parent.parent / "shared" / "data" / "math_train_2000.jsonl"
-
-
-def load_example(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-quickstart, train = load_example("quickstart"), load_example("train")
 
 
 def parse(words: list[str]):
@@ -113,37 +104,45 @@ def test_outputs_do_not_collide():
     assert len(set(outputs)) == len(outputs)
 
 
-# examples/quickstart.py
+# examples/quickstart.py and its toy task
 
 
 def test_problems_and_prompt():
     rng = random.Random(0)
-    held_out = {problem.question for problem in quickstart.make_problems(200, rng)}
-    problems = quickstart.make_problems(200, rng, held_out)
+    held_out = {problem.question for problem in toy_task.make_problems(toy_task.POINTERS, 200, rng)}
+    problems = toy_task.make_problems(toy_task.POINTERS, 200, rng, held_out)
     assert len(held_out) == 200
     assert not held_out & {problem.question for problem in problems}
-    assert {len(quickstart.follow(p.arrows, p.start)) - 1 for p in problems} == {1, 2, 3, 4, 5, 6}  # hops
+    assert {len(toy_task.follow(p.arrows, p.start)) - 1 for p in problems} == {1, 2, 3, 4, 5, 6}  # hops
 
     # h -> f -> b -> d -> e; c -> a and g distract
     arrows = {"a": ".", "g": ".", "h": "f", "c": "a", "b": "d", "f": "b", "e": ".", "d": "e"}
-    problem = quickstart.Problem("a. g. hf ca bd fb e. de h", "h", arrows)
+    problem = toy_task.PointerProblem("a. g. hf ca bd fb e. de h", "h", arrows)
     assert problem.answer == "e"
-    tokenizer = quickstart.make_tokenizer()
-    prompt = quickstart.make_prompt(problem)
+    tokenizer = toy_task.make_tokenizer(toy_task.POINTERS)
+    prompt = toy_task.make_prompt(problem)
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|> user a. g. hf ca bd fb e. de h <|im_end|> <|im_start|> assistant <think>"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == text.split()
 
 
+def test_words_that_the_toy_task_does_not_know(tmp_path):
+    """They count as one of the known tokens, for which the model has an embedding, also after a round trip."""
+    toy_task.make_tokenizer(toy_task.POINTERS).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    words = tokenizer.convert_ids_to_tokens(tokenizer("What is hf ?")["input_ids"])
+    assert words == ["<|im_start|>", "<|im_start|>", "hf", "<|im_start|>"]
+
+
 def test_thinking_is_a_walk_that_leads_to_its_answer():
     rng = random.Random(0)
     slips = 0
-    for problem in quickstart.make_problems(300, rng):
-        thinking, answer = quickstart.make_thinking(problem, rng)
-        arrows = [word for word in thinking if word not in quickstart.FILLERS]
+    for problem in toy_task.make_problems(toy_task.POINTERS, 300, rng):
+        thinking, answer = toy_task.make_pointer_thinking(problem, rng)
+        arrows = [word for word in thinking if word not in toy_task.FILLERS]
         walked = dict(arrow for arrow in arrows)  # of each node, where the thinking went
-        assert quickstart.follow(walked, problem.start)[-1] == answer
+        assert toy_task.follow(walked, problem.start)[-1] == answer
         wrong = {arrow[0] for arrow in arrows if problem.arrows[arrow[0]] != arrow[1]}
         assert len(wrong) <= 1
         slips += bool(wrong)
@@ -153,18 +152,21 @@ def test_thinking_is_a_walk_that_leads_to_its_answer():
 
 def test_sft_rows_train_thinking_and_answer_only():
     rng = random.Random(0)
-    tokenizer = quickstart.make_tokenizer()
-    rows = quickstart.make_sft_dataset(quickstart.make_problems(100, rng), tokenizer, rng)
-    bridges = set()
+    task = toy_task.POINTERS
+    tokenizer = toy_task.make_tokenizer(task)
+    rows = toy_task.make_sft_dataset(task, toy_task.make_problems(task, 100, rng), tokenizer, rng, longest=40)
+    bridges, lengths = set(), set()
     for row in rows:
         words = tokenizer.convert_ids_to_tokens(row["input_ids"])
         trained = [label != -100 for label in row["labels"]]
         assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
         assert words[-1] == "<|im_end|>" and words[-3] == "answer" and words[-4] == "</think>"
         assert not any(trained[:15]) and all(trained[15:-4]) and trained[-3:] == [False, True, True]
-        assert len(words) <= 15 + quickstart.BUDGETS[-1] + 4
         bridges.add(trained[-4])  # the end of thinking is trained if the model wrote it, not if it is the bridge
+        lengths.add(len(words))
     assert bridges == {True, False}
+    # Behind the prompt of 15 tokens 40 of thinking, </think>, "answer", the node, <|im_end|>
+    assert max(lengths) == 15 + 40 + 4
 
 
 def test_quickstart_in_short(tmp_path):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.learning import analysis, run
-from benchmarks.learning.study import Job, Study
-from benchmarks.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
+from studies.learning import analysis, run
+from studies.learning.study import Job, Study
+from studies.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 
 pytestmark = pytest.mark.heavy
 
-MAIN = Path(__file__).parent.parent / "benchmarks" / "learning" / "studies" / "main.yaml"
+MAIN = Path(__file__).parent.parent / "studies" / "learning" / "configs" / "main.yaml"
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},
     "families": {"llama": {"warm_start_learning_rate": 1e-3}},
@@ -86,14 +86,19 @@ def test_intervals():
 
 
 def run_record(seed, arm, anytime, tokens):
-    """A run of 40 updates, evaluated every 20."""
+    """A run of 40 updates of as many tokens each, evaluated every 20."""
     return {
         "job": {"kind": "train", "task": "t", "family": "f", "seed": seed, "warm_start_seed": 7, "arm": arm},
         "budgets": [8],
-        "tokens": [tokens] * 40,
-        "cpu_seconds": [0.5] * 40,
         "evaluations": [
-            {"update": 20 * (i + 1), "accuracy": [value] * 6, "thinking_length": 5} for i, value in enumerate(anytime)
+            {
+                "update": 20 * i,
+                "tokens": 20 * i * tokens,
+                "cpu_seconds": 20 * i * 0.5,
+                "accuracy": [value] * 6,
+                "thinking_length": 5,
+            }
+            for i, value in enumerate(anytime, start=1)
         ],
     }
 
@@ -180,12 +185,16 @@ def test_every_job_has_a_line(finished):
     assert [Job(**record["job"]) for record in records] == Study(**MINIATURE).jobs()
     warm, grpo, uniform, measured = records
     assert len(warm["accuracy"]) == 6
-    assert len(grpo["tokens"]) == len(grpo["cpu_seconds"]) == 3 and len(uniform["tokens"]) == 2
     assert grpo["budgets"] == [16] and uniform["budgets"] == [4, 8, 12, 16]
+    assert [e["update"] for e in grpo["evaluations"]] == [1, 2, 3]
     assert [e["update"] for e in uniform["evaluations"]] == [1, 2]
-    assert len(uniform["logs"]["anytime/reward@4"]) == 2
-    # 2 prompts × 4 thinkings with 1 summary, or with 4 × 2, of at most 16 and 4 tokens
-    assert max(grpo["tokens"]) <= 8 * (16 + 4) < max(uniform["tokens"]) <= 8 * (16 + 8 * 4)
+    for record in (grpo, uniform):
+        for name in ("tokens", "seconds", "cpu_seconds"):  # so far
+            so_far = [e[name] for e in record["evaluations"]]
+            assert so_far[0] > 0 and so_far == sorted(set(so_far))
+    # 2 prompts × 4 thinkings of 1 to 16 tokens, each with 1 summary, or with 4 × 2, of 1 to 4 tokens
+    assert 3 * 8 * (1 + 1) <= grpo["evaluations"][-1]["tokens"] <= 3 * 8 * (16 + 4)
+    assert 2 * 8 * (1 + 8 * 1) <= uniform["evaluations"][-1]["tokens"] <= 2 * 8 * (16 + 8 * 4)
     assert {(v["num_budgets"], v["prior"]) for v in measured["variance"]} == {
         (m, prior) for m in (4, 8) for prior in ("uniform", "linear", "base")
     }

@@ -16,7 +16,7 @@ from markdown.treeprocessors import Treeprocessor
 
 _ROOT = Path(__file__).resolve().parents[1]
 # As seen from a page in docs/, and from the top folder
-_OFF_SITE = re.compile(r"\.\./|(benchmarks|examples|src|tests|tools)/|CITATION|LICENSE|README")
+_OFF_SITE = re.compile(r"\.\./|(benchmarks|examples|src|studies|tests|tools)/|CITATION|LICENSE|README")
 
 
 class _Equations(Treeprocessor):

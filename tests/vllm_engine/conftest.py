@@ -14,8 +14,7 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
+sys.path.append(str(Path(__file__).parents[1]))  # tests/
 
 import torch  # noqa: E402  after the environment variables
 import trl.generation.vllm_generation  # noqa: E402

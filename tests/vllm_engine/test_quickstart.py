@@ -1,37 +1,49 @@
 """The quickstart's task, learnt by rollouts from vLLM."""
 
-import random
 from statistics import fmean
 
 import quickstart
-from transformers import Qwen3ForCausalLM, set_seed
+import toy_task
+from transformers import AutoModelForCausalLM
+
+from trl_anytime import BRPOConfig, BRPOTrainer
 
 
 def test_quickstart_is_learnt(tmp_path):
-    set_seed(0)
-    rng = random.Random(0)
-    tokenizer = quickstart.make_tokenizer()
-    model = quickstart.make_model(tokenizer)
-    held_out = quickstart.make_problems(200, rng)
-    questions = {problem.question for problem in held_out}
-    sft_problems = quickstart.make_problems(400 * quickstart.SFT_BATCH_SIZE, rng, questions)
-    sft_dataset = quickstart.make_sft_dataset(sft_problems, tokenizer, rng)
-    quickstart.supervised_fine_tune(model, tokenizer, sft_dataset, 400, 0, tmp_path)
+    model, tokenizer, train_dataset, eval_dataset = toy_task.load(
+        seed=0,
+        sft_steps=400,
+        train_problems=15 * quickstart.PROMPTS_PER_UPDATE,
+        eval_problems=200,
+        longest=quickstart.BUDGETS[-1],
+        output_dir=tmp_path,
+    )
     # vLLM loads the model by its name
     model.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
-
-    trainer = quickstart.make_trainer(
-        Qwen3ForCausalLM.from_pretrained(tmp_path / "sft"),
-        tokenizer,
-        quickstart.make_rl_dataset(quickstart.make_problems(15 * quickstart.PROMPTS_PER_UPDATE, rng, questions)),
-        quickstart.make_rl_dataset(held_out),
-        15,
-        output_dir=str(tmp_path),
+    config = BRPOConfig(
+        str(tmp_path),
+        budgets=quickstart.BUDGETS,
+        eval_budgets=quickstart.EVAL_BUDGETS,
+        num_summaries=2,
+        num_generations=quickstart.GROUP_SIZE,
+        per_device_train_batch_size=quickstart.PROMPTS_PER_UPDATE * quickstart.GROUP_SIZE,
+        per_device_eval_batch_size=250,
+        max_steps=15,
+        learning_rate=8e-4,
         use_cpu=True,
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=128,
+        **toy_task.BRPO_SETTINGS,
+    )
+    trainer = BRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "sft"),
+        config,
+        train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        reward_funcs=toy_task.end_of_chain_reward,
     )
     before = quickstart.evaluate(trainer)
     trainer.train()

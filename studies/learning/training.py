@@ -7,8 +7,6 @@ from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -16,34 +14,18 @@ from transformers import (
     set_seed,
 )
 
-from examples import quickstart
-from trl_anytime import BRPOTrainer
+from examples import toy_task
+from trl_anytime import BRPOConfig, BRPOTrainer
 
 from .study import Job, Study
 from .tasks import TASKS
 
-# Kept for every update, where the trainer logs it
-_UPDATE_METRICS = (
-    "reward",
-    "grad_norm",
-    "anytime/no_advantage_ratio",
-    "thinking/mean_length",
-    "thinking/finished_ratio",
-    "summary/mean_length",
-)
-
 
 def make_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A fresh model of the quickstart's shape."""
-    model = quickstart.make_model(tokenizer)
-    if family == "qwen3":
-        return model
-    assert family == "llama", family
-    shape = model.config
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("head_dim", "intermediate_size", "max_position_embeddings", "initializer_range", "tie_word_embeddings")
-    names += ("pad_token_id", "eos_token_id", "bos_token_id")
-    return LlamaForCausalLM(LlamaConfig(**{name: getattr(shape, name) for name in names}))
+    """Make a random model of the quickstart's shape."""
+    qwen3 = toy_task.make_model(tokenizer)
+    # The committed runs drew the weights of Qwen3 before those of any other family
+    return qwen3 if family == "qwen3" else toy_task.make_model(tokenizer, family)
 
 
 class Clock(TrainerCallback):
@@ -69,39 +51,39 @@ def make_trainer(
     output_dir: Path,
     **settings: Any,
 ) -> BRPOTrainer:
-    """The quickstart's trainer on the problems of a job; `settings` override the study's."""
+    """Make the trainer of a job, on its problems; `settings` override the study's."""
     training, task = study.training, TASKS[job.task]
     rng = random.Random(f"{job.task} {job.seed} reinforcement")
     held_out = make_held_out(study, job)
     most_updates = max(arm.get("updates", training["updates"]) for arm in study.arms.values())
-    problems = quickstart.make_problems(
-        most_updates * training["prompts_per_update"], rng, {p.question for p in held_out}, task.make_problem
+    problems = toy_task.make_problems(
+        task, most_updates * training["prompts_per_update"], rng, {p.question for p in held_out}
     )
-    trainer = quickstart.make_trainer(
+    settings = {
+        **toy_task.BRPO_SETTINGS,
+        "seed": job.seed,
+        "num_generations": training["num_generations"],
+        "per_device_train_batch_size": training["prompts_per_update"] * training["num_generations"],
+        "per_device_eval_batch_size": 500,
+        "eval_budgets": study.eval_budgets(job.task),
+        "disable_tqdm": True,
+        **settings,
+    }
+    trainer = BRPOTrainer(
         model,
-        tokenizer,
-        quickstart.make_rl_dataset(problems),
-        quickstart.make_rl_dataset(held_out[: training["eval_problems"]]),
-        **{
-            "updates": 1,
-            "output_dir": str(output_dir),
-            "seed": job.seed,
-            "num_generations": training["num_generations"],
-            "per_device_train_batch_size": training["prompts_per_update"] * training["num_generations"],
-            "per_device_eval_batch_size": 500,
-            "eval_budgets": study.eval_budgets(job.task),
-            "disable_tqdm": True,
-            **settings,
-        },
+        BRPOConfig(str(output_dir), **settings),
+        toy_task.make_rl_dataset(problems),
+        eval_dataset=toy_task.make_rl_dataset(held_out[: training["eval_problems"]]),
+        processing_class=tokenizer,
+        reward_funcs=toy_task.end_of_chain_reward,
     )
-    for printing in (quickstart.ProgressBar, PrinterCallback):
-        trainer.remove_callback(printing)
+    trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def make_held_out(study: Study, job: Job) -> list[Any]:
     rng = random.Random(f"{job.task} {job.warm_start_seed} held out")
-    return quickstart.make_problems(study.training["warm_start_problems"], rng, (), TASKS[job.task].make_problem)
+    return toy_task.make_problems(TASKS[job.task], study.training["warm_start_problems"], rng)
 
 
 def evaluation_record(study: Study, job: Job, metrics: dict[str, float]) -> dict[str, Any]:
@@ -116,17 +98,17 @@ def warm_start(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     """Supervised fine-tuning on wasteful, fallible chains; leaves the model in `output_dir`."""
     set_seed(job.seed)
     task, settings = TASKS[job.task], study.tasks[job.task]
-    tokenizer = quickstart.make_tokenizer(task.words)
+    tokenizer = toy_task.make_tokenizer(task)
     model = make_model(job.family, tokenizer)
     rng = random.Random(f"{job.task} {job.seed} warm start")
     steps, held_out = settings["warm_start_steps"], {problem.question for problem in make_held_out(study, job)}
-    problems = quickstart.make_problems(steps * quickstart.SFT_BATCH_SIZE, rng, held_out, task.make_problem)
-    dataset = quickstart.make_sft_dataset(problems, tokenizer, rng, task.make_thinking, settings["full_budget"])
-    quickstart.supervised_fine_tune(
+    problems = toy_task.make_problems(task, steps * toy_task.SFT_BATCH_SIZE, rng, held_out)
+    dataset = toy_task.make_sft_dataset(task, problems, tokenizer, rng, settings["full_budget"])
+    toy_task.supervised_fine_tune(
         model, tokenizer, dataset, steps, job.seed, output_dir, study.families[job.family]["warm_start_learning_rate"]
     )
     trainer = make_trainer(study, job, model, tokenizer, output_dir, budgets=[settings["full_budget"]])
-    metrics = trainer.evaluate(quickstart.make_rl_dataset(make_held_out(study, job)))
+    metrics = trainer.evaluate(toy_task.make_rl_dataset(make_held_out(study, job)))
     trainer.save_model()
     return evaluation_record(study, job, metrics)
 
@@ -149,7 +131,7 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         model,
         tokenizer,
         output_dir,
-        updates=updates,
+        max_steps=updates,
         budgets=budgets,
         learning_rate=job.learning_rate,
         eval_strategy="steps",
@@ -162,28 +144,27 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
 
     history = trainer.state.log_history
     logs = [log for log in history if "loss" in log]
-    names = [n for n in logs[0] if n in _UPDATE_METRICS or n.startswith("anytime/reward@")]
     per_rollout = len(budgets) * trainer.args.num_summaries
     rollouts = study.training["prompts_per_update"] * study.training["num_generations"]
     tokens = [rollouts * (log["thinking/mean_length"] + per_rollout * log["summary/mean_length"]) for log in logs]
     record = {
         "budgets": budgets,
-        "tokens": [round(n) for n in tokens],  # generated, by update
-        "seconds": [round(s, 3) for s in clock.wall],
-        "cpu_seconds": [round(s, 3) for s in clock.cpu],
         "phase_seconds": {
             name.removeprefix("time/"): round(sum(log[name] for log in logs) / len(logs), 4)
             for name in logs[0]
             if name.startswith("time/")
         },
-        "logs": {name: [_rounded(log.get(name)) for log in logs] for name in names},
         "evaluations": [
-            {"update": log["step"], **evaluation_record(study, job, log)} for log in history if "eval_runtime" in log
+            {
+                "update": log["step"],
+                "tokens": round(sum(tokens[: log["step"]])),  # generated so far
+                "seconds": round(sum(clock.wall[: log["step"]]), 3),
+                "cpu_seconds": round(sum(clock.cpu[: log["step"]]), 3),
+                **evaluation_record(study, job, log),
+            }
+            for log in history
+            if "eval_runtime" in log
         ],
     }
     trainer.save_model()
     return record
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")

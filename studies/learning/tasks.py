@@ -13,41 +13,9 @@ fillers, repeated steps, steps of the register that was not asked for, and the w
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-from examples import quickstart
-
-
-class Problem(Protocol):
-    """A question and its answer, as text."""
-
-    @property
-    def question(self) -> str: ...
-
-    @property
-    def answer(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    A task.
-
-    Args:
-        words (`tuple[str, ...]`):
-            Vocabulary of questions, thinkings and answers.
-        make_problem (`Callable`):
-            Draws a problem.
-        make_thinking (`Callable`):
-            Draws a wasteful and fallible chain of thought for a problem: its words, and the answer that it leads to.
-    """
-
-    words: tuple[str, ...]
-    make_problem: Callable[[random.Random], Problem]
-    make_thinking: Callable[..., tuple[list[str], str]]
-
+from examples.toy_task import FILLERS, POINTERS, Task
 
 MODULUS = 5
 REGISTERS = ("abcdefg", "pqrstuv")
@@ -100,7 +68,7 @@ def make_register_thinking(problem: RegisterProblem, rng: random.Random) -> tupl
     unasked = [f"{label}{value}" for label, value in zip(other_labels, values(other), strict=False)]
 
     def fillers(most: int) -> list[str]:
-        return rng.choices(quickstart.FILLERS, k=rng.randint(1, most))
+        return rng.choices(FILLERS, k=rng.randint(1, most))
 
     thinking = fillers(8) if rng.random() < 0.8 else []
     if rng.random() < 0.5:
@@ -120,10 +88,10 @@ def _register_words() -> tuple[str, ...]:
     steps = [label + step for labels in REGISTERS for label in labels[1:] for step in (*_STEPS, ".")]
     results = [f"{label}{n}" for labels in REGISTERS for label in labels for n in range(MODULUS)]
     queries = [labels[0] for labels in REGISTERS]
-    return (*quickstart.FILLERS, *queries, *map(str, range(MODULUS)), *starts, *steps, *results)
+    return (*FILLERS, *queries, *map(str, range(MODULUS)), *starts, *steps, *results)
 
 
 TASKS = {
-    "pointers": Task(quickstart.WORDS, quickstart.make_problem, quickstart.make_thinking),
+    "pointers": POINTERS,
     "registers": Task(_register_words(), make_register_problem, make_register_thinking),
 }

@@ -1,7 +1,7 @@
 """
 The tables and figures of docs/results.md, from the results of the studies `tuning` and `main`:
 
-    python -m benchmarks.learning.analysis benchmarks/learning/results docs/results.md
+    python -m studies.learning.analysis studies/learning/results docs/results.md
 
 Each table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the page; the figures go to
 `images/` beside it. The words around the tables are the author's, who has to read them again.
@@ -125,12 +125,11 @@ class Results:
         """The evaluations of a run from its warm start on: `update`, `tokens`, `seconds` (CPU), `accuracy`, …"""
         job = record["job"]
         before = self.warm_starts[(job["task"], job["family"]), job["warm_start_seed"]]
-        points = [{"update": 0, **before}, *record["evaluations"]]
-        updates = np.array([point["update"] for point in points])
+        points = [{"update": 0, "tokens": 0, "cpu_seconds": 0.0, **before}, *record["evaluations"]]
         return {
-            "update": updates,
-            "tokens": np.array([sum(record["tokens"][:n]) for n in updates]),
-            "seconds": np.array([sum(record["cpu_seconds"][:n]) for n in updates]),
+            "update": np.array([point["update"] for point in points]),
+            "tokens": np.array([point["tokens"] for point in points]),
+            "seconds": np.array([point["cpu_seconds"] for point in points]),
             "accuracy": np.array([point["accuracy"] for point in points]),
             "anytime": np.array([np.mean(point["accuracy"]) for point in points]),
             "thinking_length": np.array([point["thinking_length"] for point in points]),
@@ -143,7 +142,12 @@ class Results:
 
     def updates(self, cell: Cell) -> int:
         """Updates at which the arms of a cell are compared: those of the arm that has the fewest."""
-        return min(len(record["tokens"]) for runs in self.runs[cell].values() for record in runs.values())
+        return min(num_updates(record) for runs in self.runs[cell].values() for record in runs.values())
+
+
+def num_updates(record: Record) -> int:
+    """Return how long a run was: up to its last evaluation."""
+    return record["evaluations"][-1]["update"]
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -239,7 +243,7 @@ def reach_table(results: Results, cell: Cell) -> str:
     runs, rows = results.runs[cell], []
     n = results.updates(cell)
     for arm in MAIN_ARMS[1:]:
-        for target_update in (n, max(len(record["tokens"]) for record in runs["grpo"].values())):
+        for target_update in (n, max(num_updates(record) for record in runs["grpo"].values())):
             seeds = sorted(set(runs[arm]) & set(runs["grpo"]))
             parts: dict[str, list[float]] = defaultdict(list)
             for seed in seeds:
@@ -269,7 +273,7 @@ def arms_table(results: Results, cell: Cell) -> str:
     for arm in NAMES:
         if not runs[arm]:
             continue
-        end = n if arm == "grpo" else len(next(iter(runs[arm].values()))["tokens"])
+        end = n if arm == "grpo" else num_updates(next(iter(runs[arm].values())))
         after = np.array([results.at(record, "update", end) for record in runs[arm].values()])
         last = [results.progress(record) for record in runs[arm].values()]
         length = [np.interp(end, p["update"], p["thinking_length"]) for p in last]
@@ -320,7 +324,7 @@ def _last(record: Record) -> np.ndarray:
 
 def tuning_table(results: Results) -> str:
     """Learning rates: anytime accuracy up to the updates that all arms have, and over all of their own."""
-    n = min((len(record["tokens"]) for record in results.tuning), default=0)
+    n = min((num_updates(record) for record in results.tuning), default=0)
     rows = []
     for record in sorted(results.tuning, key=lambda r: (r["job"]["task"], r["job"]["arm"], r["job"]["learning_rate"])):
         job, progress = record["job"], results.progress(record)

@@ -1,7 +1,7 @@
 """
 Run a study, or go on with it:
 
-    python -m benchmarks.learning.run benchmarks/learning/studies/main.yaml --output_dir outputs/learning
+    python -m studies.learning.run studies/learning/configs/main.yaml --output_dir outputs/learning
 
 Each finished job is one JSON line in `main.jsonl`, named after the study, and its model lies in `models/`. A job with
 a line in any study of the folder is not done again, unless another one needs its model and that is gone.
@@ -102,7 +102,7 @@ def run_study(study: Study, results: Path, num_workers: int) -> list[Job]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run a study, or go on with it.")
-    parser.add_argument("study", type=Path, help="YAML file, see `benchmarks/learning/study.py`")
+    parser.add_argument("study", type=Path, help="YAML file, see `studies/learning/study.py`")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/learning"))
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, by default one per core")
     options = parser.parse_args()

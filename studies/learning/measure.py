@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from examples import quickstart
+from examples import toy_task
 from trl_anytime import BRPOTrainer
 from trl_anytime.method.adaptive_baseline import AdaptiveBaseline, leave_one_out_mean
 from trl_anytime.method.advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
@@ -62,7 +62,7 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     )
     rng = random.Random(f"{job.task} {job.seed} measure")
     held_out = {problem.question for problem in make_held_out(study, job)}
-    problems = quickstart.make_problems(2 * settings["prompts"], rng, held_out, TASKS[job.task].make_problem)
+    problems = toy_task.make_problems(TASKS[job.task], 2 * settings["prompts"], rng, held_out)
     fit, judged = (
         roll_out(trainer, problems[start : start + settings["prompts"]], group) for start in (0, settings["prompts"])
     )
@@ -88,11 +88,11 @@ def roll_out(trainer: BRPOTrainer, problems: list[Any], group: int) -> Rollouts:
     rewards: list[float] = []
 
     def recorded(*args, **kwargs):
-        rewards.extend(quickstart.end_of_chain_reward(*args, **kwargs))
+        rewards.extend(toy_task.end_of_chain_reward(*args, **kwargs))
         return rewards[-len(kwargs["well_formed"]) :]
 
     trainer.reward_funcs = [recorded]
-    rows = [row for row in quickstart.make_rl_dataset(problems) for _ in range(group)]
+    rows = [row for row in toy_task.make_rl_dataset(problems) for _ in range(group)]
     trainer.model.train()
     batch = trainer._generate_and_score_completions(rows)
     cuts = batch["cuts"].view(len(problems), group, -1)
@@ -167,7 +167,6 @@ def variance_record(fit: Rollouts, judged: Rollouts, budgets: list[int], prior: 
             name: _plain(token_mean((R - V) ** 2) / token_mean((R - mean_M) ** 2)) for name, V in predictions.items()
         },
         "adaptive_minus": {name: _plain(bounds.T) for name, bounds in gains.items()},
-        "coefficients": _plain(adaptive.coefficients()),
     }
 
 

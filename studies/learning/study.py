@@ -18,7 +18,7 @@ class Job:
         task (`str`):
             Name of the task.
         family (`str`):
-            Model family.
+            Model family: a `model_type` of transformers.
         seed (`int`):
             Seeds problems and samples, and of a warm start weights too.
         warm_start_seed (`int`):
