@@ -52,6 +52,7 @@ _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
 _CALL = re.compile(r"([A-Za-z]) \( ([A-Za-z]) \)")
 _SUBSCRIPT = re.compile(r"\s*_.*")
+_CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
@@ -70,6 +71,9 @@ class Exact:
     def equal(self, a: str, b: str) -> Verdict:
         if tokens(a) == tokens(b):
             return True
+        times = _CLOCK.fullmatch(a), _CLOCK.fullmatch(b)
+        if times[0] and times[1]:
+            return [int(part) for part in times[0].groups()] == [int(part) for part in times[1].groups()]
         left, right = as_fraction(a), as_fraction(b)
         if left is None or right is None:
             return None
@@ -190,12 +194,27 @@ def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaCompariso
         return tokens(gold.text) == tokens(answer.text)
     if as_fraction(gold.text) is not None and (with_unit := with_letter_as_unit(answer)):
         return _equal_formulas(gold, with_unit, comparison)
+    if ":" in gold.text or ":" in answer.text:
+        return _equal_ratios(gold.text, answer.text, comparison)
     verdict = comparison.equal(gold.text, answer.text)
     if verdict is True or gold.percent == answer.percent:
         return verdict
     # One of the two is in per cent: 17% is right both for 17 and for 0.17.
     a, b = (f"\\frac{{{form.text}}}{{100}}" if form.percent else form.text for form in (gold, answer))
     return _any([verdict, comparison.equal(a, b)])
+
+
+def _equal_ratios(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
+    """Whether two ratios or times are equal; a ratio of two numbers is also their quotient."""
+    if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(answer):
+        return comparison.equal(gold, answer)
+    a, b = gold.split(":"), answer.split(":")
+    if len(a) == len(b) > 2:
+        return _all(comparison.equal(f"({x})*({b[0]})", f"({y})*({a[0]})") for x, y in zip(a[1:], b[1:], strict=True))
+    if max(len(a), len(b)) > 2:
+        return False
+    quotients = [rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0] for parts in (a, b)]
+    return comparison.equal(*quotients)
 
 
 def _equal_collections(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
