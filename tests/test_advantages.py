@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_anytime.method.advantages import baseline_diagnostics, segment_returns, summary_advantages, thinking_advantages
+from trl_anytime.method.advantages import (
+    baseline_diagnostics,
+    segment_returns,
+    summary_advantages,
+    thinking_advantages,
+)
 from trl_anytime.method.budgets import thinking_cuts
 from trl_anytime.method.packing import PackedRollouts
 

@@ -23,9 +23,24 @@ from trl_anytime.checks import doctor
 from trl_anytime.checks.batch_sizes import BatchArithmetic
 from trl_anytime.checks.doctor import examine, read_launch
 from trl_anytime.checks.finding import ERROR, OK, WARNING
-from trl_anytime.checks.memory import Launch, estimate_memory, held_always, memory_finding, planned_model, run_layers, without_memory
+from trl_anytime.checks.memory import (
+    Launch,
+    estimate_memory,
+    held_always,
+    memory_finding,
+    planned_model,
+    run_layers,
+    without_memory,
+)
 from trl_anytime.checks.start_checks import reward_findings, splice_findings
-from trl_anytime.checks.unused_settings import _DATA, _EVALUATION, _MODEL, _TRAINING, unused_recipe_settings, unused_settings
+from trl_anytime.checks.unused_settings import (
+    _DATA,
+    _EVALUATION,
+    _MODEL,
+    _TRAINING,
+    unused_recipe_settings,
+    unused_settings,
+)
 from trl_anytime.data import DataArguments
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use

@@ -25,7 +25,14 @@ from trl_anytime import AnytimeContract, BRPOConfig, BRPOTrainer
 from trl_anytime.inference.serving import deployment
 from trl_anytime.reporting.card_facts import CardFacts, DataSet, links_to_trackers
 from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
-from trl_anytime.reporting.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE, build_card, eval_result_files, write_card
+from trl_anytime.reporting.model_card import (
+    BUDGET_PICTURE,
+    CARD,
+    TRAINING_PICTURE,
+    build_card,
+    eval_result_files,
+    write_card,
+)
 from trl_anytime.reporting.recipe_names import recipe_name
 from trl_anytime.rewards import ExactMatch
 

@@ -1,0 +1,581 @@
+r"""Reads a formula into a sympy tree, unevaluated: numbers, letters, powers, fractions, roots, functions, sums.
+
+This reader is ours because the library's grammar reads common answers wrongly and without an error: `\cos t \cdot 2` as
+cos(2t), `2(3)` as 5, `dp` as a differential, `log(5)` as a product of three letters. What is not arithmetic
+(integrals, limits, matrices, sets) is left to the library, see `symbolic.py`.
+
+The reader never evaluates, takes time linear in the length, and bounds the nesting. Formulas are normalised ones, see
+`latex.normalize`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sympy import (
+    Abs,
+    Add,
+    E,
+    Expr,
+    Function,
+    Integer,
+    Max,
+    Min,
+    Mod,
+    Mul,
+    Pow,
+    Product,
+    Rational,
+    Sum,
+    Symbol,
+    acos,
+    acosh,
+    acot,
+    acoth,
+    acsc,
+    acsch,
+    asec,
+    asech,
+    asin,
+    asinh,
+    atan,
+    atanh,
+    binomial,
+    ceiling,
+    cos,
+    cosh,
+    cot,
+    coth,
+    csc,
+    csch,
+    exp,
+    factorial,
+    floor,
+    log,
+    oo,
+    pi,
+    sec,
+    sech,
+    sin,
+    sinh,
+    tan,
+    tanh,
+)
+from sympy import (
+    sign as signum,
+)
+
+
+class Unreadable(Exception):
+    """The text is not a formula of this grammar."""
+
+
+class TooLarge(Exception):
+    """A formula nested too deeply, or a number too large, to be evaluated in reasonable time."""
+
+
+class Gcd(Function):
+    """Greatest common divisor; sympy's own evaluates at once and takes polynomials."""
+
+
+class Lcm(Function):
+    """Least common multiple."""
+
+
+_MAX_NESTING = 60  # a level takes six calls, so that Python's recursion limit of 1000 stays far
+
+_TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|[A-Za-z]+|\S", re.DOTALL)
+_INVERSE = {
+    sin: asin,
+    cos: acos,
+    tan: atan,
+    cot: acot,
+    sec: asec,
+    csc: acsc,
+    sinh: asinh,
+    cosh: acosh,
+    tanh: atanh,
+    coth: acoth,
+    sech: asech,
+    csch: acsch,
+}
+# Functions that may stand without parentheses: `\sin 2x`.
+_FUNCTIONS: dict[str, Any] = {function.__name__: function for function in (*_INVERSE, exp)}
+for _function, _inverse in _INVERSE.items():
+    _name = _function.__name__
+    _FUNCTIONS |= dict.fromkeys((_inverse.__name__, f"arc{_name}", f"ar{_name}"), _inverse)
+_LOGARITHMS = {"ln": E, "log": Integer(10), "lg": Integer(10)}
+# Functions that are always called: `\max(a, b)`, `floor(x)`.
+_CALLS: dict[str, Any] = {
+    "max": Max,
+    "min": Min,
+    "gcd": Gcd,
+    "lcm": Lcm,
+    "abs": Abs,
+    "floor": floor,
+    "ceil": ceiling,
+    "ceiling": ceiling,
+    "sgn": signum,
+    "sign": signum,
+    "cbrt": lambda value, evaluate: Pow(value, Rational(1, 3), evaluate=evaluate),
+}
+_NAMES = {*_FUNCTIONS, *_LOGARITHMS, *_CALLS}
+_GREEK = {
+    rf"\{letter}"
+    for letter in [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "varrho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+    ]
+}
+_ACCENTS = {r"\vec", r"\hat", r"\widehat", r"\bar", r"\overline", r"\overrightarrow", r"\tilde", r"\mathbf"}
+_CONSTANTS = {r"\pi": pi, r"\infty": oo, "e": E}
+_PAIRS = {"(": ")", "{": "}", "[": "]", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
+_MODULO = {r"\mod", r"\bmod"}
+_STARTS = {*_PAIRS, *_GREEK, *_ACCENTS, *_CONSTANTS, r"\frac", r"\binom", r"\sqrt", r"\sum", r"\prod"} - {r"\{"}
+_NAME_IN_TEXT = re.compile(rf"\\text\s*\{{\s*({'|'.join(sorted(_NAMES | {'mod'}, key=len, reverse=True))})\s*\}}")
+_GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, reverse=True))})([A-Za-z])")
+
+
+def parse(formula: str) -> Expr:
+    """Read a formula.
+
+    Args:
+        formula (`str`):
+            A formula as [`normalize`] returns it.
+
+    Returns:
+        `Expr`: Its unevaluated tree. The letter e is Euler's number; the letter i is the symbol i.
+
+    Raises:
+        `Unreadable`: If the text is not a formula of this grammar.
+        `TooLarge`: If it is nested too deeply.
+    """
+    reader = _Reader(_tokens(formula))
+    value = reader.sum()
+    if reader.next:
+        raise Unreadable(reader.next)
+    return value
+
+
+def _tokens(formula: str) -> list[str]:
+    """Tokens, with the names of functions as control words and all other words as single letters."""
+    out: list[str] = []
+    found = _TOKEN.findall(_NAME_IN_TEXT.sub(r"\\\1 ", formula))
+    for token, following in zip(found, [*found[1:], ""], strict=True):
+        if not token[0].isalpha():
+            out.append(token)
+        elif token in _FUNCTIONS or token in _LOGARITHMS or token == "mod" or (token in _CALLS and following == "("):
+            out.append("\\" + token)
+        elif match := _GLUED.fullmatch(token):
+            out += ["\\" + match[1], match[2]]
+        else:
+            out += token
+    return out
+
+
+class _Reader:
+    """Recursive descent. Each method reads one construct from the front of the tokens that are left."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.nesting = 0
+        self.in_bars = False
+        self.bound: dict[str, Symbol] = {}  # variables of the sums around, by their letter
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self, expected: str = "") -> str:
+        token = self.next
+        if not token or (expected and token != expected):
+            raise Unreadable(token)
+        self.position += 1
+        return token
+
+    def sum(self) -> Expr:
+        terms = [self.signed_term()]
+        while self.next in ("+", "-"):
+            terms.append(self.signed_term())
+        return terms[0] if len(terms) == 1 else Add(*terms, evaluate=False)
+
+    def signed_term(self) -> Expr:
+        negative = False
+        while self.next in ("+", "-"):
+            negative ^= self.take() == "-"
+        term = self.term()
+        return Mul(-1, term, evaluate=False) if negative else term
+
+    def term(self) -> Expr:
+        start = self.position
+        value = self.product()
+        literal = self.position == start + 1 or self._is_group(start, self.position)
+        while True:
+            if self.next == "*":
+                self.take()
+                value = Mul(value, self.signed_product(), evaluate=False)
+            elif self.next == "/":
+                self.take()
+                divisor = self.divisor(literal and value.is_number)
+                value = Mul(value, Pow(divisor, -1, evaluate=False), evaluate=False)
+            elif self.next in _MODULO:
+                self.take()
+                value = Mod(value, self.signed_product(), evaluate=False)
+            elif self.starts_factor():  # behind a divisor that ended early
+                value = Mul(value, self.product(), evaluate=False)
+            else:
+                return value
+            literal = False
+
+    def signed_product(self) -> Expr:
+        negative = False
+        while self.next in ("+", "-"):
+            negative ^= self.take() == "-"
+        return Mul(-1, self.product(), evaluate=False) if negative else self.product()
+
+    def divisor(self, after_number: bool) -> Expr:
+        r"""What stands behind `/`: `1/2\pi` and `1/(2)x` are read from left to right, in `a/bc` all is below."""
+        if self.next in ("+", "-"):
+            return self.signed_product()
+        start = self.position
+        value = self.factor()
+        if self.tokens[start] == "(" or (after_number and _is_number(self.tokens[start])):
+            return value
+        return self.product_from(start, value, stop_at_group=True)
+
+    def product(self) -> Expr:
+        start = self.position
+        return self.product_from(start, self.factor())
+
+    def product_from(self, start: int, value: Expr, stop_at_group: bool = False, functions: bool = True) -> Expr:
+        """The product of a factor and those that follow it without an operator."""
+        factors = [value]
+        while self.starts_factor() and not (stop_at_group and self.next in ("(", "[")):
+            if not functions and self.next[1:] in _NAMES:
+                break
+            bare = self.position == start + 1
+            before = self.tokens[start]
+            start = self.position
+            factor = self.factor()
+            if _is_number(self.tokens[start]) and bare and (_is_number(before) or before.isalpha()):
+                raise Unreadable("two numbers, or a letter and a number, side by side")
+            mixed = bare and before.isdecimal() and len(factors) == 1 and self.tokens[start] == r"\frac"
+            if mixed and self._plain_fraction(start):
+                factors = [Add(value, factor, evaluate=False)]
+            else:
+                factors.append(factor)
+        return factors[0] if len(factors) == 1 else Mul(*factors, evaluate=False)
+
+    def _plain_fraction(self, start: int) -> bool:
+        tokens = self.tokens[start + 1 : self.position]
+        return len(tokens) == 6 and tokens[1].isdecimal() and tokens[4].isdecimal()
+
+    def _is_group(self, start: int, end: int) -> bool:
+        return end == start + 3 and self.tokens[start] in "({"
+
+    def starts_factor(self) -> bool:
+        token = self.next
+        if token == "|":
+            return not self.in_bars
+        return bool(token) and (token in _STARTS or token.isalnum() or _is_number(token) or token[1:] in _NAMES)
+
+    def factor(self) -> Expr:
+        """An atom with the powers, factorials and signs of per cent or degrees behind it."""
+        value = self.atom()
+        while True:
+            if self.next == "^":
+                self.take()
+                if self.next == r"\circ":
+                    self.take()
+                    value = Mul(value, pi, Rational(1, 180), evaluate=False)
+                else:
+                    value = Pow(value, self.exponent(), evaluate=False)
+            elif self.next == "!":
+                self.take()
+                if self.next == "!":
+                    raise Unreadable("double factorial")
+                value = factorial(value, evaluate=False)
+            elif self.next == "%":
+                self.take()
+                value = Mul(value, Rational(1, 100), evaluate=False)
+            else:
+                return value
+
+    def exponent(self) -> Expr:
+        """What stands behind `^`: a group or one atom, with a sign; `a^b^c` is a^(b^c)."""
+        negative = False
+        while self.next in ("+", "-"):
+            negative ^= self.take() == "-"
+        value = self.atom(script=True)
+        if self.next == "^":
+            self.take()
+            value = Pow(value, self.exponent(), evaluate=False)
+        return Mul(-1, value, evaluate=False) if negative else value
+
+    def atom(self, script: bool = False) -> Expr:
+        token = self.take()
+        if token in _PAIRS and token != r"\{":
+            return self.bracketed(token)
+        if _is_number(token):
+            return self.number(token)
+        if token == r"\frac":
+            return self.fraction()
+        if token == r"\binom":
+            return binomial(self.group(), self.group(), evaluate=False)
+        if token == r"\sqrt":
+            degree = self.group("[") if self.next == "[" else Integer(2)
+            return Pow(self.group(), Pow(degree, -1, evaluate=False), evaluate=False)
+        if token in (r"\sum", r"\prod"):
+            return self.big_operator(Sum if token == r"\sum" else Product)
+        name = token[1:]
+        if token[0] == "\\" and name in _CALLS:
+            arguments = self.arguments()
+            try:
+                return _CALLS[name](*arguments, evaluate=False)
+            except TypeError:  # `\gcd` of anything, the others of a fixed number of arguments
+                raise Unreadable(token) from None
+        if token[0] == "\\" and (name in _FUNCTIONS or name in _LOGARITHMS):
+            return self.function(name)
+        if token in _ACCENTS:
+            return Symbol(token + " ".join(self.raw_group()))
+        if (token.isalpha() and token.isascii()) or token in _GREEK or token in _CONSTANTS:
+            return self.symbol(token, script)
+        raise Unreadable(token)
+
+    def bracketed(self, opening: str) -> Expr:
+        value = self.inside(opening, self.sum)
+        if opening == "|":
+            return Abs(value, evaluate=False)
+        if opening in (r"\lfloor", r"\lceil"):
+            return (floor if opening == r"\lfloor" else ceiling)(value, evaluate=False)
+        return value
+
+    def inside(self, opening: str, read: Callable[[], Any]) -> Any:
+        """Read up to the closing bracket; the opening one has been taken."""
+        self.nesting += 1
+        if self.nesting > _MAX_NESTING:
+            raise TooLarge("nested too deeply")
+        in_bars, self.in_bars = self.in_bars, opening == "|"
+        value = read()
+        self.in_bars = in_bars
+        self.take(_PAIRS[opening])
+        self.nesting -= 1
+        return value
+
+    def group(self, opening: str = "{") -> Expr:
+        return self.inside(self.take(opening), self.sum)
+
+    def raw_group(self) -> list[str]:
+        """Tokens of a group in braces, or the single token in place of one."""
+        if self.next != "{":
+            return [self.take()]
+        self.take()
+        out: list[str] = []
+        level = 1
+        while True:
+            token = self.take()
+            level += (token == "{") - (token == "}")
+            if not level:
+                return out
+            out.append(token)
+
+    def arguments(self) -> list[Expr]:
+        opening = self.take()
+        if opening not in ("(", "{", r"\{", "["):
+            raise Unreadable(opening)
+        return self.inside(opening, self.comma_list)
+
+    def comma_list(self) -> list[Expr]:
+        if self.next in ("(", r"\{"):  # `\operatorname{max}{(a, b)}`
+            start = self.position
+            try:
+                inner = self.arguments()
+                if self.next in (")", "}", r"\}", "]"):
+                    return inner
+            except Unreadable:
+                pass
+            self.position = start
+        values = [self.sum()]
+        while self.next == ",":
+            self.take()
+            values.append(self.sum())
+        return values
+
+    def number(self, token: str) -> Expr:
+        if self.next == "_":  # digits of another base
+            self.take()
+            base = "".join(self.raw_group())
+            if not (token.isdecimal() and base.isdecimal() and 2 <= int(base[:3]) <= 36):
+                raise Unreadable(token)
+            try:
+                return Integer(int(token, int(base)))
+            except ValueError:  # a digit that the base does not have
+                raise Unreadable(token) from None
+        try:
+            return Integer(token) if token.isdecimal() else Rational(token)
+        except ValueError:  # more digits than Python turns into an int
+            raise TooLarge(token) from None
+
+    def fraction(self) -> Expr:
+        start = self.position
+        top, bottom = self.raw_group(), self.raw_group()
+        if top[:1] == ["d"] and bottom[:1] == ["d"] and len(bottom) > 1:
+            if len(top) == 1:
+                raise Unreadable("a derivative of what follows")
+            return Symbol(f"{' '.join(top)}/{' '.join(bottom)}")
+        self.position = start
+        return Mul(self.group(), Pow(self.group(), -1, evaluate=False), evaluate=False)
+
+    def symbol(self, token: str, script: bool) -> Expr:
+        following = self.tokens[self.position : self.position + 4]
+        if token == "d" and len(following) == 4 and following[1:3] == ["/", "d"] and following[3].isalpha():
+            self.position += 4
+            return Symbol(f"d {following[0]}/d {following[3]}")
+        if self.next == "_" and not script:
+            self.take()
+            return self.indexed(token)
+        if self.next == "'":
+            raise Unreadable("'")
+        if self.next == "(" and not script and self.is_called(token):
+            return Function(token)(*self.arguments())
+        return self.bound.get(token) or _CONSTANTS.get(token) or Symbol(token)
+
+    def is_called(self, letter: str) -> bool:
+        """Whether a letter before a parenthesis is a function: f or g, or any letter before a single other one."""
+        inner, closing = ([*self.tokens[self.position + 1 : self.position + 3], "", ""])[:2]
+        single = len(inner) == 1 and inner.isalpha() and closing == ")" and inner != letter
+        return letter.isalpha() and letter not in self.bound and letter not in "ei" and (letter in "fgFG" or single)
+
+    def indexed(self, letter: str) -> Expr:
+        """A letter with an index: a function of the index where it is to be computed (`a_{n-1}`), else a name."""
+        start = self.position
+        raw = self.raw_group()
+        if any(token in "+-*/" or token in self.bound for token in raw):
+            self.position = start
+            return Function(letter + "_")(self.group() if self.next == "{" else self.atom(script=True))
+        if len(raw) == 1 and raw[0].isalpha() and raw[0] not in "ei":
+            return Function(letter + "_")(Symbol(raw[0]))
+        return Symbol(f"{letter}_{' '.join(raw)}")
+
+    def function(self, name: str) -> Expr:
+        power: Expr | None = None
+        base: Expr = _LOGARITHMS.get(name, E)
+        while self.next in ("^", "_"):
+            if self.take() == "^":
+                power = self.exponent()
+            elif name == "log":
+                base = self.log_base()
+            else:
+                raise Unreadable("_")
+        argument = self.argument()
+        inverse = power is not None and power.doit() == -1
+        if name in _LOGARITHMS:
+            value = log(argument, evaluate=False)
+            if base != E:
+                value = Mul(value, Pow(log(base, evaluate=False), -1, evaluate=False), evaluate=False)
+        elif inverse and _FUNCTIONS[name] in _INVERSE:
+            return _INVERSE[_FUNCTIONS[name]](argument, evaluate=False)
+        else:
+            value = _FUNCTIONS[name](argument, evaluate=False)
+        if inverse:
+            raise Unreadable("the inverse of a function that has no name here")
+        return value if power is None else Pow(value, power, evaluate=False)
+
+    def log_base(self) -> Expr:
+        r"""Base of a logarithm. `\log_28` is \log_2 8, as TeX has it; `\log_10 5` has the base 10."""
+        if self.next == "{":
+            return self.group()
+        token = self.next
+        if token.isdecimal() and len(token) > 1:
+            self.position += 1
+            if not self.starts_factor():
+                self.position -= 1
+                self.tokens[self.position] = token[1:]
+                return Integer(token[0])
+            return Integer(token)
+        return self.atom(script=True)
+
+    def argument(self) -> Expr:
+        r"""Argument of a function: a group, or a product up to the next operator, function or parenthesis.
+
+        `\sin\pi/6` is \sin(\pi/6), `\sin x/2` is (\sin x)/2.
+        """
+        if self.next in ("(", "{", "[", "|"):
+            return self.bracketed(self.take())
+        if self.next in ("+", "-"):
+            negative = self.take() == "-"
+            value = self.argument()
+            return Mul(-1, value, evaluate=False) if negative else value
+        start = self.position
+        value = self.factor()
+        value = self.product_from(start, value, stop_at_group=not _is_number(self.tokens[start]), functions=False)
+        angle = r"\pi" in self.tokens[start : self.position] and not value.free_symbols
+        if angle and self.next == "/" and _is_number((self.tokens[self.position + 1 : self.position + 2] or [""])[0]):
+            self.take()
+            value = Mul(value, Pow(self.number(self.take()), -1, evaluate=False), evaluate=False)
+        return value
+
+    def big_operator(self, operator: Any) -> Expr:
+        lower: tuple[Symbol, str, Expr] | None = None
+        upper: Expr | None = None
+        while self.next in ("_", "^"):
+            if self.take() == "^":
+                upper = self.group() if self.next == "{" else self.atom(script=True)
+            else:
+                lower = self.inside(self.take("{"), self.lower_limit)
+        if lower is None or upper is None:
+            raise Unreadable("a sum without limits")
+        variable, letter, first = lower
+        outer = dict(self.bound)
+        self.bound[letter] = variable
+        body = self.term()
+        self.bound = outer
+        return operator(body, (variable, first, upper))
+
+    def lower_limit(self) -> tuple[Symbol, str, Expr]:
+        letter = self.take()
+        if not letter.isalpha():
+            raise Unreadable(letter)
+        self.take("=")
+        return Symbol(f"{letter}'{len(self.bound)}", integer=True), letter, self.sum()
+
+
+def _is_number(token: str) -> bool:
+    return token[0].isdecimal() if token else False
