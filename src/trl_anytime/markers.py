@@ -4,13 +4,15 @@ Thinking markers and bridges, as token ids.
 What a chat template does with the thinking is read off the rendered prompt, never off the model's name.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
+
+from .end_search import TextSearch, TokenBytes, TokenSearch
 
 # (start, end) of the thinking in the templates of the reasoning models
 _MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
@@ -25,6 +27,8 @@ _TRUNCATION_BRIDGES = (
     ),
     ("", "...\n\n...\n\n{think_end}"),
 )
+# What may stand before and behind the end of a thinking
+_NEIGHBOURS = ((".", ""), (" ", ""), (")", "\n"), ("\n", "\n\n"), ("4", "4"), ("a", "a"))
 _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 
 
@@ -32,6 +36,10 @@ _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 class ThinkingMarkers:
     """
     What ends a thinking and what is spliced in after it.
+
+    A marker that is one token is found by its id; text that spells it does not count. One that tokenizers write in
+    more than one way is found in the text of the tokens, for which the tokenizer is needed ([`with_tokenizer`]): a
+    thinking ends with the token that completes it.
 
     Args:
         think_end (`str`):
@@ -46,6 +54,8 @@ class ThinkingMarkers:
             Text that opens the summary, after a thinking that ended by itself or was closed.
         answer_bridge_ids (`tuple[int, ...]`):
             Its token ids.
+        in_text (`bool`, *optional*):
+            Whether the end is found in the text of the tokens. Always so if it has several tokens.
     """
 
     think_end: str
@@ -54,25 +64,72 @@ class ThinkingMarkers:
     truncation_bridge_ids: tuple[int, ...]
     answer_bridge: str
     answer_bridge_ids: tuple[int, ...]
+    in_text: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.think_end_ids) > 1:
+            object.__setattr__(self, "in_text", True)
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "ThinkingMarkers":
+        """The same markers, able to find their end in the text of this tokenizer's tokens."""
+        return self.with_token_bytes(TokenBytes(tokenizer, self.think_end_ids)) if self.in_text else self
+
+    def with_token_bytes(self, token_bytes: Callable[[int], bytes]) -> "ThinkingMarkers":
+        """The same markers, where `token_bytes` says what a token adds to the text."""
+        markers = replace(self)
+        markers.__dict__["_search"] = TextSearch(self.think_end, token_bytes)
+        return markers
+
+    @cached_property
+    def _search(self) -> TokenSearch | TextSearch:
+        if self.in_text:
+            raise ValueError(
+                f"The end of thinking {self.think_end!r} is found in the text of the tokens, but the tokenizer is "
+                "missing. Pass it: `contract.with_tokenizer(tokenizer)`."
+            )
+        return TokenSearch(self.think_end_ids[0])
 
     @property
     def max_bridge_length(self) -> int:
         """Tokens of the longest bridge."""
         return len(self.truncation_bridge_ids) + len(self.answer_bridge_ids)
 
+    @property
+    def max_end_length(self) -> int:
+        """Tokens that the end of thinking may be spread over."""
+        return self._search.most_tokens
+
     def count_think_end(self, token_ids: Sequence[int]) -> int:
         """How often the end of thinking occurs in `token_ids`."""
-        return len(_occurrences(token_ids, self.think_end_ids))
+        return self._search.count(token_ids)
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
-        """Index just behind the first end of thinking in `token_ids`, or `None`."""
-        found = _occurrences(token_ids, self.think_end_ids)
-        return found[0] + len(self.think_end_ids) if found else None
+        """Index just behind the token that completes the first end of thinking in `token_ids`, or `None`."""
+        return self._search.first(token_ids)[0]
 
 
-def _occurrences(token_ids: Sequence[int], pattern: tuple[int, ...]) -> list[int]:
-    starts = (i for i, token in enumerate(token_ids) if token == pattern[0])
-    return [i for i in starts if tuple(token_ids[i : i + len(pattern)]) == pattern]
+class EndScan:
+    """
+    Looks for the end of a thinking that grows, at each token once.
+
+    Args:
+        markers ([`ThinkingMarkers`]):
+            What ends it.
+    """
+
+    def __init__(self, markers: ThinkingMarkers):
+        self._search = markers._search
+        self._num_searched = self._state = 0
+        self._end: int | None = None
+
+    def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
+        """As that of [`ThinkingMarkers`], in `token_ids` that begin with those of the last call."""
+        if self._end is None:
+            new = token_ids[self._num_searched :]
+            found, self._state = self._search.first(new, self._state)
+            self._end = None if found is None else self._num_searched + found
+            self._num_searched += len(new)
+        return self._end
 
 
 def thinking_state(prompt: str, generation_prompt: str | None, think_start: str, think_end: str) -> str:
@@ -209,7 +266,7 @@ def find_markers(
     if not answer_bridge:
         raise ValueError("`answer_bridge` must have at least one token: set a text such as '\\n\\n'.")
     think_end_ids = _encode(tokenizer, think_end, "think_end")
-    return ThinkingMarkers(
+    markers = ThinkingMarkers(
         think_end=think_end,
         think_end_ids=think_end_ids,
         truncation_bridge=truncation_bridge,
@@ -220,7 +277,26 @@ def find_markers(
         ),
         answer_bridge=answer_bridge,
         answer_bridge_ids=_encode(tokenizer, answer_bridge, "answer_bridge"),
-    )
+        in_text=len(think_end_ids) > 1 or _melts(tokenizer, think_end, think_end_ids[0]),
+    ).with_tokenizer(tokenizer)
+    if markers.count_think_end(markers.truncation_bridge_ids) != 1:
+        raise ValueError(
+            f"The end of thinking {think_end!r} cannot be found in the tokens of {truncation_bridge!r}. Add "
+            f"{think_end!r} to the tokenizer as a token, or set `think_end` to another text."
+        )
+    return markers
+
+
+def _melts(tokenizer: PreTrainedTokenizerBase, think_end: str, token_id: int) -> bool:
+    """Whether a marker that is one token by itself is written in other tokens beside other text."""
+    for before, after in _NEIGHBOURS:
+        try:
+            token_ids = tokenizer(before + think_end + after, add_special_tokens=False)["input_ids"]
+        except Exception:  # nothing narrower comes from a vocabulary without [UNK], which then cannot write that text
+            continue
+        if token_id not in token_ids and tokenizer.unk_token_id not in token_ids:
+            return True
+    return False
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tuple[int, ...]:
