@@ -209,9 +209,9 @@ class TransformersGeneration(Generation):
 
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
     """Tokens up to the end of thinking or the first stop behind `start`, or `None`."""
-    end = scan.end_of_thinking(token_ids)
-    stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), end)
-    return stop if end is None else min(stop, end)
+    stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), None)
+    ends = (stop, scan.end_of_thinking(token_ids))
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _choose(
