@@ -39,17 +39,19 @@ from .cards.card import CARD, copy_card, write_card
 from .cards.facts import card_facts
 from .checks.arguments import check_answers, check_arguments
 from .checks.batch_arithmetic import most_tokens
+from .checks.finding import ERROR
 from .checks.run_start import report_start
-from .checks.start_checks import context_objection
+from .checks.start_checks import context_objection, prompt_findings
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
-from .markers import ThinkingMarkers, find_markers, render_prompt
+from .markers import ThinkingMarkers, find_markers
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
+from .templates import render_prompt
 from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts
@@ -258,16 +260,25 @@ class BRPOTrainer(GRPOTrainer):
         return example["prompt"]
 
     def _find_markers(self) -> ThinkingMarkers:
-        """Markers and bridges, from the first prompt as the model will see it."""
+        """Markers and bridges, from the first prompt as the model will see it; other rows have to agree with it."""
         prompt, generation_prompt = render_prompt(self._tokenizer, self._first_prompt, self.chat_template_kwargs)
-        return find_markers(
+        markers = find_markers(
             self._tokenizer,
             prompt,
             generation_prompt,
             think_end=self.args.think_end,
             truncation_bridge=self.args.truncation_bridge,
             answer_bridge=self.args.answer_bridge,
+            conversation=self._first_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
+        eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        datasets = {"train_dataset": self.train_dataset, **eval_data}
+        for finding in prompt_findings(self._tokenizer, datasets, self.chat_template_kwargs, markers):
+            if finding.level == ERROR:
+                raise ValueError(f"{finding.found} {finding.change}")
+            logger.warning(str(finding))
+        return markers
 
     def _longest_prompts(self, count: int = 16) -> list[list[int]]:
         """The longest prompts of the training data as token ids; of a stream, the first."""

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from .budgets import check_budgets, prior_weights
-from .markers import ThinkingMarkers, find_markers, render_prompt
+from .markers import ThinkingMarkers, find_markers
+from .templates import render_prompt
 
 CONTRACT_NAME = "anytime_config.json"
 _FORMAT = 1
@@ -150,7 +151,16 @@ class AnytimeContract:
         text, generation_prompt = render_prompt(tokenizer, prompt, kwargs)
         budgets = [2000, 4000, 6000, 8000]
         return cls(
-            markers=find_markers(tokenizer, text, generation_prompt, think_end, truncation_bridge, answer_bridge),
+            markers=find_markers(
+                tokenizer,
+                text,
+                generation_prompt,
+                think_end,
+                truncation_bridge,
+                answer_bridge,
+                conversation=prompt,
+                chat_template_kwargs=kwargs,
+            ),
             budgets=budgets,
             prior=prior_weights("uniform", budgets).tolist(),
             max_summary_length=118,

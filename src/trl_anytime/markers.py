@@ -1,21 +1,15 @@
-"""
-Thinking markers and bridges, as token ids.
-
-What a chat template does with the thinking is read off the rendered prompt, never off the model's name.
-"""
+"""Thinking markers and bridges, as token ids."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
 
 from .end_search import TextSearch, TokenBytes, TokenSearch
-
-# (start, end) of the thinking in the templates of the reasoning models
-_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+from .templates import advise_open, find_think_end, find_think_start, template_of, thinking_state
+from .templates import render_prompt as render_prompt  # for users of this module
 
 # Text that closes a thinking that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
 # else the one released with the paper for DeepSeek-R1-Distill.
@@ -132,70 +126,6 @@ class EndScan:
         return self._end
 
 
-def thinking_state(prompt: str, generation_prompt: str | None, think_start: str, think_end: str) -> str:
-    """
-    What a rendered prompt has done with the thinking.
-
-    Args:
-        prompt (`str`):
-            The rendered prompt.
-        generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
-        think_start (`str`):
-            Text that starts the thinking.
-        think_end (`str`):
-            Text that ends the thinking.
-
-    Returns:
-        `str`: `"opened"` (the model goes on thinking), `"closed"` (the model must answer at once) or `"left"`
-        (starting to think is left to the model).
-    """
-    # Without a template, earlier text may talk about the markers: then only the very end can have closed the thinking
-    closed = (
-        prompt.rstrip().endswith(think_end)
-        if generation_prompt is None
-        else generation_prompt.rfind(think_end) > generation_prompt.rfind(think_start)
-    )
-    if closed:
-        return "closed"
-    tail = prompt if generation_prompt is None else generation_prompt
-    return "opened" if tail.rfind(think_start) > tail.rfind(think_end) else "left"
-
-
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """
-    A prompt as the model will see it.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        prompt (`str` or `list[dict]`):
-            A text, which is left as it is, or a conversation.
-        chat_template_kwargs (`Mapping[str, Any]`):
-            Arguments of the chat template.
-
-    Returns:
-        `tuple`: the rendered prompt, and its end that the chat template added for the answer, if it did.
-
-    Raises:
-        `ValueError`: For a conversation if the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str):
-        return prompt, None
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The prompts are conversational but the tokenizer has no chat template: set "
-            "`processing_class.chat_template`, or pass prompts as text."
-        )
-    render = partial(tokenizer.apply_chat_template, prompt, tokenize=False, **chat_template_kwargs)
-    without, rendered = str(render(add_generation_prompt=False)), str(render(add_generation_prompt=True))
-    # Some templates add it always
-    added = rendered.startswith(without) and rendered != without
-    return rendered, rendered.removeprefix(without) if added else None
-
-
 def find_markers(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -203,6 +133,9 @@ def find_markers(
     think_end: str | None = None,
     truncation_bridge: str | None = None,
     answer_bridge: str | None = None,
+    *,
+    conversation: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ThinkingMarkers:
     """
     Markers and bridges for a model, from a rendered prompt and from settings.
@@ -220,31 +153,27 @@ def find_markers(
             Text that closes a cut thinking; contains `think_end` exactly once. By family of template if not set.
         answer_bridge (`str`, *optional*, defaults to `"\\n\\n**Final Answer**\\n"`):
             Text that opens the summary.
+        conversation (`list[dict]`, *optional*):
+            What `prompt` was rendered from, to try out other arguments of the chat template. Any, if not set.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Arguments that it was rendered with.
 
     Raises:
         `ValueError`: If the prompt has closed the thinking, no markers are known, or the tokenizer cannot encode them.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if think_end is None:
-        known = [
-            end
-            for start, end in _MARKERS
-            if start in prompt or end in prompt or end in template or end in tokenizer.get_vocab()
-        ]
-        if not known:
-            raise ValueError(
-                "Neither the prompt nor the tokenizer knows a thinking marker such as '</think>', so there is no "
-                "thinking to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
-                + _template_advice(template)
-            )
-        think_end = known[0]
-    think_start = think_end.replace("/", "", 1)
-
-    if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
+        think_end = find_think_end(tokenizer, prompt, generation_prompt)
+    if think_end is None:
         raise ValueError(
-            f"The rendered prompt has already closed the thinking: it ends in {prompt[-40:]!r}."
-            + (_template_advice(template) or " Remove the closed thinking from the end of the prompts.")
+            "Neither the prompt nor the tokenizer knows a thinking marker such as '</think>', so there is no "
+            "thinking to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
         )
+    think_start = find_think_start(think_end, prompt, template_of(tokenizer))
+    if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
+        advice = "Remove the closed thinking from the end of the prompts."
+        if generation_prompt is not None or (conversation is not None and not isinstance(conversation, str)):
+            advice = advise_open(tokenizer, conversation, chat_template_kwargs or {}, think_start, think_end)
+        raise ValueError(f"The rendered prompt has already closed the thinking: it ends in {prompt[-40:]!r}. {advice}")
 
     if truncation_bridge is None:
         family = next(text for mark, text in _TRUNCATION_BRIDGES if mark in prompt)
@@ -311,16 +240,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tupl
             "to a text that the tokenizer knows, or add the marker to its vocabulary."
         )
     return tuple(token_ids)
-
-
-def _template_advice(template: str) -> str:
-    try:
-        names = meta.find_undeclared_variables(Environment().parse(template))
-    except TemplateSyntaxError:  # templates may use tags of transformers' own environment
-        names = {name for name in ("enable_thinking", "thinking") if name in template}
-    switches = sorted(name for name in names if "think" in name)
-    if not switches:
-        return ""
-    return (
-        f" The chat template has the argument `{switches[0]}`: set `chat_template_kwargs={{'{switches[0]}': True}}`."
-    )

@@ -8,13 +8,13 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..markers import render_prompt
 from ..rewards import AnswerReward, FormatReward
+from ..templates import render_prompt
 from .batch_arithmetic import BatchArithmetic, most_tokens
-from .finding import ERROR, WARNING, Finding
+from .finding import ERROR, OK, WARNING, Finding
 from .idle_settings import idle_settings
 from .memory import Launch, memory_finding
-from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
+from .start_checks import reward_findings, sampled_rows, splice_findings, template_findings, text_of
 
 if TYPE_CHECKING:
     from ..brpo_trainer import BRPOTrainer
@@ -40,11 +40,12 @@ def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
     num_prompts = None if isinstance(data, IterableDataset) else len(data)
     batch = BatchArithmetic.of(args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0])
     prompt, tokenizer = rows[0]["prompt"], cast(PreTrainedTokenizerBase, trainer.processing_class)
-    rendered, _ = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
+    rendered, generation_prompt = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
     findings = [
         *batch.findings(),
         *idle_settings(args, has_eval_data=trainer.eval_dataset is not None),
+        *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
         *reward_findings(args, trainer.reward_funcs, rows),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
@@ -53,6 +54,8 @@ def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
     for finding in findings:
         if finding.level == WARNING:
             logger.warning(str(finding))
+        elif finding.level == OK:
+            logger.info(str(finding))
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise ValueError("\n".join(errors))
