@@ -32,8 +32,8 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
     """
     The end of thinking of a model, or `None` if it knows none.
 
-    What the generation prompt has opened comes first, then what the template knows, then the vocabulary. Text of the
-    prompt, in which a user may talk about other markers, comes last.
+    What the generation prompt (or the last word of a plain prompt) has opened comes first, then what the template
+    knows, then the vocabulary. Text of the prompt, in which a user may talk about other markers, comes last.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -43,17 +43,12 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
         generation_prompt (`str`, *optional*):
             Its end, that the chat template added for the answer; `None` for a prompt without a template.
     """
-    tail = prompt[-_longest_marker() :] if generation_prompt is None else generation_prompt
+    tail = "".join(prompt.split()[-1:]) if generation_prompt is None else generation_prompt
     for places in (tail, template_of(tokenizer), tokenizer.get_vocab(), prompt):
         for start, end in MARKERS:
             if end in places or (isinstance(places, str) and start in places):
                 return end
     return None
-
-
-def _longest_marker() -> int:
-    """Characters at the end of a plain prompt that can hold a marker and white space behind it."""
-    return max(map(len, (marker for pair in MARKERS for marker in pair))) + 8
 
 
 def find_think_start(think_end: str, *texts: str) -> str:

@@ -83,7 +83,7 @@ def template_findings(
 
     if markers.in_text and not opened:
         warn(
-            f"The model may not know {end!r}: it is not a token of its own, and the prompt does not open the thinking.",
+            f"The model may not know {end!r}: that is not one token, and the prompt does not open the thinking.",
             f"Train a model that was taught to think. Add {end!r} to its tokenizer as a token, and open the thinking "
             "in the chat template.",
         )
