@@ -21,8 +21,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration
-from trl_anytime.rollout.types.timing import PhaseTimes
-from trl_anytime.rollout.types.trl_backend import TRLSampler
+from trl_anytime.rollout.timing import PhaseTimes
+from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.rollout.types import Rollout, Thinking
 from trl_anytime.training.faults import FaultWatch
 

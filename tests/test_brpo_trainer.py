@@ -15,7 +15,7 @@ from trl_anytime import BRPOTrainer
 from trl_anytime.method.advantages import summary_advantages, thinking_advantages
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.backend import PrefixGeneration
-from trl_anytime.rollout.types.trl_backend import TRLSampler
+from trl_anytime.rollout.trl_backend import TRLSampler
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_attention import FAMILIES
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from tiny_contract import make_markers
 from transformers import GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -16,20 +17,15 @@ from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
 from trl_anytime.modeling.support import decoding_objection
 from trl_anytime.modeling.tree_attention import enable_tree_attention
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
-from trl_anytime.rollout.markers import ThinkingMarkers
 from trl_anytime.rollout.transformers_backend import TransformersGeneration, sampling_objection
 
 EOS = 2
 PROMPTS = [[7, 8, 9, 10, 11, 12], [13, 14], [15, 4, 7, 8], [9, 9, 12], [6], [18, 17, 16, 15, 14, 13, 12]]
 
 
-def make_markers(think_end):
-    return ThinkingMarkers("end", tuple(think_end), "stop end", (3, *think_end), "answer", (16, 17))
-
-
 def make_settings(think_end=(5,), **settings):
     defaults = {"budgets": [3, 7, 11, 12], "num_summaries": 2, "max_summary_length": 6, "eos_token_ids": [EOS]}
-    return RolloutSettings(markers=make_markers(think_end), **(defaults | settings))
+    return RolloutSettings(markers=make_markers(think_end, (3,), (16, 17)), **(defaults | settings))
 
 
 def make_tree_model(family="qwen3", **settings):

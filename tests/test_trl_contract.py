@@ -15,11 +15,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 import trl_anytime.brpo_trainer
-import trl_anytime.rollout.types.trl_backend
+import trl_anytime.rollout.trl_backend
 import trl_anytime.rollout.vllm_backend
 import trl_anytime.training.reliable_trainer
 from trl_anytime import BRPOTrainer
-from trl_anytime.rollout.types.trl_backend import TRLSampler
+from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.training.reliable_trainer import ReliableGRPOTrainer
 
 # Overridden methods and the parameters they are called with
@@ -58,7 +58,7 @@ ATTRIBUTES = {"_buffered_inputs", "_logs", "_metrics", "_pending_extra_logs", "_
 TRAINING_ATTRIBUTES = {"_globalstep_last_logged", "_tr_loss"}
 CLASS_ATTRIBUTES = {"_name", "_paper", "_tag_names"}
 # Our modules that reach into a trainer
-SOURCES = [trl_anytime.brpo_trainer, trl_anytime.training.reliable_trainer, trl_anytime.rollout.types.trl_backend]
+SOURCES = [trl_anytime.brpo_trainer, trl_anytime.training.reliable_trainer, trl_anytime.rollout.trl_backend]
 TRAINERS = [BRPOTrainer, ReliableGRPOTrainer]
 
 

@@ -7,9 +7,19 @@ GREEDY = Sampling(temperature=0)
 PROMPTS = ["assistant answer so 0 1 2", "3 4", "5 <|im_start|> assistant answer", "so so 2", "user"]
 
 
+def make_markers(think_end=(5,), truncation_bridge=(9,), answer_bridge=(8,)):
+    """Markers that consist of any tokens. The text of a token is its number where the end has several."""
+    think_end = tuple(think_end)
+    text = "".join(f"<{token}>" for token in think_end) if len(think_end) > 1 else "</think>"
+    markers = ThinkingMarkers(
+        text, think_end, f"so {text}", (*truncation_bridge, *think_end), "answer", tuple(answer_bridge)
+    )
+    return markers.with_token_bytes(lambda token: f"<{token}>".encode()) if markers.in_text else markers
+
+
 def make_contract(think_end=(5,), budgets=(3, 7, 11, 12)):
     """Bridges as in tiny.make_config; `think_end` may be a usual token, so that thinkings end."""
-    markers = ThinkingMarkers("</think>", tuple(think_end), "so </think>", (9, *think_end), "answer", (8,))
+    markers = make_markers(think_end)
     budgets = list(budgets)
     return AnytimeContract(markers, budgets, [1 / len(budgets)] * len(budgets), 4, GREEDY, [2])
 

@@ -21,8 +21,9 @@ from trl.trainer.utils import get_config_model_id
 from .brpo_config import BRPOConfig
 from .checks.arguments import check_answers, check_arguments
 from .checks.batch_sizes import most_tokens
+from .checks.finding import ERROR
 from .checks.run_start import StartReport
-from .checks.start_checks import context_objection
+from .checks.start_checks import context_objection, prompt_findings
 from .inference.anytime_config import AnytimeContract
 from .method.adaptive_baseline import AdaptiveBaseline
 from .method.advantages import segment_returns, summary_advantages, thinking_advantages
@@ -35,8 +36,9 @@ from .reporting.model_card import CARD, copy_card, write_card
 from .reporting.trackers import Trackers
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout.backend import RolloutSettings
-from .rollout.markers import ThinkingMarkers, find_markers, render_prompt
+from .rollout.markers import ThinkingMarkers, find_markers
 from .rollout.sampling import Sampling
+from .rollout.templates import render_prompt
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
 from .rollout.vllm_backend import check_server
@@ -250,16 +252,25 @@ class BRPOTrainer(ReliableGRPOTrainer):
         return example["prompt"]
 
     def _find_markers(self) -> ThinkingMarkers:
-        """Markers and bridges, from the first prompt as the model will see it."""
+        """Markers and bridges, from the first prompt as the model will see it; other rows have to agree with it."""
         prompt, generation_prompt = render_prompt(self._tokenizer, self._first_prompt, self.chat_template_kwargs)
-        return find_markers(
+        markers = find_markers(
             self._tokenizer,
             prompt,
             generation_prompt,
             think_end=self.args.think_end,
             truncation_bridge=self.args.truncation_bridge,
             answer_bridge=self.args.answer_bridge,
+            conversation=self._first_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
+        eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        datasets = {"train_dataset": self.train_dataset, **eval_data}
+        for finding in prompt_findings(self._tokenizer, datasets, self.chat_template_kwargs, markers):
+            if finding.level == ERROR:
+                raise ValueError(f"{finding.found} {finding.change}")
+            logger.warning(str(finding))
+        return markers
 
     def _longest_prompts(self, count: int = 16) -> list[list[int]]:
         """The longest prompts of the training data as token ids; of a stream, the first."""

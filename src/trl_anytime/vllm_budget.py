@@ -17,6 +17,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from .inference.anytime_config import AnytimeContract
+from .rollout.markers import EndScan
 
 BUDGET_FIELD = "thinking_budget"
 
@@ -57,7 +58,7 @@ class _Budget:
         self._contract, self._budget = contract, budget
         self._cut: int | None = None  # thinking tokens, once that is certain
         self._bridge: tuple[int, ...] = ()
-        self._num_searched = 0
+        self._scan = EndScan(contract.markers)
 
     def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Logits, (V,), of which only the forced token is left if there is one."""
@@ -71,11 +72,9 @@ class _Budget:
     def _forced(self, token_ids: list[int]) -> int | None:
         markers = self._contract.markers
         if self._cut is None:
-            first = max(self._num_searched - len(markers.think_end_ids) + 1, 0)
-            end = markers.end_of_thinking(token_ids[first : self._budget])
-            self._num_searched = min(len(token_ids), self._budget)
+            end = self._scan.end_of_thinking(token_ids[: self._budget])
             if end is not None:
-                self._cut, self._bridge = first + end, markers.answer_bridge_ids
+                self._cut, self._bridge = end, markers.answer_bridge_ids
             elif len(token_ids) >= self._budget:
                 self._cut, self._bridge = self._budget, markers.truncation_bridge_ids + markers.answer_bridge_ids
             else:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from tiny_contract import make_markers
+from trl_anytime.rollout.types.trl_backend import TRLSampler
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
-from trl_anytime.rollout.markers import ThinkingMarkers
-from trl_anytime.rollout.types.trl_backend import TRLSampler
 from trl_anytime.rollout.vllm_backend import ColocateGeneration
 
 EOS, THINK_END, SO, ANSWER = 2, 5, 9, 8
@@ -63,7 +63,7 @@ def sampling(vllm, **settings):
 
 
 def make_settings(budgets=(40, 80, 120), num_summaries=2, think_end=(THINK_END,), eos=(EOS,), summary=8):
-    markers = ThinkingMarkers("</think>", think_end, "", (SO, *think_end), "", (ANSWER,))
+    markers = make_markers(think_end, (SO,), (ANSWER,))
     return RolloutSettings(list(budgets), num_summaries, summary, markers, list(eos))
 
 

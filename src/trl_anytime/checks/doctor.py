@@ -29,12 +29,21 @@ from ..data import (
 )
 from ..modeling.support import admit, decoding_objection, measured_objection, structural_objection
 from ..rewards import MathReward
-from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
+from ..rollout.markers import ThinkingMarkers, find_markers
+from ..rollout.templates import render_prompt
 from ..rollout.vllm_backend import check_server
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding, planned_model, without_memory
-from .start_checks import context_findings, reward_findings, sampled_rows, splice_findings, template_findings, text_of
+from .start_checks import (
+    context_findings,
+    prompt_findings,
+    reward_findings,
+    sampled_rows,
+    splice_findings,
+    template_findings,
+    text_of,
+)
 from .unused_settings import unused_recipe_settings, unused_settings
 
 # Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
@@ -140,15 +149,19 @@ def examine(
     engine_findings, engine_context = _vllm(args, name, launch, settings_only)
     found.findings += engine_findings
     reward = MathReward(on_bad_gold=data_args.on_bad_answer)
-    tokenizer = config = dataset = markers = None
+    tokenizer = config = markers = None
+    datasets: dict[str, Dataset] = {}
     if not settings_only:
         tokenizer, config = _model_files(found, name, init_kwargs)
-        dataset = _data(found, data_args, tokenizer, reward)
+        datasets = _data(found, data_args, tokenizer, reward)
+    dataset = datasets.get(str(data_args.dataset_name))
     prompt_length = data_args.max_prompt_length
     if tokenizer is not None:
         # Without data, what follows every problem stands for a prompt, and the limit for the longest
         instruction = [{"role": "user", "content": data_args.instruction}]
         markers = _prompts(found, tokenizer, instruction if dataset is None else dataset[0]["prompt"], args)
+    if tokenizer is not None and markers is not None:
+        found.findings += prompt_findings(tokenizer, datasets, _template_kwargs(args), markers)
     if tokenizer is not None and dataset is not None:
         prompt_length = _longest_prompt(tokenizer, dataset, args)
     rows = [] if dataset is None else sampled_rows(dataset)
@@ -288,13 +301,13 @@ def _model_files(
 
 def _data(
     found: Examination, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
-) -> Dataset | None:
-    """The problems to train on, as the training script reads them, or why there are none."""
+) -> dict[str, Dataset]:
+    """The problems to train and evaluate on by source, as the training script reads them, or why there are none."""
     name = data_args.dataset_name
     sources = {name: (data_args.dataset_config, data_args.dataset_train_split)}
     if data_args.eval_dataset_name:
         sources[data_args.eval_dataset_name] = (None, data_args.eval_dataset_split)
-    dataset = None
+    datasets = {}
     for source, (config, split) in sources.items():
         try:
             with warnings.catch_warnings(record=True) as raised:
@@ -314,9 +327,9 @@ def _data(
             continue
         kept = problems if tokenizer is None else drop_long_prompts(problems, data_args, tokenizer)
         found.findings.append(_of_problems(source, rows, problems, kept, data_args, [str(w.message) for w in raised]))
-        if source == name and len(kept):
-            dataset = kept
-    return dataset
+        if len(kept):
+            datasets[source] = kept
+    return datasets
 
 
 def _of_problems(
@@ -340,13 +353,20 @@ def _prompts(
     try:
         rendered, generation_prompt = render_prompt(tokenizer, prompt, _template_kwargs(args))
         markers = find_markers(
-            tokenizer, rendered, generation_prompt, args.think_end, args.truncation_bridge, args.answer_bridge
+            tokenizer,
+            rendered,
+            generation_prompt,
+            args.think_end,
+            args.truncation_bridge,
+            args.answer_bridge,
+            conversation=prompt,
+            chat_template_kwargs=_template_kwargs(args),
         )
     except ValueError as error:
         advice = "Change the chat template or `chat_template_kwargs`, or the setting that is named."
         found.findings.append(Finding("template", ERROR, str(error), advice))
         return None
-    found.findings += template_findings(rendered, generation_prompt, args, markers)
+    found.findings += template_findings(tokenizer, rendered, generation_prompt, args, markers)
     eos_token_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found.findings += splice_findings(tokenizer, rendered, text_of(prompt), markers, eos_token_ids, True)
     return markers

@@ -11,11 +11,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward, FormatReward
-from ..rollout.markers import ThinkingMarkers, render_prompt
+from ..rollout.markers import ThinkingMarkers
+from ..rollout.templates import render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
-from .finding import ERROR, WARNING, Finding
+from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding
-from .start_checks import reward_findings, sampled_rows, splice_findings, text_of
+from .start_checks import reward_findings
+from .start_checks import sampled_rows
+from .start_checks import splice_findings
+from .start_checks import template_findings
+from .start_checks import text_of
 from .unused_settings import unused_settings
 
 logger = get_logger(__name__)
@@ -75,11 +80,12 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     num_prompts = None if isinstance(data, IterableDataset) else len(data)
     batch = BatchArithmetic.of(args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0])
     prompt, tokenizer = rows[0]["prompt"], cast(PreTrainedTokenizerBase, trainer.processing_class)
-    rendered, _ = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
+    rendered, generation_prompt = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
     findings = [
         *batch.findings(),
         *unused_settings(args, has_eval_data=trainer.eval_dataset is not None),
+        *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
         *reward_findings(args, trainer.reward_funcs, rows),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
@@ -88,6 +94,8 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     for finding in findings:
         if finding.level == WARNING:
             logger.warning(str(finding))
+        elif finding.level == OK:
+            logger.info(str(finding))
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise ValueError("\n".join(errors))

@@ -2,16 +2,25 @@
 
 import random
 import time
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward, MathReward
-from ..rollout.markers import ThinkingMarkers, thinking_state
+from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout, Thinking
+from ..templates import (
+    advise_open,
+    find_think_start,
+    find_unset_switch,
+    render_prompt,
+    states_of_rows,
+    template_of,
+    thinking_state,
+)
 from .finding import ERROR, OK, WARNING, Finding
 
 # Needs sympy, so it is graded by a worker process and not at once
@@ -34,12 +43,18 @@ def text_of(prompt: Any) -> str:
 
 
 def template_findings(
-    rendered: str, generation_prompt: str | None, args: BRPOConfig, markers: ThinkingMarkers
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: str,
+    generation_prompt: str | None,
+    args: BRPOConfig,
+    markers: ThinkingMarkers,
 ) -> list[Finding]:
     """
     What the chat template does with the thinking, and what its markers are made of.
 
     Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
         rendered (`str`):
             A prompt as the model will see it.
         generation_prompt (`str`, *optional*):
@@ -49,27 +64,113 @@ def template_findings(
         markers ([`ThinkingMarkers`]):
             What was found from the same prompt; a template that closes the thinking has none.
     """
-    start = markers.think_end.replace("/", "", 1)
-    state = thinking_state(rendered, generation_prompt, start, markers.think_end)
-    opening = f"opens the thinking with {start!r}" if state == "opened" else "leaves it to the model to start thinking"
+    end = markers.think_end
+    start = find_think_start(end, rendered, template_of(tokenizer))
+    opened = thinking_state(rendered, generation_prompt, start, end) == "opened"
+    opening = f"opens the thinking with {start!r}" if opened else "leaves it to the model to start thinking"
     size = len(markers.think_end_ids)
     said = (
-        f"The prompt ends in {rendered[-30:]!r} and {opening}; {markers.think_end!r} is "
-        f"{'one token' if size == 1 else f'{size} tokens'}. A cut thinking is closed by "
+        f"The prompt ends in {rendered[-30:]!r} and {opening}; {end!r} is "
+        f"{'one token' if size == 1 else f'{size} tokens'}, found "
+        f"{'in the text of the tokens' if markers.in_text else 'by its id'}. A cut thinking is closed by "
         f"{markers.truncation_bridge!r} ({len(markers.truncation_bridge_ids)} tokens), a summary opened by "
         f"{markers.answer_bridge!r} ({len(markers.answer_bridge_ids)} tokens)."
     )
-    to_the_end = (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching
-    if size > 1 and to_the_end:
+    findings = [Finding("template", OK, said)]
+
+    def warn(found: str, change: str) -> None:
+        findings.append(Finding("template", WARNING, found, change))
+
+    if markers.in_text and not opened:
+        warn(
+            f"The model may not know {end!r}: that is not one token, and the prompt does not open the thinking.",
+            f"Train a model that was taught to think. Add {end!r} to its tokenizer as a token, and open the thinking "
+            "in the chat template.",
+        )
+    if markers.in_text and (
+        (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching
+    ):
+        warn(
+            f"Sampling cannot stop at {end!r} in the text here: every thinking goes on to the last budget.",
+            "Set `vllm_mode: colocate`, or `use_vllm: false`.",
+        )
+    kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
+    switch = None if opened or generation_prompt is None else find_unset_switch(tokenizer, kwargs)
+    if switch is not None:
+        warn(
+            f"The chat template writes another prompt with `{switch}`, which is not set: the model may not think "
+            "without it.",
+            f"Set `chat_template_kwargs: {{{switch}: true}}`, or false if it is meant to be off.",
+        )
+    return findings
+
+
+def prompt_findings(
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Mapping[str, Any],
+    chat_template_kwargs: Mapping[str, Any],
+    markers: ThinkingMarkers,
+) -> list[Finding]:
+    """
+    Whether the prompts of all rows leave the thinking open, and alike.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        datasets (`Mapping[str, Dataset]`):
+            Data sets by name. Those without prompts, and streams, are left out.
+        chat_template_kwargs (`Mapping[str, Any]`):
+            Arguments of the chat template.
+        markers ([`ThinkingMarkers`]):
+            Markers of the model.
+
+    Returns:
+        `list[Finding]`: An error for a closed thinking, a warning for prompts of several kinds, or nothing.
+    """
+    prompts = {
+        name: dataset["prompt"][:]
+        for name, dataset in datasets.items()
+        if isinstance(dataset, Dataset) and "prompt" in dataset.column_names and len(dataset)
+    }
+    end = markers.think_end
+    some = [render_prompt(tokenizer, of_set[0], chat_template_kwargs)[0] for of_set in prompts.values()]
+    start = find_think_start(end, *some, template_of(tokenizer))
+    rows = states_of_rows(tokenizer, prompts, chat_template_kwargs, start, end)
+    num_seen = sum(map(len, rows.values()))
+    if closed := rows.get("closed"):
+        name, row = closed[0]
+        prompt, advice = prompts[name][row], "Remove the closed thinking from the end of these prompts."
+        if not isinstance(prompt, str):
+            advice = advise_open(tokenizer, prompt, chat_template_kwargs, start, end)
+        return [
+            Finding(
+                "template",
+                ERROR,
+                f"{len(closed)} of {num_seen} prompts that were looked at have already closed the thinking with "
+                f"{end!r}, so there is nothing to cut: {_names_of(closed)}.",
+                f"{advice} Or leave such rows out.",
+            )
+        ]
+    if len(rows) > 1:
+        opened, left = rows["opened"], rows["left"]
         return [
             Finding(
                 "template",
                 WARNING,
-                f"{said} Sampling cannot stop at several tokens here: every thinking goes on to the last budget.",
-                "Set `vllm_mode: colocate`, or `use_vllm: false`.",
+                f"{len(opened)} of {num_seen} prompts that were looked at open the thinking with {start!r} "
+                f"({_names_of(opened)}), and {len(left)} leave it to the model ({_names_of(left)}).",
+                "Give all rows the same kind of prompt, with the same system message.",
             )
         ]
-    return [Finding("template", OK, said)]
+    return []
+
+
+def _names_of(rows: Sequence[tuple[str, int]], most: int = 5) -> str:
+    by_set: dict[str, list[str]] = {}
+    for name, row in rows[:most]:
+        by_set.setdefault(name, []).append(str(row))
+    named = "; ".join(f"{name}, row {', '.join(numbers)}" for name, numbers in by_set.items())
+    return f"{named} and others" if len(rows) > most else named
 
 
 # Splices
@@ -147,18 +248,7 @@ def splice_findings(
     spliced = [token for ids in parts.values() for token in ids]
     again = encode(str(tokenizer.decode(spliced)))
     kept = spliced[len(parts["prompt"]) :]
-    if markers.count_think_end(again) != markers.count_think_end(spliced):
-        findings.append(
-            Finding(
-                "splice",
-                WARNING,
-                f"As text, the splice of thinking and bridge has {markers.think_end!r} in other tokens. Training "
-                "works on token ids and does not mind, but a server that is sent text misses the end of thinking.",
-                "Put white space before and behind the end of the thinking in `truncation_bridge`, or make it one "
-                "special token of the tokenizer.",
-            )
-        )
-    elif not findings:
+    if not findings:
         differs = _first_difference(parts, again)
         said = f"{len(kept)} tokens of thinking, bridge and summary come back from their text as they are."
         if differs is not None:

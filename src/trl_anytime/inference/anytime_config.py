@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
-from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
+from ..rollout.markers import ThinkingMarkers, find_markers
 from ..rollout.sampling import Sampling
+from ..rollout.templates import render_prompt
 
 CONTRACT_NAME = "anytime_config.json"
 _FORMAT = 1
@@ -94,7 +96,16 @@ class AnytimeContract:
         text, generation_prompt = render_prompt(tokenizer, prompt, kwargs)
         budgets = list(PAPER_BUDGETS)
         return cls(
-            markers=find_markers(tokenizer, text, generation_prompt, think_end, truncation_bridge, answer_bridge),
+            markers=find_markers(
+                tokenizer,
+                text,
+                generation_prompt,
+                think_end,
+                truncation_bridge,
+                answer_bridge,
+                conversation=prompt,
+                chat_template_kwargs=kwargs,
+            ),
             budgets=budgets,
             prior=prior_weights("uniform", budgets).tolist(),
             max_summary_length=PAPER_SUMMARY_LENGTH,
@@ -121,7 +132,7 @@ class AnytimeContract:
         """
         given = {name: text for name, text in markers.items() if text is not None}
         try:
-            contract = cls.load(model)
+            contract = cls.load(model, tokenizer)
         except FileNotFoundError:
             contract = cls.detect(tokenizer, eos_of_model(model), **given)
             logger.warning(
@@ -139,13 +150,16 @@ class AnytimeContract:
         return contract
 
     @classmethod
-    def load(cls, path: str | Path) -> "AnytimeContract":
+    def load(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> "AnytimeContract":
         """
         Read the contract.
 
         Args:
             path (`str` or `Path`):
                 The file, the folder that holds it, or a Hub id.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Tokenizer of the model, for an end of thinking that is found in the text of tokens. Defaults to the one
+                beside the file; without any, [`with_tokenizer`] gives it one later.
 
         Raises:
             `FileNotFoundError`: If there is none.
@@ -159,8 +173,9 @@ class AnytimeContract:
                 raise ValueError(f"it has format {values['format']}, and this version knows up to {_FORMAT}: upgrade")
             markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
             markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
+            markers["in_text"] = values["markers"]["think_end"].get("in_text", False)
             budgets = check_budgets(values["budgets"])
-            return cls(
+            contract = cls(
                 markers=ThinkingMarkers(**markers),
                 budgets=budgets,
                 prior=prior_weights(values["prior"], budgets).tolist(),
@@ -172,10 +187,18 @@ class AnytimeContract:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a contract that can be used: {error!r}.") from error
+        if contract.markers.in_text and tokenizer is None:
+            with suppress(OSError, ValueError):  # a contract by itself is of use, too
+                tokenizer = AutoTokenizer.from_pretrained(file.parent if Path(path).exists() else str(path))
+        return contract if tokenizer is None else contract.with_tokenizer(tokenizer)
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "AnytimeContract":
+        """The same contract, able to find an end of thinking in the text of this tokenizer's tokens."""
+        return replace(self, markers=self.markers.with_tokenizer(tokenizer))
 
     def save(self, folder: str | Path) -> Path:
         """Write the contract into a folder, which is made if need be; returns the file."""
-        values = {
+        values: dict[str, Any] = {
             "format": _FORMAT,
             "markers": {
                 name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
@@ -189,6 +212,7 @@ class AnytimeContract:
             "chat_template_kwargs": self.chat_template_kwargs,
             "versions": self.versions,
         }
+        values["markers"]["think_end"]["in_text"] = self.markers.in_text
         path = Path(folder) / CONTRACT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n")

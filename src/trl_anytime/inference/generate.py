@@ -176,7 +176,7 @@ def anytime_generate(
     if contract is None:
         contract = contract_of(model, tokenizer)
     contract = replace(
-        contract,
+        contract.with_tokenizer(tokenizer),
         budgets=check_budgets(contract.budgets if budgets is None else budgets),
         sampling=sampling or contract.sampling,
         max_summary_length=max_summary_length or contract.max_summary_length,
@@ -514,9 +514,9 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
     def _ends(self, generated: torch.Tensor) -> torch.Tensor:
         """Tokens up to and including the first end of thinking, shape (B,); a very large number without one."""
-        marker = torch.tensor(self._contract.markers.think_end_ids, device=generated.device)
-        never = torch.full((len(generated),), torch.iinfo(torch.long).max, device=generated.device)
-        if generated.size(1) < len(marker):
-            return never
-        found = (generated.unfold(1, len(marker), 1) == marker).all(dim=2)
-        return torch.where(found.any(dim=1), found.int().argmax(dim=1) + len(marker), never)
+        markers, never = self._contract.markers, torch.iinfo(torch.long).max
+        if markers.in_text or not generated.size(1):
+            ends = [markers.end_of_thinking(row) for row in generated.tolist()]
+            return torch.tensor([never if end is None else end for end in ends], device=generated.device)
+        found = generated == markers.think_end_ids[0]
+        return torch.where(found.any(dim=1), found.int().argmax(dim=1) + 1, never)

@@ -49,8 +49,8 @@ class RolloutSettings:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens at which the sampling of a thinking may stop. A marker of several tokens cannot stop it: what follows
-        it is dropped afterwards."""
+        """Tokens at which the sampling of a thinking may stop. A marker that is found in the text cannot stop it: what
+        follows it is dropped afterwards."""
         end = self.markers.think_end_ids
         return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
 

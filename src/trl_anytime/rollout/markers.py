@@ -1,19 +1,15 @@
-"""
-Thinking markers and bridges, as token ids.
+"""Thinking markers and bridges, as token ids."""
 
-What a chat template does with the thinking is read off the rendered prompt, never off the model's name.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError, meta
 from transformers import PreTrainedTokenizerBase
 
-# (start, end) of the thinking in the templates of the reasoning models
-_MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+from .end_search import TextSearch, TokenBytes, TokenSearch
+from .templates import advise_open, find_think_end, find_think_start, template_of, thinking_state
+from .templates import render_prompt as render_prompt  # for users of this module
 
 # Text that closes a thinking that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
 # else the one released with the paper for DeepSeek-R1-Distill.
@@ -25,6 +21,8 @@ _TRUNCATION_BRIDGES = (
     ),
     ("", "...\n\n...\n\n{think_end}"),
 )
+# What may stand before and behind the end of a thinking
+_NEIGHBOURS = ((".", ""), (" ", ""), (")", "\n"), ("\n", "\n\n"), ("4", "4"), ("a", "a"))
 _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 
 
@@ -32,6 +30,10 @@ _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 class ThinkingMarkers:
     """
     What ends a thinking and what is spliced in after it.
+
+    A marker that is one token is found by its id; text that spells it does not count. One that tokenizers write in
+    more than one way is found in the text of the tokens, for which the tokenizer is needed ([`with_tokenizer`]): a
+    thinking ends with the token that completes it.
 
     Args:
         think_end (`str`):
@@ -46,6 +48,8 @@ class ThinkingMarkers:
             Text that opens the summary, after a thinking that ended by itself or was closed.
         answer_bridge_ids (`tuple[int, ...]`):
             Its token ids.
+        in_text (`bool`, *optional*):
+            Whether the end is found in the text of the tokens. Always so if it has several tokens.
     """
 
     think_end: str
@@ -54,89 +58,72 @@ class ThinkingMarkers:
     truncation_bridge_ids: tuple[int, ...]
     answer_bridge: str
     answer_bridge_ids: tuple[int, ...]
+    in_text: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.think_end_ids) > 1:
+            object.__setattr__(self, "in_text", True)
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "ThinkingMarkers":
+        """The same markers, able to find their end in the text of this tokenizer's tokens."""
+        return self.with_token_bytes(TokenBytes(tokenizer, self.think_end_ids)) if self.in_text else self
+
+    def with_token_bytes(self, token_bytes: Callable[[int], bytes]) -> "ThinkingMarkers":
+        """The same markers, where `token_bytes` says what a token adds to the text."""
+        markers = replace(self)
+        markers.__dict__["_search"] = TextSearch(self.think_end, token_bytes)
+        return markers
+
+    @cached_property
+    def _search(self) -> TokenSearch | TextSearch:
+        if self.in_text:
+            raise ValueError(
+                f"The end of thinking {self.think_end!r} is found in the text of the tokens, but the tokenizer is "
+                "missing. Pass it: `contract.with_tokenizer(tokenizer)`."
+            )
+        return TokenSearch(self.think_end_ids[0])
 
     @property
     def max_bridge_length(self) -> int:
         """Tokens of the longest bridge."""
         return len(self.truncation_bridge_ids) + len(self.answer_bridge_ids)
 
+    @property
+    def max_end_length(self) -> int:
+        """Tokens that the end of thinking may be spread over."""
+        return self._search.most_tokens
+
     def count_think_end(self, token_ids: Sequence[int]) -> int:
         """How often the end of thinking occurs in `token_ids`."""
-        return len(_occurrences(token_ids, self.think_end_ids))
+        return self._search.count(token_ids)
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
-        """Index just behind the first end of thinking in `token_ids`, or `None`."""
-        found = _occurrences(token_ids, self.think_end_ids)
-        return found[0] + len(self.think_end_ids) if found else None
+        """Index just behind the token that completes the first end of thinking in `token_ids`, or `None`."""
+        return self._search.first(token_ids)[0]
 
 
-def _occurrences(token_ids: Sequence[int], pattern: tuple[int, ...]) -> list[int]:
-    starts = (i for i, token in enumerate(token_ids) if token == pattern[0])
-    return [i for i in starts if tuple(token_ids[i : i + len(pattern)]) == pattern]
-
-
-def thinking_state(prompt: str, generation_prompt: str | None, think_start: str, think_end: str) -> str:
+class EndScan:
     """
-    What a rendered prompt has done with the thinking.
+    Looks for the end of a thinking that grows, at each token once.
 
     Args:
-        prompt (`str`):
-            The rendered prompt.
-        generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
-        think_start (`str`):
-            Text that starts the thinking.
-        think_end (`str`):
-            Text that ends the thinking.
-
-    Returns:
-        `str`: `"opened"` (the model goes on thinking), `"closed"` (the model must answer at once) or `"left"`
-        (starting to think is left to the model).
+        markers ([`ThinkingMarkers`]):
+            What ends it.
     """
-    # Without a template, earlier text may talk about the markers: then only the very end can have closed the thinking
-    closed = (
-        prompt.rstrip().endswith(think_end)
-        if generation_prompt is None
-        else generation_prompt.rfind(think_end) > generation_prompt.rfind(think_start)
-    )
-    if closed:
-        return "closed"
-    tail = prompt if generation_prompt is None else generation_prompt
-    return "opened" if tail.rfind(think_start) > tail.rfind(think_end) else "left"
 
+    def __init__(self, markers: ThinkingMarkers):
+        self._search = markers._search
+        self._num_searched = self._state = 0
+        self._end: int | None = None
 
-def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    """
-    A prompt as the model will see it.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        prompt (`str` or `list[dict]`):
-            A text, which is left as it is, or a conversation.
-        chat_template_kwargs (`Mapping[str, Any]`):
-            Arguments of the chat template.
-
-    Returns:
-        `tuple`: the rendered prompt, and its end that the chat template added for the answer, if it did.
-
-    Raises:
-        `ValueError`: For a conversation if the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str):
-        return prompt, None
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The prompts are conversational but the tokenizer has no chat template: set "
-            "`processing_class.chat_template`, or pass prompts as text."
-        )
-    render = partial(tokenizer.apply_chat_template, prompt, tokenize=False, **chat_template_kwargs)
-    without, rendered = str(render(add_generation_prompt=False)), str(render(add_generation_prompt=True))
-    # Some templates add it always
-    added = rendered.startswith(without) and rendered != without
-    return rendered, rendered.removeprefix(without) if added else None
+    def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
+        """As that of [`ThinkingMarkers`], in `token_ids` that begin with those of the last call."""
+        if self._end is None:
+            new = token_ids[self._num_searched :]
+            found, self._state = self._search.first(new, self._state)
+            self._end = None if found is None else self._num_searched + found
+            self._num_searched += len(new)
+        return self._end
 
 
 def find_markers(
@@ -146,6 +133,9 @@ def find_markers(
     think_end: str | None = None,
     truncation_bridge: str | None = None,
     answer_bridge: str | None = None,
+    *,
+    conversation: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ThinkingMarkers:
     """
     Markers and bridges for a model, from a rendered prompt and from settings.
@@ -163,31 +153,27 @@ def find_markers(
             Text that closes a cut thinking; contains `think_end` exactly once. By family of template if not set.
         answer_bridge (`str`, *optional*, defaults to `"\\n\\n**Final Answer**\\n"`):
             Text that opens the summary.
+        conversation (`list[dict]`, *optional*):
+            What `prompt` was rendered from, to try out other arguments of the chat template. Any, if not set.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            Arguments that it was rendered with.
 
     Raises:
         `ValueError`: If the prompt has closed the thinking, no markers are known, or the tokenizer cannot encode them.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     if think_end is None:
-        known = [
-            end
-            for start, end in _MARKERS
-            if start in prompt or end in prompt or end in template or end in tokenizer.get_vocab()
-        ]
-        if not known:
-            raise ValueError(
-                "Neither the prompt nor the tokenizer knows a thinking marker such as '</think>', so there is no "
-                "thinking to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
-                + _template_advice(template)
-            )
-        think_end = known[0]
-    think_start = think_end.replace("/", "", 1)
-
-    if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
+        think_end = find_think_end(tokenizer, prompt, generation_prompt)
+    if think_end is None:
         raise ValueError(
-            f"The rendered prompt has already closed the thinking: it ends in {prompt[-40:]!r}."
-            + (_template_advice(template) or " Remove the closed thinking from the end of the prompts.")
+            "Neither the prompt nor the tokenizer knows a thinking marker such as '</think>', so there is no "
+            "thinking to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
         )
+    think_start = find_think_start(think_end, prompt, template_of(tokenizer))
+    if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
+        advice = "Remove the closed thinking from the end of the prompts."
+        if generation_prompt is not None or (conversation is not None and not isinstance(conversation, str)):
+            advice = advise_open(tokenizer, conversation, chat_template_kwargs or {}, think_start, think_end)
+        raise ValueError(f"The rendered prompt has already closed the thinking: it ends in {prompt[-40:]!r}. {advice}")
 
     if truncation_bridge is None:
         family = next(text for mark, text in _TRUNCATION_BRIDGES if mark in prompt)
@@ -209,7 +195,7 @@ def find_markers(
     if not answer_bridge:
         raise ValueError("`answer_bridge` must have at least one token: set a text such as '\\n\\n'.")
     think_end_ids = _encode(tokenizer, think_end, "think_end")
-    return ThinkingMarkers(
+    markers = ThinkingMarkers(
         think_end=think_end,
         think_end_ids=think_end_ids,
         truncation_bridge=truncation_bridge,
@@ -220,7 +206,26 @@ def find_markers(
         ),
         answer_bridge=answer_bridge,
         answer_bridge_ids=_encode(tokenizer, answer_bridge, "answer_bridge"),
-    )
+        in_text=len(think_end_ids) > 1 or _melts(tokenizer, think_end, think_end_ids[0]),
+    ).with_tokenizer(tokenizer)
+    if markers.count_think_end(markers.truncation_bridge_ids) != 1:
+        raise ValueError(
+            f"The end of thinking {think_end!r} cannot be found in the tokens of {truncation_bridge!r}. Add "
+            f"{think_end!r} to the tokenizer as a token, or set `think_end` to another text."
+        )
+    return markers
+
+
+def _melts(tokenizer: PreTrainedTokenizerBase, think_end: str, token_id: int) -> bool:
+    """Whether a marker that is one token by itself is written in other tokens beside other text."""
+    for before, after in _NEIGHBOURS:
+        try:
+            token_ids = tokenizer(before + think_end + after, add_special_tokens=False)["input_ids"]
+        except Exception:  # nothing narrower comes from a vocabulary without [UNK], which then cannot write that text
+            continue
+        if token_id not in token_ids and tokenizer.unk_token_id not in token_ids:
+            return True
+    return False
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tuple[int, ...]:
@@ -235,16 +240,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tupl
             "to a text that the tokenizer knows, or add the marker to its vocabulary."
         )
     return tuple(token_ids)
-
-
-def _template_advice(template: str) -> str:
-    try:
-        names = meta.find_undeclared_variables(Environment().parse(template))
-    except TemplateSyntaxError:  # templates may use tags of transformers' own environment
-        names = {name for name in ("enable_thinking", "thinking") if name in template}
-    switches = sorted(name for name in names if "think" in name)
-    if not switches:
-        return ""
-    return (
-        f" The chat template has the argument `{switches[0]}`: set `chat_template_kwargs={{'{switches[0]}': True}}`."
-    )

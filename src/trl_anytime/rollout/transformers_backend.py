@@ -14,6 +14,7 @@ from transformers.generation import GenerationMode, logits_process
 from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
 from ..modeling.growing_cache import growing_cache
 from .backend import Generation, RolloutSettings
+from .markers import EndScan
 from .types import Rollout, Thinking
 
 # What a branch can be sampled with besides repetition_penalty: rules that look at the scores of one token alone
@@ -91,6 +92,7 @@ class TransformersGeneration(Generation):
         rows = list(range(len(prompts)))  # whose thinking each row is
         cache = growing_cache()
         sampled: list[list[int]] = [[] for _ in prompts]
+        scans = [EndScan(settings.markers) for _ in prompts]
         running, trunks = set(rows), []
         # `generate()` runs until the last row has finished: it is called for some tokens at a time, and finished rows
         # are set aside in between
@@ -106,7 +108,7 @@ class TransformersGeneration(Generation):
             for row, new in zip(rows, token_ids[:, width + before :].tolist(), strict=True):
                 if row in running:
                     sampled[row] += new
-                    length = _length(sampled[row], before, stop_ids, settings.markers.think_end_ids)
+                    length = _length(sampled[row], before, stop_ids, scans[row])
                     if length is not None or before + len(new) == most:
                         sampled[row] = sampled[row][:length]
                         running.remove(row)
@@ -205,12 +207,11 @@ class TransformersGeneration(Generation):
         return config
 
 
-def _length(token_ids: list[int], start: int, stop_ids: set[int], think_end: tuple[int, ...]) -> int | None:
-    """Tokens up to the first stop behind `start`, or `None`."""
-    for i in range(start, len(token_ids)):
-        if token_ids[i] in stop_ids or tuple(token_ids[max(i + 1 - len(think_end), 0) : i + 1]) == think_end:
-            return i + 1
-    return None
+def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
+    """Tokens up to the end of thinking or the first stop behind `start`, or `None`."""
+    stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), None)
+    ends = (stop, scan.end_of_thinking(token_ids))
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _choose(

@@ -112,7 +112,7 @@ class Rollout:
         None if the thinking ended with EOS; else those for which the end of thinking occurs exactly once in the end of
         the cut, the bridge and the summary.
         """
-        overlap = len(markers.think_end_ids)
+        overlap = markers.max_end_length
         return [
             [
                 not self.thinking.abandoned

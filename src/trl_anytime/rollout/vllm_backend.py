@@ -25,7 +25,7 @@ from trl.import_utils import is_vllm_available
 
 from ..brpo_config import BRPOConfig
 from .backend import Generation, RolloutSettings, Sampler
-from .markers import ThinkingMarkers
+from .markers import EndScan
 from .types import Rollout, Thinking
 
 if is_vllm_available():
@@ -180,20 +180,20 @@ class _OpenRollout:
             A summaries for each budget, as far as they have been requested.
         num_context_tokens (`int`):
             Tokens of the summaries' contexts.
+        scan ([`EndScan`]):
+            Looks for the end of its thinking.
     """
 
     prompt_ids: list[int]
     number: int
     sampled: _Continuation
+    scan: EndScan
     summaries: list[list[_Continuation]] = field(default_factory=list)
     num_context_tokens: int = 0
-    _num_searched: int = 0
 
-    def has_ended(self, markers: ThinkingMarkers) -> bool:
-        """Whether the end of thinking is among the tokens that came since the last call."""
-        first = max(self._num_searched - len(markers.think_end_ids) + 1, 0)
-        self._num_searched = len(self.sampled.token_ids)
-        return markers.end_of_thinking(self.sampled.token_ids[first:]) is not None
+    def has_ended(self) -> bool:
+        """Whether the end of thinking is among the tokens that came."""
+        return self.scan.end_of_thinking(self.sampled.token_ids) is not None
 
     def thinking(self, settings: RolloutSettings) -> Thinking:
         """The thinking so far."""
@@ -283,7 +283,7 @@ class EngineGeneration(Generation):
             per_rollout = 1 + len(settings.budgets) * settings.num_summaries
             numbers = range(0, len(prompts) * per_rollout, per_rollout)
             rollouts = [
-                _OpenRollout(prompt, number, loop.add(prompt, _with_seed(sampling, number)))
+                _OpenRollout(prompt, number, loop.add(prompt, _with_seed(sampling, number)), EndScan(settings.markers))
                 for prompt, number in zip(prompts, numbers, strict=True)
             ]
             thinking = {rollout.sampled: rollout for rollout in rollouts}
@@ -292,8 +292,8 @@ class EngineGeneration(Generation):
                     rollout = thinking.get(continuation)
                     if rollout is None:
                         continue  # a summary
-                    # A marker of several tokens does not stop the engine
-                    if rollout.has_ended(settings.markers) and not continuation.finished:
+                    # A marker that is found in the text does not stop the engine
+                    if rollout.has_ended() and not continuation.finished:
                         loop.abort([continuation])
                     if continuation.finished:
                         del thinking[continuation]

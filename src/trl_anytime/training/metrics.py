@@ -80,7 +80,7 @@ def rollout_metrics(
             (
                 len(thinking.token_ids),
                 thinking.finished,
-                thinking.finished and len(thinking.token_ids) == len(markers.think_end_ids),
+                thinking.finished and len(thinking.token_ids) <= len(markers.think_end_ids),
                 (thinking.finished or thinking.abandoned) and len(thinking.token_ids) <= budgets[0],
             )
             for thinking in (rollout.thinking for rollout in rollouts)

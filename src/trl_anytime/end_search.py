@@ -1,0 +1,135 @@
+"""
+Where a text occurs in tokens, although tokenizers write it in more than one way.
+
+A marker that is not a token of its own melts into its neighbours. With the tokenizers of GPT-4 or Olmo, `.</think>` is
+`.</`, `think`, `>`, and the last token of `</think>` before a blank line holds the line breaks, too. So its characters
+are looked for, in the bytes that each token adds to the text.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# What a token decodes to if it holds a part of a character
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_BYTES_OF_CHARACTERS = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+class TokenBytes:
+    """
+    The bytes that a token adds to a text.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        anchor (`Sequence[int]`):
+            Tokens of any text. Each token is decoded behind them, because many tokenizers drop the space before the
+            first word.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, anchor: Sequence[int]):
+        self._tokenizer = tokenizer
+        self._anchor = list(anchor)
+        self._anchor_text = self._decode(self._anchor)
+        self._added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items()}
+
+    def __call__(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        text = self._decode([*self._anchor, token_id])
+        text = text[len(self._anchor_text) :] if text.startswith(self._anchor_text) else self._decode([token_id])
+        if _INCOMPLETE in text:
+            piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
+            if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # SentencePiece
+                return bytes([int(byte[1], 16)])
+            if all(character in _BYTES_OF_CHARACTERS for character in piece):  # byte-level BPE
+                return bytes(_BYTES_OF_CHARACTERS[character] for character in piece)
+        return text.encode()
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+
+class TokenSearch:
+    """
+    A search for a marker that is one token, which has no state.
+
+    Args:
+        token_id (`int`):
+            The token.
+    """
+
+    most_tokens = 1
+
+    def __init__(self, token_id: int):
+        self._token_id = token_id
+
+    def first(self, token_ids: Sequence[int], state: int = 0) -> tuple[int | None, int]:
+        """Look for the first occurrence, see [`TextSearch.first`]."""
+        return (token_ids.index(self._token_id) + 1 if self._token_id in token_ids else None), state
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """Count the occurrences."""
+        return token_ids.count(self._token_id)
+
+
+class TextSearch:
+    """
+    A search for a text in the bytes of tokens, each of which is looked at once.
+
+    It is the automaton of Knuth, Morris and Pratt: its state says how many bytes of the text the tokens so far end in.
+    Transitions are kept, so that a token costs a look-up in a dictionary.
+
+    Args:
+        text (`str`):
+            The text.
+        token_bytes (`Callable[[int], bytes]`):
+            The bytes of a token, see [`TokenBytes`].
+    """
+
+    def __init__(self, text: str, token_bytes: Callable[[int], bytes]):
+        self._text, self._token_bytes = text.encode(), token_bytes
+        self._transitions: list[dict[int, tuple[int, int]]] = [{} for _ in self._text]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the text may be spread over."""
+        return len(self._text)
+
+    def first(self, token_ids: Sequence[int], state: int = 0) -> tuple[int | None, int]:
+        """
+        Look for the first occurrence.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The tokens to look at.
+            state (`int`, *optional*, defaults to `0`):
+                State behind the tokens before them.
+
+        Returns:
+            `tuple`: index just behind the token that completes the text, or `None`; and the state behind the tokens.
+        """
+        for i, token in enumerate(token_ids):
+            state, found = self._transitions[state].get(token) or self._transition(state, token)
+            if found:
+                return i + 1, state
+        return None, state
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """Count the occurrences that do not overlap."""
+        state, total = 0, 0
+        for token in token_ids:
+            state, found = self._transitions[state].get(token) or self._transition(state, token)
+            total += found
+        return total
+
+    def _transition(self, state: int, token: int) -> tuple[int, int]:
+        """The state behind a token, and how often the text is completed in it."""
+        text = self._text
+        *occurrences, rest = (text[:state] + self._token_bytes(token)).split(text)
+        longest = min(len(rest), len(text) - 1)
+        behind = next(length for length in range(longest, -1, -1) if rest.endswith(text[:length]))
+        self._transitions[state][token] = behind, len(occurrences)
+        return behind, len(occurrences)
