@@ -8,8 +8,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from trl_anytime.end_search import TextSearch, TokenBytes
-from trl_anytime.markers import EndScan, ThinkingMarkers, find_markers
-from trl_anytime.rollout import Rollout, Thinking
+from trl_anytime.rollout.markers import EndScan, ThinkingMarkers, find_markers
+from trl_anytime.rollout.types import Rollout, Thinking
 
 TOKENIZERS = {
     "GPT-2": (lambda think_end: make_melting_tokenizer(GPT2, think_end)),

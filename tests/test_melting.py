@@ -8,16 +8,10 @@ from tiny import make_config, make_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trl_anytime import (
-    AnytimeContract,
-    BRPOTrainer,
-    Sampling,
-    ThinkingBudgetLogitsProcessor,
-    anytime_generate,
-)
-from trl_anytime.contract import CONTRACT_NAME
-from trl_anytime.markers import find_markers
+from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from trl_anytime.inference.anytime_config import CONTRACT_NAME
 from trl_anytime.rewards import ExactMatch
+from trl_anytime.rollout.markers import find_markers
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

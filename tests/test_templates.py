@@ -12,8 +12,8 @@ from tiny import make_config, make_dataset, make_tokenizer
 from trl_anytime import AnytimeContract
 from trl_anytime.checks.finding import ERROR, OK, WARNING
 from trl_anytime.checks.start_checks import prompt_findings, template_findings
-from trl_anytime.markers import find_markers
-from trl_anytime.templates import (
+from trl_anytime.rollout.markers import find_markers
+from trl_anytime.rollout.templates import (
     advise_open,
     find_think_end,
     find_think_start,

@@ -16,11 +16,7 @@ from ..rollout.templates import render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding
-from .start_checks import reward_findings
-from .start_checks import sampled_rows
-from .start_checks import splice_findings
-from .start_checks import template_findings
-from .start_checks import text_of
+from .start_checks import reward_findings, sampled_rows, splice_findings, template_findings, text_of
 from .unused_settings import unused_settings
 
 logger = get_logger(__name__)

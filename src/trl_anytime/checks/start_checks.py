@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward, MathReward
 from ..rollout.markers import ThinkingMarkers
-from ..rollout.types import Rollout, Thinking
-from ..templates import (
+from ..rollout.templates import (
     advise_open,
     find_think_start,
     find_unset_switch,
@@ -21,6 +20,7 @@ from ..templates import (
     template_of,
     thinking_state,
 )
+from ..rollout.types import Rollout, Thinking
 from .finding import ERROR, OK, WARNING, Finding
 
 # Needs sympy, so it is graded by a worker process and not at once

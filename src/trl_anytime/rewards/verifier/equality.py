@@ -16,7 +16,6 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Protocol
 
-from ..real_sets import equal_sets
 from .forms import (
     Chain,
     Choice,
@@ -34,6 +33,7 @@ from .forms import (
     with_letter_as_unit,
 )
 from .latex import TOKEN, normalize, tokens
+from .real_sets import equal_sets
 
 Verdict = bool | None
 
