@@ -7,7 +7,7 @@ from melting import GPT2, GPT4, NEIGHBOURS, make_melting_tokenizer, make_sentenc
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from trl_anytime.end_search import TextSearch, TokenBytes
+from trl_anytime.rollout.end_search import TextSearch, TokenBytes
 from trl_anytime.rollout.markers import EndScan, ThinkingMarkers, find_markers
 from trl_anytime.rollout.types import Rollout, Thinking
 
