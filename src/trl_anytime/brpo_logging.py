@@ -155,7 +155,7 @@ def completion_rows(
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         texts = tokenizer.batch_decode([summaries[0] for summaries in rollout.summaries])
         for budget, cut, text in zip(budgets, rollout.cuts, texts, strict=True):
-            thinking = tokenizer.decode(rollout.thinking.token_ids[:cut])
+            thinking = str(tokenizer.decode(rollout.thinking.token_ids[:cut]))
             if len(thinking) > 400:
                 thinking = f"{thinking[:200]} [...] {thinking[-200:]}"
             row = {"completion": for_terminal(text), "budget": budget, "thinking": for_terminal(thinking)}

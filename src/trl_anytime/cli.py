@@ -49,7 +49,7 @@ def parse_budgets(text: str) -> list[int]:
         budgets = []
     if not budgets or budgets[0] < 1 or any(a >= b for a, b in zip(budgets, budgets[1:], strict=False)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of increasing budgets such as 250,1000,8000 or 250:8000:250 (first:last:step)"
+            f"{text!r} is no list of increasing budgets such as 250,1000,8000 or 250:8000:250 (first:last:step)"
         )
     return budgets
 

@@ -20,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .budgets import check_budgets, prior_weights
-from .markers import ThinkingMarkers, encode, find_markers, render_prompt
+from .encoding import encode_prompt
+from .markers import ThinkingMarkers, find_markers, render_prompt
 from .validation import (
     MEBIBYTE,
     Unfit,
@@ -327,15 +328,9 @@ class AnytimeContract:
                 Texts, which are taken as they are, or conversations.
 
         Raises:
-            `ValueError`: For a conversation if the tokenizer has no chat template, and for a prompt that the tokenizer
-                cannot encode.
+            `ValueError`: See [`~trl_anytime.encoding.encode_prompt`].
         """
-        prompt_ids = []
-        for prompt in prompts:
-            # A template has written its special tokens itself
-            text, _ = render_prompt(tokenizer, prompt, self.chat_template_kwargs)
-            prompt_ids.append(encode(tokenizer, text, add_special_tokens=isinstance(prompt, str)))
-        return prompt_ids
+        return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 
     def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         """A question as a prompt: a conversation, or the text itself for a model without a chat template."""

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .contract import TOKEN_ID, AnytimeContract, check_context
 from .display import for_terminal
-from .markers import encode
+from .encoding import encode
 from .server import CompletionClient
 from .validation import fields, list_of, or_null, string
 

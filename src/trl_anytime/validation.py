@@ -95,7 +95,8 @@ def mapping_of(item: Check, least: int = 0, most: int | None = None) -> Check:
 
     def check(value: Any, name: str) -> Any:
         if not isinstance(value, dict) or len(value) < least or (most is not None and len(value) > most):
-            raise _unfit(name, f"an object of {least} to {most or 'any number of'} fields", value)
+            counted = "" if most is None else f" of {least} to {most} fields"
+            raise _unfit(name, f"an object{counted or ' that is not empty' * (least > 0)}", value)
         for key, one in value.items():
             check_name(key, f"a field's name in {name}")
             item(one, _field(name, key))
@@ -129,22 +130,20 @@ def or_null(item: Check) -> Check:
 
 def free_form(value: Any, name: str) -> Any:
     """Check for any JSON whose texts can be written and whose nesting is bounded."""
-    _check_nesting(value, name, _DEEPEST)
-    return value
-
-
-def _check_nesting(value: Any, name: str, levels: int) -> None:
-    if levels == 0:
-        raise _unfit(name, f"nested less than {_DEEPEST} levels deep", value)
-    if isinstance(value, str):
-        string()(value, name)
-    elif isinstance(value, list):
-        for i, one in enumerate(value):
-            _check_nesting(one, f"{name}[{i}]", levels - 1)
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            string()(key, f"a field's name in {name}")
-            _check_nesting(one, _field(name, key), levels - 1)
+    parts = [value]
+    for _ in range(_DEEPEST):
+        for part in parts:
+            if isinstance(part, str):
+                string()(part, name)
+        parts = [
+            inner
+            for part in parts
+            if isinstance(part, list | dict)
+            for inner in ([*part, *part.values()] if isinstance(part, dict) else part)
+        ]
+        if not parts:
+            return value
+    raise _unfit(name, f"nested less than {_DEEPEST} levels deep", value)
 
 
 def _field(name: str, key: str) -> str:
@@ -152,7 +151,7 @@ def _field(name: str, key: str) -> str:
 
 
 def _unfit(name: str, wanted: str, value: Any) -> Unfit:
-    return Unfit(f"`{name or 'the whole'}` must be {wanted}, got {_shown(value)}.")
+    return Unfit(f"{f'`{name}`' if name else 'it'} must be {wanted}, got {_shown(value)}.")
 
 
 def _shown(value: Any) -> str:
