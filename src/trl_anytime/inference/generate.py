@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from ..display import for_terminal
 from ..method.budgets import check_budgets
 from ..modeling.support import admit, decoding_objection
 from ..modeling.tree_attention import plain_attention
@@ -361,6 +362,13 @@ def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
 # One prompt, as the tokens come
 
 
+class _EscapedStreamer(TextStreamer):
+    """Prints what a model writes, without letting it move the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(for_terminal(text), stream_end)
+
+
 def streaming_sampler(
     model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
 ) -> Sampler:
@@ -373,7 +381,7 @@ def streaming_sampler(
         tokenizer, sampling, seed:
             See [`anytime_generate`].
     """
-    streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    streamer = _EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     if isinstance(model, CompletionClient):
 
         def sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations):

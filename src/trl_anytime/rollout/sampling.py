@@ -5,6 +5,17 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from ..validation import integer, number
+
+# The bounds keep out what no model was sampled with, infinity first
+SAMPLING = {
+    "temperature": number(0, 1000),
+    "top_p": number(1e-9, 1),
+    "top_k": integer(-1),  # vLLM's own value for all
+    "min_p": number(0, 1),
+    "repetition_penalty": number(1e-9, 1000),
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,15 +45,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, float("inf")),
-            ("top_p", 1e-9, 1),
-            ("top_k", -1, float("inf")),  # vLLM's own value for all
-            ("min_p", 0, 1),
-            ("repetition_penalty", 1e-9, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {getattr(self, name)!r}.")
+        for name, check in SAMPLING.items():
+            check(getattr(self, name), name)
 
     def generation_config(self) -> GenerationConfig:
         """The settings of transformers. Every one is set: what is not would come from the model's own."""
