@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .display import for_shell, for_terminal
+from .outside.display import for_shell, for_terminal
 
 if TYPE_CHECKING:
     from .inference.anytime_config import AnytimeContract
@@ -343,7 +343,7 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
 
 def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
     """What transformers loads from a model's folder, or one line about why it cannot."""
-    from .validation import check_folder
+    from .outside.validation import check_folder
 
     if Path(model).is_dir():
         check_folder(Path(model))

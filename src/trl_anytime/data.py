@@ -12,8 +12,8 @@ from trl import ModelConfig, TrlParser
 
 from .brpo_config import BRPOConfig
 from .evaluation.problems import check_rows
+from .outside.validation import Unfit, read_yaml
 from .rewards import MathReward
-from .validation import Unfit, read_yaml
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

@@ -27,11 +27,11 @@ from ..data import (
     to_problems,
 )
 from ..modeling.support import admit, decoding_objection, measured_objection, structural_objection
+from ..outside.validation import Unfit, fields, integer, or_null, read_yaml, string
 from ..rewards import MathReward
 from ..rollout.markers import ThinkingMarkers, find_markers
 from ..rollout.templates import render_prompt
 from ..rollout.vllm_backend import check_server
-from ..validation import Unfit, fields, integer, or_null, read_yaml, string
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding, planned_model, without_memory

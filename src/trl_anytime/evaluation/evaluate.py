@@ -21,13 +21,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..display import for_terminal
 from ..inference.anytime_config import BUDGETS, AnytimeContract, check_context
 from ..inference.generate import context_of, is_transformers_model, open_backend, rollout_settings
-from ..rewards import AnswerReward, FormatReward, MathReward
-from ..rollout.http_backend import CompletionClient
-from ..rollout.types import Rollout
-from ..validation import (
+from ..outside.display import for_terminal
+from ..outside.validation import (
     MEBIBYTE,
     Check,
     Unfit,
@@ -43,6 +40,9 @@ from ..validation import (
     read_lines,
     string,
 )
+from ..rewards import AnswerReward, FormatReward, MathReward
+from ..rollout.http_backend import CompletionClient
+from ..rollout.types import Rollout
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..outside.validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
 from ..rewards.verifier.gold_answers import gold_alternatives
-from ..validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
 
 logger = logging.get_logger(__name__)
 

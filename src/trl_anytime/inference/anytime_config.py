@@ -20,12 +20,8 @@ from huggingface_hub.errors import (
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..encoding import encode_prompt
 from ..method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
-from ..rollout.markers import ThinkingMarkers, find_markers
-from ..rollout.sampling import SAMPLING, Sampling
-from ..rollout.templates import render_prompt
-from ..validation import (
+from ..outside.validation import (
     MEBIBYTE,
     Unfit,
     fields,
@@ -38,6 +34,10 @@ from ..validation import (
     read_json,
     string,
 )
+from ..rollout.encoding import encode_prompt
+from ..rollout.markers import ThinkingMarkers, find_markers
+from ..rollout.sampling import SAMPLING, Sampling
+from ..rollout.templates import render_prompt
 
 CONTRACT_NAME = "anytime_config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -296,7 +296,7 @@ class AnytimeContract:
                 Texts, which are taken as they are, or conversations.
 
         Raises:
-            `ValueError`: See [`~trl_anytime.encoding.encode_prompt`].
+            `ValueError`: See [`~trl_anytime.rollout.encoding.encode_prompt`].
         """
         return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 

@@ -18,10 +18,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ..display import for_terminal
 from ..method.budgets import check_budgets
 from ..modeling.support import admit, decoding_objection
 from ..modeling.tree_attention import plain_attention
+from ..outside.display import for_terminal
 from ..rollout.backend import Generation, PrefixGeneration, RolloutSettings, Sampler
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.sampling import Sampling

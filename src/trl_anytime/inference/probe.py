@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..display import for_terminal
-from ..encoding import encode
+from ..outside.display import for_terminal
+from ..outside.validation import fields, list_of, or_null, string
+from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
-from ..validation import fields, list_of, or_null, string
 from .anytime_config import TOKEN_ID, AnytimeContract, check_context
 
 QUESTION = (

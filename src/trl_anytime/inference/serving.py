@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..display import for_shell, for_terminal
 from ..method.budgets import check_budgets
+from ..outside.display import for_shell, for_terminal
 from ..rollout.http_backend import completion_body
 from .anytime_config import AnytimeContract
 from .generate import rollout_settings

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
-from ..display import for_plot
 from ..evaluation.statistics import Estimate
+from ..outside.display import for_plot
 from .learning_curves import LENGTH, Curve, evaluations, rewards_in_training
 
 # Whatever the user's own settings: a name is text, and may hold what TeX would run

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-from ..display import for_markdown
+from ..outside.display import for_markdown
 from .learning_curves import evaluated_set, evaluations
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
-from ..display import for_terminal
 from ..inference.anytime_config import TOKEN_ID
-from ..transport import ask, get_json
-from ..validation import MEBIBYTE, Check, Unfit, fields, integer, list_of, or_null, parse_json, string
+from ..outside.display import for_terminal
+from ..outside.transport import ask, get_json
+from ..outside.validation import MEBIBYTE, Check, Unfit, fields, integer, list_of, or_null, parse_json, string
 from .backend import Generation, RolloutSettings
 from .sampling import Sampling
 from .types import Rollout, Thinking
@@ -199,7 +199,7 @@ class CompletionClient:
             body (`dict[str, Any]`, *optional*):
                 What to post; a plain request if not set.
             check (`Check`):
-                What the answer must be, see [`~trl_anytime.validation`]. One that fails it is asked for again.
+                What the answer must be, see [`~trl_anytime.outside.validation`]. One that fails it is asked for again.
 
         Raises:
             `ConnectionError`: If there is no complete answer while the patience lasts.

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..validation import integer, number
+from ..outside.validation import integer, number
 
 # The bounds keep out what no model was sampled with, infinity first
 SAMPLING = {

@@ -23,8 +23,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
 from ..brpo_config import BRPOConfig
-from ..transport import get_json
-from ..validation import boolean, fields, integer, list_of, or_null, string
+from ..outside.transport import get_json
+from ..outside.validation import boolean, fields, integer, list_of, or_null, string
 from .backend import Generation, RolloutSettings, Sampler
 from .markers import EndScan
 from .types import Rollout, Thinking

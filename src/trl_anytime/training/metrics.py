@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..display import for_terminal
 from ..method.advantages import Returns, baseline_diagnostics
 from ..method.budgets import live_segments
+from ..outside.display import for_terminal
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
 

@@ -1,0 +1,1 @@
+"""Files, servers and text from outside: read through one validation, shown escaped."""
