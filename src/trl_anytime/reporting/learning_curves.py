@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .validation import MEBIBYTE, Unfit, fields, integer, list_of, mapping_of, number, or_null, read_json
+from ..outside.validation import MEBIBYTE, Unfit, fields, integer, list_of, mapping_of, number, or_null, read_json
 
 LENGTH = "thinking/mean_length"
 _TRAINING, _EVALUATION = "anytime/reward@", "eval_anytime/reward@"
