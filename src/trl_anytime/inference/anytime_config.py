@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
 from ..outside.validation import (
     MEBIBYTE,
+    TOKEN_ID,
     Unfit,
     fields,
     free_form,
@@ -45,7 +46,6 @@ _FORMAT = 1
 _MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
 _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
 
-TOKEN_ID = integer(0)
 BUDGETS = list_of(integer(1), least=1, most=10_000)
 _MARKER = fields(text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
 _CONTRACT = fields(

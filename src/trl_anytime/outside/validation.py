@@ -287,3 +287,6 @@ def read_yaml(path: Path, most_bytes: int = MEBIBYTE) -> Any:
         raise Unfit(f"{path} is nested too deep.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter for dates and keys
         raise Unfit(f"{path} is not YAML: {error}") from error
+
+
+TOKEN_ID = integer(0)

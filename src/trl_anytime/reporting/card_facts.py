@@ -15,7 +15,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import SchedulerType
 from trl.data_utils import is_conversational
 
-from .. import __version__
 from ..brpo_config import BRPOConfig
 from ..inference.anytime_config import AnytimeContract
 from ..rewards import AnswerReward
@@ -224,7 +223,7 @@ def card_facts(
         num_steps=max(trainer.state.max_steps, args.max_steps, 0),
         settings=_settings(trainer, contract, adapter),
         question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
-        versions={"trl_anytime": __version__, **{name: version(name) for name in libraries}},
+        versions={"trl_anytime": version("trl-anytime"), **{name: version(name) for name in libraries}},
         paper=paper,
     )
 

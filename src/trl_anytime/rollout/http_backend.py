@@ -19,10 +19,20 @@ from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
-from ..inference.anytime_config import TOKEN_ID
 from ..outside.display import for_terminal
 from ..outside.transport import ask, get_json
-from ..outside.validation import MEBIBYTE, Check, Unfit, fields, integer, list_of, or_null, parse_json, string
+from ..outside.validation import (
+    MEBIBYTE,
+    TOKEN_ID,
+    Check,
+    Unfit,
+    fields,
+    integer,
+    list_of,
+    or_null,
+    parse_json,
+    string,
+)
 from .backend import Generation, RolloutSettings
 from .sampling import Sampling
 from .types import Rollout, Thinking
