@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from packaging.version import Version
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
@@ -33,11 +33,11 @@ from .advantages import Returns, segment_returns, summary_advantages
 from .alarms import Alarms
 from .attention import enable_tree_attention, forward_packed, plain_attention
 from .brpo_config import BRPOConfig
-from .brpo_logging import baseline_metrics, completion_rows, reward_metrics, rollout_metrics
+from .brpo_logging import TABLE_COLUMNS, baseline_metrics, completion_rows, reward_metrics, rollout_metrics
 from .budgets import live_segments, prior_weights
 from .cards.card import CARD, copy_card, write_card
 from .cards.facts import card_facts
-from .checks.arguments import check_answers, check_arguments
+from .checks.arguments import check_answers, check_arguments, check_prompt_tokens, check_tokens, check_trainable
 from .checks.batch_arithmetic import most_tokens
 from .checks.run_start import report_start
 from .checks.start_checks import context_objection
@@ -45,7 +45,7 @@ from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
 from .markers import ThinkingMarkers, find_markers, render_prompt
-from .preemption import Preemption
+from .preemption import EpochEnd, Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
@@ -57,13 +57,16 @@ from .vllm_generation import ColocateGeneration, ServerSampler, check_server
 
 logger = get_logger(__name__)
 
-# TRL's metrics that look at the end of a packed row, where they only meet its last summary
+# TRL's metrics that look at the end of a packed row, where they only meet its last summary: `rollout_metrics` has
+# their meaning for rollouts
 _METRICS_OF_PLAIN_ROWS = (
     "completions/clipped_ratio",
     "completions/mean_terminated_length",
     "completions/min_terminated_length",
     "completions/max_terminated_length",
 )
+# Losses that weigh the rollouts of an optimiser step alike, however they are dealt out to its micro-batches
+_EXACT_LOSSES = ("cispo", "dapo", "dr_grpo", "grpo", "sapo")
 
 
 @dataclass
@@ -112,13 +115,14 @@ class BRPOTrainer(GRPOTrainer):
     - `__init__`: checks, markers, tree attention.
     - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
     - `_calculate_rewards`: reward functions are called once per summary.
+    - `_log_completion_extra`: refuses names of our own columns in the table of completions.
     - `prediction_step`: every rollout counts once in an evaluation, however many ranks there are.
-    - `_prepare_inputs`: rollouts of like length share a micro-batch.
+    - `_prepare_inputs`: rollouts of like length share a micro-batch, where that changes no gradient.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `training_step`: measures the time of the update.
     - `_get_grad_norm`: refuses to step along a gradient that is not finite.
-    - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_get_train_sampler`: a fault on one rank ends all, SIGTERM
-      saves, checkpoints are whole and resumed exactly (docs/reliability.md).
+    - `train`, `_save_checkpoint`, `_load_from_checkpoint`, `_load_rng_state`, `_get_train_sampler`, `_run_epoch`: a
+      fault on one rank ends all, SIGTERM saves, checkpoints are whole and resumed exactly (docs/reliability.md).
     - `log`: sounds the alarms, and gives trackers figures and tables (docs/monitoring.md).
     - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: a card of its own (docs/model_cards.md).
@@ -209,6 +213,7 @@ class BRPOTrainer(GRPOTrainer):
         self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
         # What `train()` goes on from, if anything
         self._checkpoint: Path | None = None
+        self._resumed: dict[str, Any] = {}  # what its manifest says
         self._alarms: Alarms | None = None  # of the main process, once training begins
         # Logs of evaluations before `train()`
         self._evaluated: list[dict[str, Any]] = []
@@ -218,6 +223,7 @@ class BRPOTrainer(GRPOTrainer):
             self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
 
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        check_trainable(self.model)
 
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
@@ -233,16 +239,21 @@ class BRPOTrainer(GRPOTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "colocate":
             self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        longest_prompts = self._longest_prompts()
+        shortest_prompts, longest_prompts = self._shortest_and_longest_prompts()
+        check_tokens(self._tokenizer, self.model, self.eos_token_ids, self.markers, shortest_prompts + longest_prompts)
         self._check_context(longest_prompts)
         packed, _ = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
         self._longest_prompt = max(map(len, longest_prompts))  # tokens
 
+        if not self.use_vllm and not self.use_transformers_continuous_batching:
+            # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
+            self.generation_config.remove_invalid_values = True
         self._forward = self._choose_forward()
         self._generation = self._choose_generation()
 
         self._preemption = Preemption(self.accelerator, enabled=args.save_strategy != "no")
+        self.add_callback(EpochEnd())
         self.add_callback(self._preemption)
         self.add_callback(_AtTrainBegin(self._at_train_begin))
         self._trackers = Trackers(cast(list[str], args.report_to), self.callback_handler)
@@ -269,13 +280,13 @@ class BRPOTrainer(GRPOTrainer):
             answer_bridge=self.args.answer_bridge,
         )
 
-    def _longest_prompts(self, count: int = 16) -> list[list[int]]:
-        """The longest prompts of the training data as token ids; of a stream, the first."""
+    def _shortest_and_longest_prompts(self, count: int = 16) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts of the training data as token ids; of a stream, the first for both."""
         if isinstance(self.train_dataset, IterableDataset):
-            prompts = [example["prompt"] for example in self.train_dataset.take(1)]
-        else:
-            prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))[-count:]
-        return self._tokenize_prompts(prompts)[0]
+            first = self._tokenize_prompts([self._first_prompt])[0]
+            return first, first
+        by_length = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))
+        return self._tokenize_prompts(by_length[:count])[0], self._tokenize_prompts(by_length[-count:])[0]
 
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
         in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -363,6 +374,7 @@ class BRPOTrainer(GRPOTrainer):
         batch = self._batch
         assert batch is not None
         prompt_ids = self._tokenize_prompts(prompts)[0]
+        check_prompt_tokens(self.model, prompt_ids)  # on the host: on a GPU it would be an assertion without a cause
         self._check_context(prompt_ids)
 
         settings = RolloutSettings(
@@ -489,6 +501,15 @@ class BRPOTrainer(GRPOTrainer):
         objective_NF[batch.num_counted :] = torch.nan
         return objective_NF
 
+    def _log_completion_extra(self, column, values):
+        taken = (*TABLE_COLUMNS, *self.reward_func_names)
+        if column in taken:
+            raise ValueError(
+                f"`log_extra({column!r}, ...)`: the table of completions has a column of this name. Choose a name "
+                f"other than {', '.join(taken)}."
+            )
+        super()._log_completion_extra(column, values)
+
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         start = time.perf_counter()
@@ -596,14 +617,26 @@ class BRPOTrainer(GRPOTrainer):
         if self._buffered_inputs is before:  # evaluation, or no new rollouts
             return inputs
         # Rollouts of like length share a micro-batch, so that little padding is computed. They move only within what
-        # one optimiser step accumulates: its gradient stays the same for every loss that weighs rollouts alike.
+        # one optimiser step accumulates, and only where that leaves its gradient as it is.
         steps, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if steps % accumulated == 0 or accumulated % steps == 0:
+        if self._weighs_rollouts_alike and (steps % accumulated == 0 or accumulated % steps == 0):
             window = min(steps, accumulated)
             for first in range(0, steps, window):
                 part = slice(first, first + window)
                 self._buffered_inputs[part] = _sorted_by_length(self._buffered_inputs[part])
         return self._buffered_inputs[self._step % steps]
+
+    @property
+    def _weighs_rollouts_alike(self) -> bool:
+        """Whether the gradient of an optimiser step is the same for all ways to deal rollouts out to micro-batches."""
+        args = self.args
+        of_micro_batches = (  # a mean, a quantile and a product of means over the tokens of a micro-batch
+            args.entropy_coef != 0
+            or args.use_adaptive_entropy
+            or args.top_entropy_quantile < 1
+            or self.aux_loss_enabled
+        )
+        return args.loss_type in _EXACT_LOSSES and not of_micro_batches
 
     def _new_batch(self, mode: str, num_rollouts: int) -> _Batch:
         args, num_counted = self.args, self._num_counted(mode, num_rollouts)
@@ -639,7 +672,7 @@ class BRPOTrainer(GRPOTrainer):
             output = super()._get_per_token_logps_and_entropies(
                 packed_model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
-            self._check_finite("log-probabilities", output[0], input_ids[:, :-logits_to_keep])
+            self._check_logprobs(output[0], input_ids[:, :-logits_to_keep])
         return output
 
     def _compute_loss(self, model, inputs):
@@ -648,18 +681,23 @@ class BRPOTrainer(GRPOTrainer):
             loss = super()._compute_loss(model, inputs)
         finally:
             self._packed = None
-        self._check_finite("loss", loss.expand(len(inputs["prompt_ids"]), 1), inputs["prompt_ids"])
+        if self.args.on_nonfinite == "raise" and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: the loss of a micro-batch of {len(inputs['prompt_ids'])} rollouts is "
+                f"{loss.item()}, with finite log-probabilities. `on_nonfinite='skip'` leaves such steps out."
+            )
         return loss
 
-    def _check_finite(self, name: str, values: torch.Tensor, prompt_ids: torch.Tensor) -> None:
-        """`values` has one row per prompt; both ranks of `prompt_ids` may be padded."""
-        if self.args.on_nonfinite == "skip" or torch.isfinite(values).all():
+    def _check_logprobs(self, logprobs: torch.Tensor, prompt_ids: torch.Tensor) -> None:
+        """Both have one row per rollout."""
+        if self.args.on_nonfinite == "skip" or torch.isfinite(logprobs).all():
             return
-        rows = (~torch.isfinite(values)).any(dim=1)
+        rows = (~torch.isfinite(logprobs)).any(dim=1)
         texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
         raise FloatingPointError(
-            f"Step {self.state.global_step}: {name} not finite for {len(texts)} of {len(rows)} rollouts of a "
-            f"micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
+            f"Step {self.state.global_step}: log-probabilities not finite for {len(texts)} of {len(rows)} rollouts of "
+            f"a micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps "
+            "out."
         )
 
     def _prompt_text(self, ids: torch.Tensor) -> str:
@@ -713,9 +751,11 @@ class BRPOTrainer(GRPOTrainer):
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
+        self._resumed = {}
         if not resume_from_checkpoint:
             return None
         folder, objection = Path(), None
+        saved: dict[str, Any] = {}
         warnings: list[str] = []
         if self.accelerator.is_main_process:
             try:
@@ -729,7 +769,8 @@ class BRPOTrainer(GRPOTrainer):
                     warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
             except ValueError as error:
                 objection = str(error)
-        folder, warnings, objection = broadcast_object_list([folder, warnings, objection])
+        folder, saved, warnings, objection = broadcast_object_list([folder, saved, warnings, objection])
+        self._resumed = saved
         if objection is not None:
             raise ValueError(objection)
         for warning in warnings:
@@ -739,16 +780,25 @@ class BRPOTrainer(GRPOTrainer):
     def _settings(self) -> dict[str, Any]:
         model = self.accelerator.unwrap_model(self.model)
         frozen = model if is_peft_model(model) else self.ref_model
-        if self._is_sharded:
-            frozen = None  # its weights are not at hand
+        if self._is_sharded or self.args.sync_ref_model:
+            frozen = None  # its weights are not at hand, or change
         return checkpoint.settings_of(
             self.args,
             self.markers,
             model,
             None if frozen is None else self.accelerator.unwrap_model(frozen),
             None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
+            self._fingerprint_of_prompts,
             self._rollouts_in_use,
+            self._preemption.evaluation_due,
         )
+
+    @cached_property
+    def _fingerprint_of_prompts(self) -> str | None:
+        if isinstance(self.train_dataset, IterableDataset):
+            return None
+        # As they are stored: a transform on the fly may be random
+        return checkpoint.fingerprint_of_prompts(self.train_dataset.with_format(None)["prompt"])
 
     @property
     def _rollouts_in_use(self) -> bool:
@@ -780,7 +830,8 @@ class BRPOTrainer(GRPOTrainer):
         if args.should_save:
             if save_total_limit is not None:
                 checkpoint.remove_unfinished(run_dir)
-            rotate_checkpoints(str(run_dir), save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(run_dir, save_total_limit, {folder} if best is None else {folder, Path(best)})
 
     def _rank_state(self) -> dict[str, Any]:
         """What TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
@@ -813,6 +864,22 @@ class BRPOTrainer(GRPOTrainer):
                 next(iter(sampler))
         return sampler
 
+    def _load_rng_state(self, checkpoint):
+        """Once in a resumed run, when all is as it was after the step of the checkpoint."""
+        super()._load_rng_state(checkpoint)
+        if self._resumed["evaluation_due"]:
+            logger.warning(
+                f"Evaluating at step {self.state.global_step}: {checkpoint} was saved before that was done."
+            )
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics, None)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # transformers would look at the limit after another step
+            self.control.should_training_stop = True
+
     def _at_train_begin(self) -> None:
         if self.accelerator.is_main_process:
             report_start(self, self._longest_prompt)
@@ -825,17 +892,25 @@ class BRPOTrainer(GRPOTrainer):
         if self._adaptive_baseline is not None:  # the same on all ranks, and with other ranks than at the time
             state = checkpoint.load_rank_state(self._checkpoint, 0, torch.device("cpu"))
             self._adaptive_baseline.load_state_dict(state["adaptive_baseline"])
-        if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):
-            return  # other ranks than at the time, and no rollouts in use
-        state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
-        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        self._metrics["train"].update(state["metrics"])
-        if self.log_completions and state["logs"] is not None:
-            self._logs.update(checkpoint.to_logs(state["logs"]))
-        if self._alarms is not None and state["alarms"] is not None:
-            self._alarms.load_state_dict(state["alarms"])
-        self._tr_loss += state["loss"]
-        self._globalstep_last_logged = state["last_logged"]
+        finished = self.state.global_step >= self.state.max_steps
+        # With other ranks than at the time there are no rollouts in use, see `compare_settings`
+        if self._resumed["geometry"]["world_size"] == self.args.world_size:
+            state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+            self._metrics["train"].update(state["metrics"])
+            if self.log_completions and state["logs"] is not None:
+                self._logs.update(checkpoint.to_logs(state["logs"]))
+            if self._alarms is not None and state["alarms"] is not None:
+                self._alarms.load_state_dict(state["alarms"])
+            if not finished:
+                self._tr_loss += state["loss"]
+            self._globalstep_last_logged = state["last_logged"]
+        if finished:
+            logger.warning(
+                f"{self._checkpoint} is the end of the run: {self.state.global_step} steps of {self.state.max_steps}. "
+                "Nothing is trained. Raise `max_steps` or `num_train_epochs` to go on."
+            )
+            self._load_rng_state(str(self._checkpoint))
 
     # Logging
 
