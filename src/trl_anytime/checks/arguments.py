@@ -97,7 +97,7 @@ def check_dataset(name: str, dataset: Any) -> None:
         if not len(dataset):
             raise ValueError(f"`{name}` is empty.")
         for row, prompt in enumerate(dataset["prompt"]):
-            if not (prompt.strip() if isinstance(prompt, str) else is_conversational({"prompt": prompt})):
+            if not (prompt.strip() if isinstance(prompt, str) else prompt and is_conversational({"prompt": prompt})):
                 raise ValueError(
                     f"Row {row} of `{name}` has the prompt {prompt!r}: it must be a text or a conversation, and not "
                     "empty. Mend or drop such rows."
