@@ -24,13 +24,13 @@ from .markers import ThinkingMarkers
 
 MANIFEST = "brpo_checkpoint.json"
 # What a manifest says besides its files, and of which type: written by `settings_of` and by the trainer
-_SETTINGS_TYPES = {
+_SETTINGS_TYPES: dict[str, type] = {
     "fixed": dict,
     "geometry": dict,
     "reported": dict,
     "rollouts_in_use": bool,
     "evaluation_due": bool,
-    "steps_between_generations": (int, float),
+    "steps_between_generations": float,
     "save_only_model": bool,
 }
 
