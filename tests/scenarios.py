@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,9 @@ SETTINGS = {
 }
 
 
+LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
+
+
 def this_rank():
     return int(os.environ.get("RANK", "0"))
 
@@ -50,7 +54,7 @@ def make_trainer(
     directory,
     reward=parity_reward,
     lora=False,
-    num_prompts=4,
+    prompts=4,
     callbacks=None,
     model=None,
     fsdp2=False,
@@ -65,11 +69,11 @@ def make_trainer(
     trainer = BRPOTrainer(
         make_model(**(model or {})),
         config,
-        make_dataset(num_prompts),
+        make_dataset(prompts) if isinstance(prompts, int) else make_dataset(max(prompts) + 1).select(prompts),
         reward_funcs=reward,
         processing_class=make_tokenizer(),
         eval_dataset=make_dataset(3),
-        peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear") if lora else None,
+        peft_config=LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})}) if lora else None,
         callbacks=callbacks,
         reward_processing_classes=reward_processing_class,
     )
@@ -97,12 +101,15 @@ def summary(trainer):
     return {"log": log, "weights": weights.tolist(), "steps": trainer.state.global_step}
 
 
-def train(directory, resume=None, kill=None, by_prefix=False, **settings):
+def train(directory, resume=None, kill=None, by_prefix=False, nan_weights=False, **settings):
     """
     Train to the end, unless `kill` names the place, the rank and the how-manieth time at which a rank kills itself.
-    With `by_prefix`, generate as sharded models do.
+    With `by_prefix`, generate as sharded models do. With `nan_weights`, the model is broken before it begins.
     """
     trainer = make_trainer(directory, **settings)
+    if nan_weights:
+        with torch.no_grad():
+            trainer.model.lm_head.weight[5] = torch.nan
     if by_prefix:
         trainer.generation = PrefixGeneration(TRLSampler(trainer))
     if kill is not None:
@@ -154,6 +161,18 @@ def terminated(directory, rank, place, count, **settings):
         do_in(trainer, place, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
     trainer.train()
     return "went on after training"
+
+
+def exits(directory, place, code=0, rank=0, **settings):
+    """Something ends the process of one rank."""
+    trainer = make_trainer(directory, **settings)
+
+    def leave():
+        sys.exit(code)
+
+    if this_rank() == rank:
+        do_in(trainer, place, 2, leave)
+    trainer.train()
 
 
 class FullDisk(TrainerCallback):
@@ -325,7 +344,7 @@ def equality(directory, replay=None, **settings):
     """
     Train and evaluate, on rollouts that are sampled and recorded, or replayed from the file `replay`.
     """
-    trainer = make_trainer(directory, num_prompts=8, **{**EQUALITY, **settings})
+    trainer = make_trainer(directory, prompts=8, **{**EQUALITY, **settings})
     calls, gradients = [], []
     if replay is None:
         roll_out = trainer.generation.roll_out

@@ -5,8 +5,8 @@ import statistics
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig, TaskType
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -212,7 +212,7 @@ def test_rollouts_of_like_length_share_a_micro_batch(tmp_path, monkeypatch, accu
     runs = []
     for dealt in (True, False):
         if not dealt:
-            monkeypatch.setattr("trl_anytime.brpo_trainer._sorted_by_length", lambda batches: batches)
+            monkeypatch.setattr("trl_anytime.training.micro_batches._sorted_by_length", lambda batches: batches)
         gradients, micro_batches = Gradients(), []
         trainer = make_trainer(tmp_path, callbacks=[gradients], **settings)
         compute_loss = trainer._compute_loss
@@ -235,6 +235,64 @@ def test_rollouts_of_like_length_share_a_micro_batch(tmp_path, monkeypatch, accu
     for step, plain_step in zip(sorted_steps, plain_steps, strict=True):
         largest = max(gradient.abs().max() for gradient in plain_step.values())
         assert all((step[name] - plain_step[name]).abs().max() <= 5e-5 * largest for name in plain_step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        *(({"loss_type": name}, True) for name in ("dr_grpo", "grpo", "dapo", "cispo", "sapo")),
+        ({"loss_type": "dapo", "beta": 0.1, "peft_config": LoraConfig(r=4, target_modules="all-linear")}, True),
+        ({"loss_type": "bnpo"}, False),
+        ({"entropy_coef": 0.1}, False),
+        ({"use_adaptive_entropy": True, "entropy_coef": 0.1, "entropy_target": 9.0}, False),
+        ({"top_entropy_quantile": 0.5}, False),
+        ({"model": "moe"}, False),
+    ],
+)
+def test_dealing_out_changes_no_gradient(tmp_path, monkeypatch, settings, exact):
+    """Sorted only where it changes nothing; where it would, the gradients of all ways to deal out do differ."""
+    if settings.get("model") == "moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+        settings = {"model": make_model("qwen3_moe", **experts), "router_aux_loss_coef": 1.0}
+    settings = {**settings, "per_device_train_batch_size": 2, "num_generations": 2, "gradient_accumulation_steps": 4}
+    trainer = make_trainer(tmp_path, optim="sgd", max_steps=1, **settings)
+    prepare, dealt = trainer._prepare_inputs, []
+
+    def keep(inputs):
+        output = prepare(inputs)
+        dealt[:] = dealt or [{**batch} for batch in trainer._buffered_inputs]
+        return output
+
+    trainer._prepare_inputs = keep
+    trainer.train()
+    lengths = [n for batch in dealt for n in (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()]
+    assert (lengths == sorted(lengths, reverse=True)) == exact
+
+    trainer.use_adaptive_entropy = False  # its coefficient stays as it is now
+
+    def gradient(batches):
+        trainer.model.zero_grad()
+        trainer.current_gradient_accumulation_steps = 4
+        torch.manual_seed(0)
+        for batch in batches:
+            trainer._compute_loss(trainer.model, batch).backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    trainer.model.train()
+    backwards = [{**batch, **{k: v.flip(0) for k, v in batch.items() if v.dim()}} for batch in reversed(dealt)]
+    mixed = _mixed(dealt)
+    plain = gradient(dealt)
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(gradient(backwards), plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
+    difference = (gradient(mixed) - plain).norm() / plain.norm()
+    assert (difference < 1e-4) == exact, difference
+
+
+def _mixed(batches):
+    """The same rows in other micro-batches: the first of each, then the second of each."""
+    rows = {k: torch.cat([batch[k] for batch in batches]) for k, v in batches[0].items() if v.dim()}
+    order = [*range(0, 8, 2), *range(1, 8, 2)]
+    return [{**batches[0], **{k: v[order][2 * i : 2 * i + 2] for k, v in rows.items()}} for i in range(4)]
 
 
 def test_sampling_settings_are_restored(tmp_path):
@@ -535,8 +593,42 @@ def test_metrics(tmp_path):
     assert None not in log.values()
     names |= {"reward", "reward_std", "num_tokens", "completions/mean_length", "entropy", "step_time"}
     assert names <= set(log)
-    assert "completions/clipped_ratio" not in log
+    assert log["completions/clipped_ratio"] == 1  # no thinking ends
+    assert not any(name.endswith("terminated_length") for name in log)
     assert all(log[f"time/{phase}"] > 0 for phase in ("thinking", "summarising", "grading", "scoring", "updating"))
+
+
+def test_lengths_of_rollouts_whose_thinking_ends(tmp_path):
+    trainer = make_trainer(tmp_path, Recorder, model=sampling(end=0.0, eos=-1.0), max_steps=1)
+    trainer.train()
+    (_, batch, _), log = trainer.rolled[0], trainer.state.log_history[0]
+    ended = [rollout for rollout in batch.rollouts if rollout.thinking.finished or rollout.thinking.abandoned]
+    lengths = [
+        len(rollout.thinking.token_ids) + sum(len(ids) for row in rollout.summaries for ids in row)
+        for rollout in ended
+    ]
+    assert 0 < len(ended) < 8 and len(set(lengths)) > 1
+    assert log["completions/clipped_ratio"] == 1 - len(ended) / 8
+    of = {"mean": statistics.mean(lengths), "min": min(lengths), "max": max(lengths)}
+    for name, value in of.items():
+        assert log[f"completions/{name}_terminated_length"] == pytest.approx(value)
+    # All rollouts: the same measure as TRL's
+    trainer = make_trainer(tmp_path, model=sampling(end=50.0), max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for name in of:
+        assert log[f"completions/{name}_terminated_length"] == log[f"completions/{name}_length"]
+
+
+@pytest.mark.parametrize("column", ["budget", "thinking", "step", "prompt", "advantage", "logging_reward"])
+def test_extra_columns_do_not_replace_ours(tmp_path, column):
+    def logging_reward(completion_ids, log_extra, **kwargs):
+        log_extra(column, [0] * len(completion_ids))
+        return parity_reward(None, completion_ids)
+
+    trainer = make_trainer(tmp_path, reward_funcs=logging_reward)
+    with pytest.raises(ValueError, match=f"log_extra.'{column}'"):
+        trainer.train()
 
 
 def test_completions_table(tmp_path):
@@ -588,11 +680,118 @@ def test_checkpoints_resume(tmp_path):
         ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "needs a column 'prompt', it has"),
         ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "BRPO trains on text"),
         ({"train_dataset": None}, "`train_dataset` is required"),
+        ({"temperature": 0.0}, "`temperature`"),
+        ({"temperature": math.nan}, "`temperature`"),
+        ({"top_p": 0.0}, "`top_p`"),
+        ({"generation_kwargs": {"temperature": 0}}, "`temperature`"),
+        ({"generation_kwargs": {"do_sample": False}}, "do_sample"),
     ],
 )
 def test_bad_arguments(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **settings)
+
+
+ARGUMENTS_OF_REWARDS = [
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "well_formed",
+]
+
+
+def stream(rows):
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([{"prompt": "1"}], "is a list"),
+        (iter([{"prompt": "1"}]), "is a list_iterator"),
+        (DatasetDict({"train": make_dataset()}), "is a DatasetDict"),
+        (Dataset.from_dict({"question": ["1"], "answer": ["1"]}), "column 'prompt'"),
+        (stream([{"question": "1"}]), "column 'prompt'"),
+        (Dataset.from_dict({"prompt": []}), "is empty"),
+        (Dataset.from_dict({"prompt": ["1", ""]}), "Row 1"),
+        (Dataset.from_dict({"prompt": ["1", "2", " \n"]}), "Row 2"),
+        (Dataset.from_dict({"prompt": ["1", None]}), "Row 1"),
+        (Dataset.from_dict({"prompt": [[{"role": "user", "content": "1"}], []]}), "Row 1"),
+        (Dataset.from_dict({"prompt": [7]}), "Row 0"),
+        *((make_dataset().add_column(name, ["x"] * 8), name) for name in ARGUMENTS_OF_REWARDS),
+    ],
+)
+def test_bad_data(tmp_path, dataset, message):
+    """For training, for evaluation, and as one of several sets."""
+    cases = {"train_dataset": dataset, "eval_dataset": {"good": make_dataset(2), "bad": dataset}}
+    if not isinstance(dataset, dict):  # several sets
+        cases["eval_dataset "] = dataset
+    for name, value in cases.items():
+        with pytest.raises(ValueError, match=message) as error:
+            make_trainer(tmp_path, **{name.strip(): value})
+        assert name.strip() in str(error.value)
+        if isinstance(value, dict) and "good" in value:
+            assert "'bad'" in str(error.value)
+
+
+def test_a_column_that_a_reward_does_not_get_is_no_fault(tmp_path):
+    make_trainer(tmp_path, train_dataset=make_dataset().add_column("completion", ["x"] * 8))
+
+
+# A model or tokenizer that does not fit
+
+
+def test_nothing_to_train(tmp_path):
+    """An adapter as `from_pretrained` loads it is frozen."""
+    get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(tmp_path, model=PeftModel.from_pretrained(make_model(), tmp_path / "adapter"))
+    trainable = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+    make_trainer(tmp_path, model=trainable)
+    two = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
+    two.load_adapter(tmp_path / "adapter", "second", is_trainable=True)
+    assert two.active_adapters == ["default"]
+    with pytest.raises(ValueError, match="'default'"):
+        make_trainer(tmp_path, model=two)
+    with pytest.raises(ValueError, match="No parameter of the model"):
+        make_trainer(tmp_path, model=make_model().requires_grad_(False))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    tokenizer = make_tokenizer(extra_words=("ten",))  # token 20
+    data = Dataset.from_dict({"prompt": ["1 <think>", "ten <think>"], "answer": ["1", "10"]})
+    with pytest.raises(ValueError, match="token 20, and the model has 20"):
+        make_trainer(tmp_path, processing_class=tokenizer, train_dataset=data)
+    with pytest.raises(ValueError, match="`answer_bridge` has the token 20"):
+        make_trainer(tmp_path, processing_class=tokenizer, answer_bridge="ten")
+    # In a prompt of average length, which is not looked at before it is sampled from
+    many = ["1 1 <think>"] * 20 + ["ten 1 <think>"] * 2 + ["1 1 1 1 1 1 1 1 1 <think>"] * 20
+    data = Dataset.from_dict({"prompt": many, "answer": ["1"] * 42})
+    trainer = make_trainer(
+        tmp_path, processing_class=tokenizer, train_dataset=data, shuffle_dataset=False, max_steps=50
+    )
+    with pytest.raises(ValueError, match="token 20, and the model has 20"):
+        trainer.train()
+    make_trainer(tmp_path, processing_class=tokenizer, model=make_model(vocab_size=21), train_dataset=data)
+
+
+def test_no_end_of_sequence_token(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        make_trainer(tmp_path, processing_class=tokenizer)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        make_trainer(tmp_path, processing_class=tokenizer)
+
+
+def test_prompts_that_render_to_nothing(tmp_path):
+    silent = "{% if messages[0].content != '0' %}" + make_tokenizer().chat_template + "{% endif %}"
+    with pytest.raises(ValueError, match="no tokens once it is rendered"):
+        make_trainer(tmp_path, processing_class=make_tokenizer(silent))
 
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])

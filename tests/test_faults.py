@@ -55,6 +55,21 @@ def test_a_rank_that_is_killed_ends_the_other(ranks, tmp_path):
     assert ended[0].seconds - ended[1].seconds < SOON
 
 
+def test_an_exit_without_a_code_is_a_fault_on_one_rank(ranks, tmp_path):
+    """`sys.exit(0)` where a callback, the data or anything else runs: the run is not finished, and says so."""
+    ended = ranks.run("exits", tmp_path, place="loss", **{**TWO, "world_size": 1, "per_device_train_batch_size": 4})
+    assert ended[0].code == 1
+    assert "RuntimeError: Training was ended by an exit with code 0" in ended[0].output
+    assert "in leave" in ended[0].output  # where the exit was
+
+
+@pytest.mark.parametrize("code", [0, None, 3])
+def test_an_exit_on_one_rank_ends_both(ranks, tmp_path, code):
+    ended = ranks.run("exits", tmp_path, place="loss", rank=1, code=code, **TWO)
+    assert [rank.code for rank in ended] == [1, code or 1]
+    assert "Rank 1 failed" in ended[0].output and "in leave" in ended[0].output
+
+
 def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
     ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
@@ -88,7 +103,17 @@ def test_log_probabilities_that_are_nan(ranks, tmp_path):
 def test_a_loss_that_is_nan(ranks, tmp_path):
     ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no")
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 0: loss not finite" in ended[0].output
+    assert "FloatingPointError: Step 0: the loss of a micro-batch of 4 rollouts is" in ended[0].output
+    assert "with the prompts" not in ended[0].output  # which of them is not known
+
+
+@pytest.mark.parametrize("by_prefix", [False, True])
+def test_nan_that_meets_sampling_first(ranks, tmp_path, by_prefix):
+    """Both ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
+    ended = ranks.run("train", tmp_path, nan_weights=True, by_prefix=by_prefix, save_strategy="no")
+    assert ended[0].code == 1
+    assert "FloatingPointError: Step 0: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
+    assert "with the prompts ['<|im_start|> user" in ended[0].output
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

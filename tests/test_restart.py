@@ -3,14 +3,19 @@
 import signal
 
 import pytest
+from trl_anytime.checkpoint import manifest
 
 heavy = pytest.mark.heavy
 
+TWO = {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4}
 KINDS = {
     "one rank": {},
-    "two ranks": {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4},
+    "two ranks": TWO,
     "LoRA": {"lora": True},
     "LoRA in bfloat16": {"lora": "bfloat16"},
+    # An epoch has eight steps: its evaluation and its log are due at a step that is saved
+    "epochs": {"eval_strategy": "epoch", "logging_strategy": "epoch", "max_steps": 18},
+    "two ranks, epochs": {**TWO, "eval_strategy": "epoch", "max_steps": 10},
 }
 
 
@@ -63,6 +68,10 @@ def test_killed_and_resumed(ranks, straight, tmp_path):
         ("one rank", "data", 9),  # between two epochs
         ("one rank", "saving", 1),  # no checkpoint is whole yet
         ("one rank", "saving", 8),
+        ("epochs", "evaluation", 1),  # behind the last step of an epoch
+        ("epochs", "loss", 11),  # the first step of the next
+        ("epochs", "evaluation", 5),  # behind the last step, in the middle of an epoch
+        ("two ranks, epochs", "evaluation", 1),
         ("LoRA", "loss", 9),
         ("LoRA in bfloat16", "loss", 9),
         ("two ranks", "grading", 2),
@@ -113,13 +122,26 @@ def test_killed_again_and_again(ranks, straight, tmp_path):
 
 @heavy
 @pytest.mark.parametrize(
-    ("kind", "rank", "place", "count"),
-    [("one rank", 0, "generation", 2), ("one rank", 0, "evaluation", 1), ("two ranks", 1, "grading", 3)],
+    ("kind", "rank", "place", "count", "step", "due"),
+    [
+        ("one rank", 0, "generation", 2, 5, False),
+        ("one rank", 0, "evaluation", 1, 6, False),
+        ("two ranks", 1, "grading", 3, 6, False),
+        ("one rank", 0, "loss", 6, 6, True),
+        ("one rank", 0, "loss", 12, 10, True),  # the last step, after two losses of an evaluation
+        ("epochs", 0, "loss", 8, 8, True),
+        ("epochs", 0, "loss", 5, 5, False),
+        ("epochs", 0, "loss", 22, 18, True),
+        ("two ranks, epochs", 1, "loss", 8, 8, True),
+    ],
 )
-def test_sigterm_saves_and_exits(ranks, straight, tmp_path, kind, rank, place, count):
+def test_sigterm_saves_and_exits(ranks, straight, tmp_path, kind, rank, place, count, step, due):
+    """An evaluation that is due in such a step is left out, and made up for when the run goes on."""
     ended = ranks.run("terminated", tmp_path, rank=rank, place=place, count=count, **KINDS[kind])
     assert [rank.code for rank in ended] == [0] * len(ended), ended[0].output
     assert [rank.result for rank in ended] == [None] * len(ended)  # it did not go on after training
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*"))
-    assert last == {"generation": 5, "evaluation": 6, "grading": 6}[place]
-    assert_continues(ranks, tmp_path, straight, kind)
+    assert last == step
+    assert manifest(tmp_path / "out" / f"checkpoint-{last}")["settings"]["evaluation_due"] == due
+    resumed = assert_continues(ranks, tmp_path, straight, kind)
+    assert (f"Evaluating at step {last}" in resumed[0].output) == due

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import trl
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -19,7 +18,9 @@ import trl_anytime.rollout.trl_backend
 import trl_anytime.rollout.vllm_backend
 import trl_anytime.training.reliable_trainer
 from trl_anytime import BRPOTrainer
+from trl_anytime.checks.arguments import _REWARD_ARGUMENTS
 from trl_anytime.rollout.trl_backend import TRLSampler
+from trl_anytime.training.metrics import TABLE_COLUMNS
 from trl_anytime.training.reliable_trainer import ReliableGRPOTrainer
 
 # Overridden methods and the parameters they are called with
@@ -34,6 +35,8 @@ OVERRIDDEN = {
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_train_sampler": ["self", "dataset"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "_log_completion_extra": ["self", "column", "values"],
     "_save_checkpoint": ["self", "model", "trial"],
     "create_model_card": ["self", "model_name", "dataset_name", "tags"],
     "save_model": ["self", "output_dir", "_internal_call"],
@@ -42,6 +45,8 @@ OVERRIDDEN = {
 CALLED = {
     "_get_output_dir": ["self", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
+    "_determine_best_metric": ["self", "metrics", "trial"],
     "_generate_single_turn": [
         "self",
         "prompt_ids",
@@ -157,8 +162,17 @@ def test_what_a_restart_relies_on():
         before, after = loop.split("self.callback_handler.on_train_begin(")
         assert f"self.{name} = " in before and f"self.{name} = " not in after  # so that a callback may set it
     assert "self._init_training_state(" in before and "self._prepare_for_training(" in before
-    # The state of random numbers is loaded last, once the first batch has been fetched
-    assert "self._load_rng_state(resume_from_checkpoint)" in inspect.getsource(Trainer._run_epoch)
+    # The state of random numbers is loaded last, once the first batch has been fetched, and once in a run
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert "self._load_rng_state(resume_from_checkpoint)" in epoch
+    assert "_load_rng_state" not in loop
+    # An epoch that is left out ends training
+    assert "if self.control.should_training_stop:" in loop.split("self._run_epoch(")[1]
+    # `EpochEnd`: the end of an epoch is behind its last step's checkpoint, and a step is logged once
+    assert epoch.index("on_step_end(") < epoch.index("_maybe_log_save_evaluate(") < epoch.index("on_epoch_end(")
+    finish = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "self.state.global_step > self._globalstep_last_logged" in finish
+    assert finish.index("self._evaluate(") < finish.index("self._save_checkpoint(")
     # Rollouts are generated anew between generation batches alone
     source = inspect.getsource(GRPOTrainer._prepare_inputs)
     assert "if self._step % generate_every == 0 or self._buffered_inputs is None:" in source
@@ -173,12 +187,19 @@ def test_what_saving_relies_on():
     assert 'f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"' in source
     assert "run_dir = self._get_output_dir(trial=trial)" in source
     assert "save_total_limit=self.args.save_total_limit" in source
-    assert parameters(rotate_checkpoints)[:4] == [
-        "output_dir",
-        "save_total_limit",
-        "best_model_checkpoint",
-        "use_mtime",
-    ]
+
+
+def test_arguments_of_reward_functions():
+    """Columns of these names would be lost, or be passed twice."""
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    set_by_trl = set(re.findall(r'(?<!_)reward_kwargs\["(\w+)"\] = ', source)) - {"environments"}  # which are refused
+    passed = set(re.findall(r"(\w+)=", source.split("output_reward_func = reward_func(")[1].split("**")[0]))
+    assert set_by_trl | passed | {"well_formed"} == set(_REWARD_ARGUMENTS)
+
+
+def test_columns_of_the_table_of_completions():
+    table = inspect.getsource(GRPOTrainer.log).split("table = {")[1].split("}\n")[0]
+    assert set(re.findall(r'"(\w+)": ', table)) | {"budget", "thinking", "thinking_advantage"} == set(TABLE_COLUMNS)
 
 
 def test_what_skipping_a_step_relies_on():

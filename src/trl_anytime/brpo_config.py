@@ -1,7 +1,8 @@
 """Settings of the [`BRPOTrainer`]: what BRPO adds to TRL's [`~trl.GRPOConfig`], and what it sets differently."""
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -352,6 +353,22 @@ class BRPOConfig(GRPOConfig):
             )
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
+        # What is sampled by, wherever it is set
+        generation_kwargs = cast(dict[str, Any], self.generation_kwargs or {})
+        sampling = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        sampling |= {name: value for name, value in generation_kwargs.items() if name in sampling}
+        for name, value in sampling.items():
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"`{name}` must be a number greater than 0, got {value}: BRPO learns from how sampled rollouts "
+                    "differ. For nearly greedy sampling set a small `temperature`."
+                )
+        if generation_kwargs.get("do_sample") is False:
+            raise ValueError("`generation_kwargs` must not set `do_sample=False`: all rollouts would be the same.")
         if self.card_metric not in (None, *CARD_METRICS):
             raise ValueError(f"`card_metric` must be one of {CARD_METRICS}, got {self.card_metric!r}.")
         if self.card_base_model is not None:

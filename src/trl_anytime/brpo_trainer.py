@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,11 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from .brpo_config import BRPOConfig
-from .checks.arguments import check_answers, check_arguments
+from .checks.arguments import check_answers, check_arguments, check_prompt_tokens, check_tokens, check_trainable
 from .checks.batch_sizes import most_tokens
-from .checks.finding import ERROR
+from .checks.prompts import checked_markers, first_prompt, shortest_and_longest
 from .checks.run_start import StartReport
-from .checks.start_checks import context_objection, prompt_findings
+from .checks.start_checks import context_objection
 from .inference.anytime_config import AnytimeContract
 from .method.adaptive_baseline import AdaptiveBaseline
 from .method.advantages import segment_returns, summary_advantages, thinking_advantages
@@ -36,21 +36,21 @@ from .reporting.model_card import CARD, copy_card, write_card
 from .reporting.trackers import Trackers
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout.backend import RolloutSettings
-from .rollout.markers import ThinkingMarkers, find_markers
 from .rollout.sampling import Sampling
-from .rollout.templates import render_prompt
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
 from .rollout.vllm_backend import check_server
 from .training.alarms import Alarms
 from .training.metrics import (
     METRICS_OF_PLAIN_ROWS,
+    TABLE_COLUMNS,
     baseline_metrics,
     completion_rows,
     completion_table,
     reward_metrics,
     rollout_metrics,
 )
+from .training.micro_batches import sort_by_length, weighs_rollouts_alike
 from .training.reliable_trainer import ReliableGRPOTrainer
 
 logger = get_logger(__name__)
@@ -111,7 +111,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
     - `__init__`: checks, markers, tree attention, the backend that generates.
     - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
     - `_calculate_rewards`: reward functions are called once per summary.
-    - `_prepare_inputs`: rollouts of like length share a micro-batch.
+    - `_log_completion_extra`: refuses names of our own columns in the table of completions.
+    - `_prepare_inputs`: rollouts of like length share a micro-batch, where that changes no gradient.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
     - `save_model`: writes `anytime_config.json` beside every saved model.
     - `create_model_card`: a card of its own (docs/model_cards.md).
@@ -206,13 +207,17 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
 
         super().__init__(model, reward_funcs, args, train_dataset, on_nonfinite=args.on_nonfinite, **kwargs)
+        check_trainable(self.model)
 
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
                 "BRPO trains on text: pass a tokenizer as `processing_class`, not a multimodal processor."
             )
         self.rollout_func = self._roll_out
-        self.markers = self._find_markers()
+        self._first_prompt = first_prompt(self.train_dataset)  # read once: a stream has to be opened for it
+        eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        datasets = {"train_dataset": self.train_dataset, **eval_data}
+        self.markers = checked_markers(self._tokenizer, self._first_prompt, datasets, args, self.chat_template_kwargs)
         self.reward_funcs = [
             replace(func, answer_bridge=self.markers.answer_bridge)
             if isinstance(func, AnswerReward | FormatReward)
@@ -221,10 +226,16 @@ class BRPOTrainer(ReliableGRPOTrainer):
         ]
         if self.use_vllm and self.vllm_mode == "colocate":
             self._engine_context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        longest_prompts = self._longest_prompts()
+        shortest_prompts, longest_prompts = (
+            self._tokenize_prompts(prompts)[0] for prompts in shortest_and_longest(self.train_dataset)
+        )
+        check_tokens(self._tokenizer, self.model, self.eos_token_ids, self.markers, shortest_prompts + longest_prompts)
         self._check_context(longest_prompts)
         packed, separate = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
+        if not self.use_vllm and not self.use_transformers_continuous_batching:
+            # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
+            self.generation_config.remove_invalid_values = True
         unwrap = self.accelerator.unwrap_model
         self._forward = choose_forward(
             unwrap(self.model),
@@ -243,43 +254,6 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     # Set-up
 
-    @cached_property
-    def _first_prompt(self) -> Any:
-        """Read once: a stream may have to be opened for it."""
-        example = next(iter(self.train_dataset), None)
-        if example is None:
-            raise ValueError("`train_dataset` is empty.")
-        return example["prompt"]
-
-    def _find_markers(self) -> ThinkingMarkers:
-        """Markers and bridges, from the first prompt as the model will see it; other rows have to agree with it."""
-        prompt, generation_prompt = render_prompt(self._tokenizer, self._first_prompt, self.chat_template_kwargs)
-        markers = find_markers(
-            self._tokenizer,
-            prompt,
-            generation_prompt,
-            think_end=self.args.think_end,
-            truncation_bridge=self.args.truncation_bridge,
-            answer_bridge=self.args.answer_bridge,
-            conversation=self._first_prompt,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
-        eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        datasets = {"train_dataset": self.train_dataset, **eval_data}
-        for finding in prompt_findings(self._tokenizer, datasets, self.chat_template_kwargs, markers):
-            if finding.level == ERROR:
-                raise ValueError(f"{finding.found} {finding.change}")
-            logger.warning(str(finding))
-        return markers
-
-    def _longest_prompts(self, count: int = 16) -> list[list[int]]:
-        """The longest prompts of the training data as token ids; of a stream, the first."""
-        if isinstance(self.train_dataset, IterableDataset):
-            prompts = [example["prompt"] for example in self.train_dataset.take(1)]
-        else:
-            prompts = sorted(self.train_dataset["prompt"], key=lambda prompt: len(str(prompt)))[-count:]
-        return self._tokenize_prompts(prompts)[0]
-
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
         in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
@@ -294,6 +268,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         batch = self._batch
         assert batch is not None
         prompt_ids = self._tokenize_prompts(prompts)[0]
+        check_prompt_tokens(self.model, prompt_ids)  # on the host: on a GPU it would be an assertion without a cause
         self._check_context(prompt_ids)
 
         settings = RolloutSettings(
@@ -352,6 +327,15 @@ class BRPOTrainer(ReliableGRPOTrainer):
         objective_NF = torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
         return objective_NF
 
+    def _log_completion_extra(self, column, values):
+        taken = (*TABLE_COLUMNS, *self.reward_func_names)
+        if column in taken:
+            raise ValueError(
+                f"`log_extra({column!r}, ...)`: the table of completions has a column of this name. Choose a name "
+                f"other than {', '.join(taken)}."
+            )
+        super()._log_completion_extra(column, values)
+
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         self._batch = batch = self._new_batch(mode)
@@ -399,15 +383,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:  # evaluation, or no new rollouts
             return inputs
-        # Rollouts of like length share a micro-batch, so that little padding is computed. They move only within what
-        # one optimiser step accumulates: its gradient stays the same for every loss that weighs rollouts alike.
-        steps, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if steps % accumulated == 0 or accumulated % steps == 0:
-            window = min(steps, accumulated)
-            for first in range(0, steps, window):
-                part = slice(first, first + window)
-                self._buffered_inputs[part] = _sorted_by_length(self._buffered_inputs[part])
-        return self._buffered_inputs[self._step % steps]
+        if weighs_rollouts_alike(self.args, self.aux_loss_enabled):
+            self._buffered_inputs = sort_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # Packed rows in TRL's forward passes
 
@@ -573,15 +551,3 @@ class BRPOTrainer(ReliableGRPOTrainer):
 def _joined(chunks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """What TRL's scoring returns for several chunks of rows: one tensor with all rows, or nothing."""
     return None if chunks[0] is None else torch.cat(cast(list[torch.Tensor], list(chunks)))
-
-
-def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of several batches dealt out anew, the longest first: a lack of memory shows at once."""
-    rows = {
-        name: torch.cat([batch[name] for batch in batches])
-        for name, values in batches[0].items()
-        if isinstance(values, torch.Tensor) and values.dim() > 0
-    }
-    order = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).argsort(descending=True, stable=True)
-    dealt = {name: values[order].chunk(len(batches)) for name, values in rows.items()}
-    return [{**batch, **{name: dealt[name][i] for name in rows}} for i, batch in enumerate(batches)]

@@ -1,11 +1,27 @@
-"""What a trainer is made with: arguments, columns of the data, gold answers."""
+"""What a trainer is made with: arguments, columns of the data, gold answers, parameters, tokens."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
+from trl.data_utils import is_conversational
 
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward
+from ..rollout.markers import ThinkingMarkers
+
+# Arguments of a reward function that are not columns of the data
+_REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "well_formed",
+)
 
 
 def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
@@ -36,13 +52,143 @@ def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> No
         )
     if train_dataset is None:
         raise ValueError("`train_dataset` is required.")
+    check_dataset("train_dataset", train_dataset)
+    eval_dataset = kwargs.get("eval_dataset")
+    if isinstance(eval_dataset, dict):
+        for name, dataset in eval_dataset.items():
+            check_dataset(f"eval_dataset[{name!r}]", dataset)
+    elif eval_dataset is not None:
+        check_dataset("eval_dataset", eval_dataset)
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """
+    Refuse a data set that training or evaluation would fail on, hours later.
+
+    Args:
+        name (`str`):
+            What it is called in messages.
+        dataset:
+            The data. Of a stream only the columns are looked at.
+
+    Raises:
+        `ValueError`: With the column or row, and what to do.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}: pass a `datasets.Dataset`, which `Dataset.from_list` makes of a "
+            "list of rows, or an `IterableDataset`."
+        )
+    columns = dataset.column_names
+    if columns is None:  # a stream that has not been opened
+        columns = list(next(iter(dataset), {"prompt": None}))  # an empty one is found later
     for column in ("image", "images"):
-        if column in (train_dataset.column_names or ()):
+        if column in columns:
+            raise ValueError(f"`{name}` has a column '{column}': BRPO trains on text. Drop it with `remove_columns`.")
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` needs a column 'prompt', it has {columns}.")
+    taken = sorted(set(columns) & set(_REWARD_ARGUMENTS))
+    if taken:
+        raise ValueError(
+            f"`{name}` has columns named {taken}: reward functions get arguments of these names, which are not the "
+            "data's. Rename them with `rename_column`, or drop them."
+        )
+    if isinstance(dataset, Dataset):
+        if not len(dataset):
+            raise ValueError(f"`{name}` is empty.")
+        for row, prompt in enumerate(dataset["prompt"]):
+            if not (prompt.strip() if isinstance(prompt, str) else prompt and is_conversational({"prompt": prompt})):
+                raise ValueError(
+                    f"Row {row} of `{name}` has the prompt {prompt!r}: it must be a text or a conversation, and not "
+                    "empty. Mend or drop such rows."
+                )
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """
+    Refuse a model of which nothing would be trained.
+
+    Raises:
+        `ValueError`: With how to make its parameters trainable.
+    """
+    adapters = set(getattr(model, "peft_config", ()))
+    idle = adapters.difference(cast(Any, model).active_adapters) if adapters else adapters
+    if any(
+        parameter.requires_grad and idle.isdisjoint(name.split(".")) for name, parameter in model.named_parameters()
+    ):
+        return
+    if adapters:
+        raise ValueError(
+            f"No parameter of the active adapters {sorted(adapters - idle)} is trainable. Load them with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`, or make a trainable one active with `set_adapter`."
+        )
+    raise ValueError("No parameter of the model is trainable. Set `requires_grad` on those that should be.")
+
+
+def check_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    eos_token_ids: Sequence[int | None],
+    markers: ThinkingMarkers,
+    prompt_ids: Sequence[Sequence[int]],
+) -> None:
+    """
+    Refuse tokens that do not fit the model.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        model ([`~transformers.PreTrainedModel`]):
+            The model in training.
+        eos_token_ids (`Sequence[int]`):
+            Tokens that end a summary.
+        markers ([`ThinkingMarkers`]):
+            What is spliced in.
+        prompt_ids (`Sequence[Sequence[int]]`):
+            Some prompts.
+
+    Raises:
+        `ValueError`: Names what does not fit.
+    """
+    if None in eos_token_ids:
+        raise ValueError(
+            "The tokenizer has no end-of-sequence token, so that no summary could end. Set "
+            "`processing_class.eos_token` to the token that ends the model's answers."
+        )
+    for name, ids in (
+        ("the padding token", [tokenizer.pad_token_id]),
+        ("the end-of-sequence token", eos_token_ids),
+        ("the end of the thinking", markers.think_end_ids),
+        ("`truncation_bridge`", markers.truncation_bridge_ids),
+        ("`answer_bridge`", markers.answer_bridge_ids),
+    ):
+        _check_embedded(model, ids, name)
+    check_prompt_tokens(model, prompt_ids)
+
+
+def check_prompt_tokens(model: PreTrainedModel, prompt_ids: Iterable[Sequence[int]]) -> None:
+    """
+    Refuse prompts without tokens, or with tokens that the model does not have.
+
+    Raises:
+        `ValueError`: Says which of both.
+    """
+    for ids in prompt_ids:
+        if not ids:
             raise ValueError(
-                f"The dataset has a column '{column}': BRPO trains on text. Drop it with `remove_columns`."
+                "A prompt has no tokens once it is rendered. Drop empty prompts, or see what the chat template and "
+                "the tokenizer make of them."
             )
-    if "prompt" not in (train_dataset.column_names or ("prompt",)):
-        raise ValueError(f"The dataset needs a column 'prompt', it has {train_dataset.column_names}.")
+        _check_embedded(model, ids, "a prompt")
+
+
+def _check_embedded(model: PreTrainedModel, token_ids: Iterable[Any], name: str) -> None:
+    size, largest = model.config.get_text_config().vocab_size, max(token_ids)
+    if largest >= size:
+        raise ValueError(
+            f"The tokenizer does not fit the model: {name} has the token {largest}, and the model has {size} tokens. "
+            "Use the model's own tokenizer, or make room with `model.resize_token_embeddings(len(tokenizer))`."
+        )
 
 
 def check_answers(reward: AnswerReward, dataset: Any) -> Any:

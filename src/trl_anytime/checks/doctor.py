@@ -35,6 +35,7 @@ from ..rollout.vllm_backend import check_server
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding, planned_model, without_memory
+from .prompts import shortest_and_longest
 from .start_checks import (
     context_findings,
     prompt_findings,
@@ -380,9 +381,9 @@ def _prompts(
     return markers
 
 
-def _longest_prompt(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: BRPOConfig, count: int = 16) -> int:
+def _longest_prompt(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: BRPOConfig) -> int:
     """Tokens of the longest prompt, of those with the longest texts."""
-    prompts = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-count:]
+    _, prompts = shortest_and_longest(dataset)
     texts = [render_prompt(tokenizer, prompt, _template_kwargs(args))[0] for prompt in prompts]
     return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 

@@ -1,8 +1,8 @@
 """
 Checkpoints that are whole or recognised as broken, and what a resumed run needs besides TRL's own files.
 
-A checkpoint is whole once its manifest, written last, lists every file with its size. The manifest also records the
-settings that a resumed run must share.
+A checkpoint is whole once its manifest, written last, lists every file with its size and a checksum. The manifest also
+records the settings that a resumed run must share.
 """
 
 import hashlib
@@ -10,17 +10,27 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig
 
 MANIFEST = "manifest.json"
+# What a manifest says besides its files, and of which type: written by [`settings`] and by the trainer
+_SETTINGS_TYPES: dict[str, type] = {
+    "fixed": dict,
+    "geometry": dict,
+    "reported": dict,
+    "rollouts_in_use": bool,
+    "evaluation_due": bool,
+    "steps_between_generations": float,
+    "save_only_model": bool,
+}
 
 # They shape rollouts and advantages, or say which prompts come next
 _FIXED = (
@@ -73,7 +83,7 @@ def finish(folder: Path, settings: Mapping[str, Any]) -> None:
         if path.is_file() and path.name != MANIFEST:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            files[str(path.relative_to(folder))] = path.stat().st_size
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
     _write(folder / MANIFEST, {"files": files, "settings": settings})
 
 
@@ -87,38 +97,117 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     new.replace(path)
 
 
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: it is meant to find flipped bits, at some 3 GB/s, and not to stop a forger."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """
+    The manifest in `folder`, of a checkpoint that is whole, unfinished (`"files"` is then `None`) or broken.
+
+    Raises:
+        `ValueError`: If there is none, or if it is not one of ours; the message says which.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint of `BRPOTrainer`, or in part.")
+    if not path.is_file():  # a named pipe would be waited for
+        raise ValueError(f"{path} cannot be read: it is not a file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from None
+    wrong = _wrong_field(content)
+    if wrong is not None:
+        raise ValueError(f"{path} is not a manifest of `BRPOTrainer`: `{wrong}` is missing or of the wrong type.")
+    return content
+
+
+def _wrong_field(content: Any) -> str | None:
+    """The first field of a manifest that is not as [`finish`] or [`begin`] writes it."""
+    if not isinstance(content, dict) or "files" not in content:
+        return "files"
+    if content["files"] is None:
+        return None
+    if not isinstance(content["files"], dict):
+        return "files"
+    for name, recorded in content["files"].items():
+        if not isinstance(recorded, dict) or {type(recorded.get(key)) for key in ("bytes", "crc32")} != {int}:
+            return f"files[{name!r}]"
+    settings = content.get("settings")
+    if not isinstance(settings, dict):
+        return "settings"
+    for name, kind in _SETTINGS_TYPES.items():
+        if not isinstance(settings.get(name), kind):
+            return f"settings[{name!r}]"
+    return None
+
+
 def manifest(folder: Path) -> dict[str, Any]:
     """
-    The manifest of a whole checkpoint.
+    The manifest of a whole checkpoint, whose files are all read for it.
 
     Raises:
         `ValueError`: If the checkpoint is not whole; the message says why.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
-    try:
-        content = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no {MANIFEST}: it is not a checkpoint of `ReliableGRPOTrainer`, or in part."
-        ) from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{folder / MANIFEST} cannot be read.") from None
+    content = _read_manifest(folder)
     if content["files"] is None:
         raise ValueError(f"{folder} is unfinished: the run ended while saving it.")
-    for name, size in content["files"].items():
-        path = folder / name
+    for name, recorded in content["files"].items():
+        path, size = folder / name, recorded["bytes"]
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             raise ValueError(f"{folder} is broken: {name} should have {size} bytes, it has {found or 'none'}.")
+        try:
+            changed = _checksum(path) != recorded["crc32"]
+        except OSError as error:
+            raise ValueError(f"{folder} is broken: {name} cannot be read: {error}.") from None
+        if changed:
+            raise ValueError(f"{folder} is broken: {name} has other content than was saved.")
     return content
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Delete the checkpoints in `output_dir` that a run has begun and not finished."""
-    for path in output_dir.glob(f"checkpoint-*/{MANIFEST}"):
-        if json.loads(path.read_text())["files"] is None:
-            shutil.rmtree(path.parent, ignore_errors=True)
+    """
+    Delete the checkpoints in `output_dir` that a run has begun and not finished. One whose manifest cannot be read is
+    left: a look at it may be worth more than its place on the disk.
+    """
+    for folder in output_dir.glob("checkpoint-*"):
+        try:
+            unfinished = _read_manifest(folder)["files"] is None
+        except ValueError:
+            continue
+        if unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(output_dir: Path, limit: int | None, kept: Collection[Path]) -> None:
+    """
+    Delete the checkpoints of the lowest steps until `limit` are left. The times of files do not matter: a clock may go
+    back.
+
+    Args:
+        output_dir (`Path`):
+            Where the checkpoints of a run are.
+        limit (`int`, *optional*):
+            How many to keep; all if it is `None` or not positive.
+        kept (`Collection[Path]`):
+            What is never deleted: the checkpoint just saved, and the best one. The former may have a lower number
+            than others, which a run left that went on from an earlier checkpoint.
+    """
+    if limit is None or limit <= 0:
+        return
+    numbered = _numbered(output_dir)
+    surplus = len(numbered) - limit
+    for _, folder in [entry for entry in numbered if entry[1] not in kept][: max(surplus, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
@@ -131,9 +220,8 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
     Raises:
         `ValueError`: If there is none.
     """
-    numbered = [(int(match[1]), path) for path in output_dir.glob("*") if (match := _number(path))]
     reasons = []
-    for _, folder in sorted(numbered, reverse=True):
+    for _, folder in reversed(_numbered(output_dir)):
         try:
             manifest(folder)
         except ValueError as error:
@@ -143,15 +231,10 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
     raise ValueError(" ".join([f"No whole checkpoint in {output_dir}.", *reasons]))
 
 
-def rotate(output_dir: Path, save_total_limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`, and those that a run has begun and not finished."""
-    if save_total_limit is not None:
-        remove_unfinished(output_dir)
-    rotate_checkpoints(str(output_dir), save_total_limit, best, use_mtime=True)
-
-
-def _number(path: Path) -> re.Match[str] | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name)
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """The folders of checkpoints in `output_dir` by their steps, the lowest first."""
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*")]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
 # Settings
@@ -162,8 +245,10 @@ def settings(
     model: PreTrainedModel,
     frozen: PreTrainedModel | None,
     num_prompts: int | None,
+    prompts: str | None,
     rollouts_in_use: bool,
     further: Mapping[str, Mapping[str, Any]],
+    evaluation_due: bool,
 ) -> dict[str, Any]:
     """
     What a resumed run is compared by.
@@ -175,13 +260,17 @@ def settings(
             The model in training, perhaps with adapters.
         frozen ([`~transformers.PreTrainedModel`], *optional*):
             A model whose weights matter and are not in the checkpoint: under adapters, or the reference. `None` if
-            there is none, or if it is sharded.
+            there is none, or if it is sharded or changes in training.
         num_prompts (`int`, *optional*):
             Rows of the training data; a stream has none.
+        prompts (`str`, *optional*):
+            Fingerprint of their prompts, see [`fingerprint_of_prompts`].
         rollouts_in_use (`bool`):
             Whether training is in the middle of a generation batch.
         further (`Mapping`):
             What a trainer adds to `"fixed"`, which must not change, and to `"reported"`, which may.
+        evaluation_due (`bool`):
+            Whether the evaluation of this step was left out, to be done first when the run goes on.
 
     Returns:
         `dict`: of what can be written as JSON.
@@ -202,12 +291,14 @@ def settings(
                 for key, value in adapter.items()
             },
             "number of prompts": num_prompts,
+            "prompts in their order": prompts,
             "rollouts per optimiser step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "weights of the base or reference model": None if frozen is None else _fingerprint(frozen),
+            "weights of the base or reference model": None if frozen is None else fingerprint_of_weights(frozen),
         },
         "geometry": {name: getattr(args, name) for name in _GEOMETRY},
         "reported": {**{name: getattr(args, name) for name in _REPORTED}, **further["reported"]},
         "rollouts_in_use": rollouts_in_use,
+        "evaluation_due": evaluation_due,
         "steps_between_generations": generate_every(args) / args.gradient_accumulation_steps,
         "save_only_model": args.save_only_model,
     }
@@ -224,10 +315,29 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Of the embeddings, which fine-tuning changes."""
-    weight: Any = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
-    return hashlib.sha256(weight.detach()[:256].float().cpu().numpy().tobytes()).hexdigest()[:16]
+def fingerprint_of_weights(model: PreTrainedModel) -> str:
+    """
+    Hash a sample of the weights that are not in a checkpoint.
+
+    Of a model with adapters these are the frozen ones; of what `modules_to_save` trains, the original. Layers with an
+    adapter are left out: merged for vLLM and separated again, they come back rounded.
+    """
+    hashed = hashlib.sha256()
+    adapted = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        if adapted and (parameter.requires_grad or ".base_layer." in name):
+            continue
+        flat = parameter.detach().reshape(-1)
+        hashed.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def fingerprint_of_prompts(prompts: Iterable[Any]) -> str:
+    """Hash prompts in their order, texts or conversations."""
+    hashed = hashlib.sha256()
+    for prompt in prompts:
+        hashed.update(json.dumps(prompt, default=str).encode() + b"\n")
+    return hashed.hexdigest()[:16]
 
 
 def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
@@ -275,11 +385,6 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
     """Save what one rank needs to go on, made of tensors and plain Python objects."""
     torch.save(dict(state), _rank_file(folder, rank))
-
-
-def has_rank_state(folder: Path, world_size: int) -> bool:
-    """Whether `folder` was saved by as many ranks."""
-    return len(list(folder.glob("rank_state_*.pth"))) == world_size
 
 
 def load_rank_state(folder: Path, rank: int, device: torch.device) -> dict[str, Any]:

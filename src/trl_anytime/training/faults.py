@@ -32,7 +32,10 @@ _uses = itertools.count()
 class FaultWatch:
     """
     Context manager: while all ranks are inside, an exception that leaves it on one rank ends all ranks within seconds,
-    with that exception shown, wherever they are. Without a process group it does nothing.
+    with that exception shown, wherever they are.
+
+    An exit with code 0 from inside, such as a `sys.exit()` in a reward function, is an error too, also without a
+    process group: whoever started the run would take it for finished.
     """
 
     def __init__(self) -> None:
@@ -52,10 +55,22 @@ class FaultWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left.set()
-        if self._store is None or error is None or (isinstance(error, SystemExit) and not error.code):
+        if isinstance(error, SystemExit) and not error.code:
+            exited = RuntimeError(
+                f"Training was ended by an exit with code {error.code or 0}, from the code shown above. It is not "
+                "finished. Raise an exception there, or set `control.should_training_stop` in a callback."
+            )
+            self._report(exited, "".join(traceback.format_exception(error)))
+            raise exited from error
+        if error is not None:
+            self._report(error, "".join(traceback.format_exception(error)))
+
+    def _report(self, error: BaseException, shown: str) -> None:
+        """Leave what happened for the other ranks, unless another one has failed before; add that to `error` then."""
+        if self._store is None:
             return
         if self._fault is None:
-            report = f"Rank {self._rank} failed:\n{''.join(traceback.format_exception(error))}"
+            report = f"Rank {self._rank} failed:\n{shown}"
             try:  # the first exception is the cause, those after it are of ranks that miss this one
                 first = self._store.compare_set(self._key, "", report).decode()
             except RuntimeError:  # the store is gone, with the rank or the launcher that held it

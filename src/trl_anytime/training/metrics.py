@@ -14,7 +14,8 @@ from ..outside.display import for_terminal
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
 
-# TRL's metrics that look at the end of a packed row, where they only meet its last summary
+# TRL's metrics that look at the end of a packed row, where they only meet its last summary: [`rollout_metrics`] has
+# their meaning for rollouts
 METRICS_OF_PLAIN_ROWS = (
     "completions/clipped_ratio",
     "completions/mean_terminated_length",
@@ -23,6 +24,8 @@ METRICS_OF_PLAIN_ROWS = (
 )
 # Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
 _ROUNDING = 1e-6
+# Columns of the table of completions besides those named after reward functions: TRL's and ours
+TABLE_COLUMNS = ("step", "prompt", "completion", "budget", "thinking", "thinking_advantage", "advantage")
 
 
 def reward_metrics(rewards: torch.Tensor, budgets: Sequence[int]) -> dict[str, list[float]]:
@@ -74,13 +77,15 @@ def rollout_metrics(
             Collects a tensor from all ranks along its first dimension.
 
     Returns:
-        `dict[str, list[float]]`: one value per rollout.
+        `dict[str, list[float]]`: one value per rollout; of the lengths of rollouts whose thinking has ended by itself
+        (thinking and all summaries together) one value, or none if there are no such rollouts.
     """
     per_rollout = torch.tensor(
         [
             (
                 len(thinking.token_ids),
                 thinking.finished,
+                not (thinking.finished or thinking.abandoned),
                 thinking.finished and len(thinking.token_ids) <= len(markers.think_end_ids),
                 (thinking.finished or thinking.abandoned) and len(thinking.token_ids) <= budgets[0],
             )
@@ -102,12 +107,13 @@ def rollout_metrics(
         dtype=torch.float32,
     )
     no_advantage = (advantages.abs() < _ROUNDING).all(dim=1, keepdim=True).float()
-    length, finished, empty, uncut, no_advantage = gather(
+    length, finished, cut, empty, uncut, no_advantage = gather(
         torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
     ).unbind(1)
     summary_length, clipped, formed = gather(per_summary.to(advantages)).unbind(dim=3)
     metrics = {
         "anytime/no_advantage_ratio": no_advantage,
+        "completions/clipped_ratio": cut,
         "thinking/mean_length": length,
         "thinking/finished_ratio": finished,
         "thinking/empty_ratio": empty,
@@ -116,6 +122,10 @@ def rollout_metrics(
         "summary/clipped_ratio": clipped.mean(dim=(1, 2)),
         **{f"anytime/formatted@{budget}": formed[:, j].mean(dim=1) for j, budget in enumerate(budgets)},
     }
+    terminated = (length + summary_length.sum(dim=(1, 2)))[cut == 0]
+    if len(terminated):
+        for name, value in (("mean", terminated.mean()), ("min", terminated.min()), ("max", terminated.max())):
+            metrics[f"completions/{name}_terminated_length"] = value[None]
     return {name: values.tolist() for name, values in metrics.items()}
 
 

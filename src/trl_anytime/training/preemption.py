@@ -10,8 +10,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl
+from transformers.trainer_utils import IntervalStrategy
 
 logger = get_logger(__name__)
+
+
+class EpochEnd(TrainerCallback):
+    """
+    Logs and evaluates at an epoch's end in its last step, before a checkpoint of that step is saved.
+
+    transformers does both after that checkpoint: a run that is resumed from it would never make up for them.
+    """
+
+    def __init__(self) -> None:
+        self._done_at: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if not (float(state.epoch).is_integer() or state.global_step >= state.max_steps):
+            return
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            control.should_log = True  # transformers logs a step once
+        if args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch:
+            control.should_evaluate = True
+            self._done_at = state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self._done_at == state.global_step:
+            control.should_evaluate = False
 
 
 class Preemption(TrainerCallback):
@@ -29,17 +54,19 @@ class Preemption(TrainerCallback):
     Attributes:
         stopped (`bool`):
             Whether training was stopped by it.
+        evaluation_due (`bool`):
+            Whether it left an evaluation out, which the resumed run has to make up for.
     """
 
     def __init__(self, accelerator: Accelerator, enabled: bool) -> None:
-        self.stopped = False
+        self.stopped = self.evaluation_due = False
         self._enabled = enabled
         self._accelerator = accelerator
         self._received = False
         self._active = False
 
     def __enter__(self) -> "Preemption":
-        self.stopped = self._received = False
+        self.stopped = self.evaluation_due = self._received = False
         self._active, self._pid = self._enabled, os.getpid()
         # Python allows handlers in the main thread alone; elsewhere another rank may still be told
         self._handles = self._enabled and threading.current_thread() is threading.main_thread()
@@ -71,8 +98,13 @@ class Preemption(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._decide(control)
         if self.stopped:
-            control.should_evaluate = False  # it may last longer than the machine
+            # It may last longer than the machine
+            self.evaluation_due, control.should_evaluate = control.should_evaluate, False
             logger.warning(f"SIGTERM: saving at step {state.global_step} and stopping.")
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:  # in the middle of the epoch, or at its end, with a whole checkpoint either way
+            control.should_log = control.should_evaluate = control.should_save = False
 
     def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._decide(control)

@@ -1,6 +1,7 @@
 """The [`ReliableGRPOTrainer`]: a [`~trl.GRPOTrainer`] whose runs restart exactly and whose faults are named."""
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..rollout.timing import PhaseTimes
 from . import checkpoint
 from .faults import FaultWatch, memory_advice
-from .preemption import Preemption
+from .preemption import EpochEnd, Preemption
 from .reward_guard import RewardGuard
 
 logger = get_logger(__name__)
@@ -44,6 +45,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
     - `train`: resumes from whole checkpoints with settings that fit; a fault on one rank ends all; SIGTERM saves.
     - `_save_checkpoint`: checkpoints are whole or recognised as broken.
     - `_load_from_checkpoint`: adapters keep the precision that they train in.
+    - `_load_rng_state`: an evaluation that was due at the step of the checkpoint comes first.
+    - `_run_epoch`: a run that had finished trains no step more.
     - `_get_train_sampler`: a resumed run sees the prompts in the order in which it would have seen them.
     - `_generate_and_score_completions`, `_calculate_rewards`, `prediction_step`: what reward functions return is
       checked on all ranks, and every rollout counts once in an evaluation, however many ranks there are.
@@ -83,9 +86,11 @@ class ReliableGRPOTrainer(GRPOTrainer):
         self._num_rollouts = 0  # of this rank, in the generation batch in flight
         # What `train()` goes on from, if anything
         self._checkpoint: Path | None = None
+        self._resumed: dict[str, Any] = {}  # what its manifest says
         # Logs of evaluations before `train()`
         self._evaluated: list[dict[str, Any]] = []
         self._preemption = Preemption(self.accelerator, enabled=self.args.save_strategy != "no")
+        self.add_callback(EpochEnd())
         self.add_callback(self._preemption)
         self.add_callback(_AtTrainBegin(self))
 
@@ -103,15 +108,23 @@ class ReliableGRPOTrainer(GRPOTrainer):
         if self._checkpoint is None:
             self.state.log_history[:0] = self._evaluated
             return
-        if not checkpoint.has_rank_state(self._checkpoint, self.args.world_size):
-            return  # other ranks than at the time, and no rollouts in use
-        state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
-        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        self._metrics["train"].update(state["metrics"])
-        if self.log_completions and state["logs"] is not None:
-            self._logs.update(checkpoint.to_logs(state["logs"]))
-        self._tr_loss += state["loss"]
-        self._globalstep_last_logged = state["last_logged"]
+        finished = self.state.global_step >= self.state.max_steps
+        # With other ranks than at the time there are no rollouts in use, see `compare_settings`
+        if self._resumed["geometry"]["world_size"] == self.args.world_size:
+            state = checkpoint.load_rank_state(self._checkpoint, self.args.process_index, self.args.device)
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+            self._metrics["train"].update(state["metrics"])
+            if self.log_completions and state["logs"] is not None:
+                self._logs.update(checkpoint.to_logs(state["logs"]))
+            if not finished:
+                self._tr_loss += state["loss"]
+            self._globalstep_last_logged = state["last_logged"]
+        if finished:
+            logger.warning(
+                f"{self._checkpoint} is the end of the run: {self.state.global_step} steps of {self.state.max_steps}. "
+                "Nothing is trained. Raise `max_steps` or `num_train_epochs` to go on."
+            )
+            self._load_rng_state(str(self._checkpoint))
 
     # Checkpoints and restarts
 
@@ -132,9 +145,11 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
+        self._resumed = {}
         if not resume_from_checkpoint:
             return None
         folder, reason = Path(), None
+        saved: dict[str, Any] = {}
         warnings: list[str] = []
         if self.accelerator.is_main_process:
             try:
@@ -148,7 +163,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
                     warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
             except ValueError as error:
                 reason = str(error)
-        folder, warnings, reason = broadcast_object_list([folder, warnings, reason])
+        folder, saved, warnings, reason = broadcast_object_list([folder, saved, warnings, reason])
+        self._resumed = saved
         if reason is not None:
             raise ValueError(reason)
         for warning in warnings:
@@ -158,16 +174,25 @@ class ReliableGRPOTrainer(GRPOTrainer):
     def _settings(self) -> dict[str, Any]:
         model = self.accelerator.unwrap_model(self.model)
         frozen = model if is_peft_model(model) else self.ref_model
-        if self._is_sharded:
-            frozen = None  # its weights are not at hand
+        if self._is_sharded or self.args.sync_ref_model:
+            frozen = None  # its weights are not at hand, or change
         return checkpoint.settings(
             self.args,
             model,
             None if frozen is None else self.accelerator.unwrap_model(frozen),
             None if isinstance(self.train_dataset, IterableDataset) else len(self.train_dataset),
+            self._fingerprint_of_prompts,
             self._rollouts_in_use,
             self._resume_settings(),
+            self._preemption.evaluation_due,
         )
+
+    @cached_property
+    def _fingerprint_of_prompts(self) -> str | None:
+        if isinstance(self.train_dataset, IterableDataset):
+            return None
+        # As they are stored: a transform on the fly may be random
+        return checkpoint.fingerprint_of_prompts(self.train_dataset.with_format(None)["prompt"])
 
     @property
     def _rollouts_in_use(self) -> bool:
@@ -196,7 +221,10 @@ class ReliableGRPOTrainer(GRPOTrainer):
         if push_to_hub:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
-            checkpoint.rotate(run_dir, save_total_limit, self.state.best_model_checkpoint)
+            if save_total_limit is not None:
+                checkpoint.remove_unfinished(run_dir)
+            best = self.state.best_model_checkpoint
+            checkpoint.rotate(run_dir, save_total_limit, {folder} if best is None else {folder, Path(best)})
 
     def _rank_state(self) -> dict[str, Any]:
         """What TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
@@ -226,6 +254,22 @@ class ReliableGRPOTrainer(GRPOTrainer):
             for _ in range(int(state.epoch)):
                 next(iter(sampler))
         return sampler
+
+    def _load_rng_state(self, checkpoint):
+        """Once in a resumed run, when all is as it was after the step of the checkpoint."""
+        super()._load_rng_state(checkpoint)
+        if self._resumed["evaluation_due"]:
+            logger.warning(
+                f"Evaluating at step {self.state.global_step}: {checkpoint} was saved before that was done."
+            )
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics, None)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # transformers would look at the limit after another step
+            self.control.should_training_stop = True
 
     # Rollouts and rewards
 
@@ -297,23 +341,27 @@ class ReliableGRPOTrainer(GRPOTrainer):
         output = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        self._check_finite("log-probabilities", output[0], input_ids[:, :-logits_to_keep])
+        self._check_logprobs(output[0], input_ids[:, :-logits_to_keep])
         return output
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
-        self._check_finite("loss", loss.expand(len(inputs["prompt_ids"]), 1), inputs["prompt_ids"])
+        if self._on_nonfinite == "raise" and not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: the loss of a micro-batch of {len(inputs['prompt_ids'])} rollouts is "
+                f"{loss.item()}, with finite log-probabilities. `on_nonfinite='skip'` leaves such steps out."
+            )
         return loss
 
-    def _check_finite(self, name: str, values: torch.Tensor, prompt_ids: torch.Tensor) -> None:
-        """`values` has one row per prompt; `prompt_ids` may be padded."""
-        if self._on_nonfinite == "skip" or torch.isfinite(values).all():
+    def _check_logprobs(self, logprobs: torch.Tensor, prompt_ids: torch.Tensor) -> None:
+        """Both have one row per rollout."""
+        if self._on_nonfinite == "skip" or torch.isfinite(logprobs).all():
             return
-        rows = (~torch.isfinite(values)).any(dim=1)
+        rows = (~torch.isfinite(logprobs)).any(dim=1)
         texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
         raise FloatingPointError(
-            f"Step {self.state.global_step}: {name} not finite for {len(texts)} of {len(rows)} rollouts of a "
-            f"micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
+            f"Step {self.state.global_step}: log-probabilities not finite for {len(texts)} of {len(rows)} rollouts, "
+            f"with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
         )
 
     def _prompt_text(self, ids: torch.Tensor) -> str:

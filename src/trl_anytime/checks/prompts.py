@@ -1,0 +1,89 @@
+"""What a trainer reads off its prompts before it is built: the markers, and how long prompts are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from ..brpo_config import BRPOConfig
+from ..rollout.markers import ThinkingMarkers, find_markers
+from ..rollout.templates import render_prompt
+from .finding import ERROR
+from .start_checks import prompt_findings
+
+logger = get_logger(__name__)
+
+
+def first_prompt(dataset: Any) -> Any:
+    """
+    Return the first prompt of a dataset, or of a stream, which has to be opened for it.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    example = next(iter(dataset), None)
+    if example is None:
+        raise ValueError("`train_dataset` is empty.")
+    return example["prompt"]
+
+
+def checked_markers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    datasets: Mapping[str, Any],
+    args: BRPOConfig,
+    chat_template_kwargs: dict[str, Any],
+) -> ThinkingMarkers:
+    """
+    Find markers and bridges from the first prompt, and warn of other prompts that the template treats otherwise.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        prompt (`str` or `list[dict]`):
+            The first prompt.
+        datasets (`Mapping[str, Any]`):
+            Training and evaluation data, by the name of the argument.
+        args ([`BRPOConfig`]):
+            Settings of the markers.
+        chat_template_kwargs (`dict[str, Any]`):
+            Arguments of the chat template.
+
+    Raises:
+        `ValueError`: If there are no markers, or a prompt has closed the thinking.
+    """
+    rendered, generation_prompt = render_prompt(tokenizer, prompt, chat_template_kwargs)
+    markers = find_markers(
+        tokenizer,
+        rendered,
+        generation_prompt,
+        think_end=args.think_end,
+        truncation_bridge=args.truncation_bridge,
+        answer_bridge=args.answer_bridge,
+        conversation=prompt,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    for finding in prompt_findings(tokenizer, datasets, chat_template_kwargs, markers):
+        if finding.level == ERROR:
+            raise ValueError(f"{finding.found} {finding.change}")
+        logger.warning(str(finding))
+    return markers
+
+
+def shortest_and_longest(dataset: Any, count: int = 16) -> tuple[list[Any], list[Any]]:
+    """
+    Return the prompts with the shortest and with the longest texts; of a stream, the first for both.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data.
+        count (`int`, *optional*, defaults to `16`):
+            Prompts of each kind: how long a text is does not say exactly how many tokens it has.
+    """
+    if isinstance(dataset, IterableDataset):
+        prompts = [example["prompt"] for example in dataset.take(1)]
+        return prompts, prompts
+    by_length = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))
+    return by_length[:count], by_length[-count:]
