@@ -373,7 +373,7 @@ def finished_or_cut(rollout, markers, budgets, finished):
     """The rollout, with a thinking that ends at once or not at all."""
     ids = list(markers.think_end_ids) if finished else [8] * budgets[-1]
     thinking = Thinking(ids, finished, False)
-    return Rollout.of(rollout.prompt_ids, thinking, budgets, markers, rollout.summaries)
+    return Rollout.from_budgets(rollout.prompt_ids, thinking, budgets, markers, rollout.summaries)
 
 
 def uneven(directory, **settings):

@@ -60,7 +60,7 @@ def test_what_a_token_carries_behind_the_end_stays_in_the_thinking():
     tokenizer = make_melting_tokenizer()
     markers = markers_of(tokenizer)
     token_ids = encode(tokenizer, "so it is 4.</think>\n\nSo")
-    thinking = Thinking.of(token_ids, markers, [tokenizer.eos_token_id])
+    thinking = Thinking.from_tokens(token_ids, markers, [tokenizer.eos_token_id])
     assert thinking.finished and not thinking.abandoned
     assert tokenizer.decode(thinking.token_ids) == "so it is 4.</think>\n\n"
     assert tokenizer.decode(thinking.token_ids[-1]) == ">\n\n"
@@ -145,8 +145,8 @@ def test_well_formed(make):
     markers = markers_of(tokenizer)
 
     def formed(thinking, summary, budget=99):
-        thinking = Thinking.of(encode(tokenizer, thinking), markers, [tokenizer.eos_token_id])
-        rollout = Rollout.of([], thinking, [budget], markers, [[encode(tokenizer, summary)]])
+        thinking = Thinking.from_tokens(encode(tokenizer, thinking), markers, [tokenizer.eos_token_id])
+        rollout = Rollout.from_budgets([], thinking, [budget], markers, [[encode(tokenizer, summary)]])
         return rollout.well_formed(markers)[0][0]
 
     for before, after in NEIGHBOURS:
@@ -158,9 +158,9 @@ def test_well_formed(make):
             assert formed(f"{before}</think>{after}", "4", budget)
     # Every character of the end a token of its own
     characters = [tokenizer.convert_tokens_to_ids(character) for character in "</think>"]
-    thinking = Thinking.of(characters, markers, [])
+    thinking = Thinking.from_tokens(characters, markers, [])
     assert thinking.finished and len(thinking.token_ids) == len("</think>")
-    assert Rollout.of([], thinking, [99], markers, [[[]]]).well_formed(markers) == [[True]]
+    assert Rollout.from_budgets([], thinking, [99], markers, [[[]]]).well_formed(markers) == [[True]]
 
 
 def test_without_a_tokenizer():

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
 from trl_anytime.rollout.backend import RolloutSettings
+from trl_anytime.rollout.types import Rollout, Thinking
 
 
 def test_the_tokens_are_those_of_training(tmp_path):
@@ -186,8 +187,13 @@ def test_a_budget_that_is_none():
         ThinkingBudgetLogitsProcessor(make_contract(), 0, 5)
 
 
-def test_settings_are_shared_by_all_backends():
-    contract = make_contract()
-    settings = RolloutSettings([3], 1, 4, contract.markers, [2], share_summaries=True)
-    assert settings.num_summaries_at([0, 1]) == 1
-    assert replace(settings, share_summaries=False).num_summaries_at([0, 1]) == 2
+def test_budgets_share_a_context_and_its_summaries():
+    markers = make_contract().markers
+    settings = RolloutSettings([3, 5], 2, 4, markers, [2], share_summaries=True)
+    thinking = Thinking([7, 8], finished=False, abandoned=True)  # shorter than both budgets
+    (shared,) = settings.contexts(thinking)
+    (separate,) = replace(settings, share_summaries=False).contexts(thinking)
+    assert shared.cut == separate.cut == 2 and shared.budgets == separate.budgets == (0, 1)
+    assert shared.num_summaries == 2 and separate.num_summaries == 4
+    assert Rollout.assemble([1], thinking, [shared], [[[4], [5]]]).summaries == [[[4], [5]], [[4], [5]]]
+    assert Rollout.assemble([1], thinking, [separate], [[[3], [4], [5], [6]]]).summaries == [[[3], [4]], [[5], [6]]]

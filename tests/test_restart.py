@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from trl_anytime.checkpoint import manifest
+
+from trl_anytime.training.checkpoint import manifest
 
 heavy = pytest.mark.heavy
 

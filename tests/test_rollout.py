@@ -14,7 +14,7 @@ def ids(text):
 
 
 def think(text):
-    return Thinking.of(ids(text), MARKERS, EOS)
+    return Thinking.from_tokens(ids(text), MARKERS, EOS)
 
 
 def test_a_thinking_ends_at_the_first_end_of_thinking():

@@ -515,9 +515,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
             budgets=args.budgets,
             prior=prior_weights(args.prior, args.budgets).tolist(),
             max_summary_length=args.max_summary_length,
-            sampling=Sampling(
-                args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty
-            ),
+            sampling=Sampling.from_config(args),
             eos_token_ids=self.eos_token_ids,
             chat_template_kwargs=self.chat_template_kwargs,
         )

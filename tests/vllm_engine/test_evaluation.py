@@ -101,15 +101,15 @@ def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):
     with open_backend(llm, tokenizer, sampling, seed=3) as generation:
         rollouts = generation.roll_out(ending.prompt_ids(tokenizer, PROMPTS), settings)
     requested = sum(
-        2 * (len(rollout.prompt_ids) + cut + len(bridge))
+        2 * (len(rollout.prompt_ids) + context.cut + len(context.bridge))
         for rollout in rollouts
-        for cut, bridge, _ in settings.contexts(rollout.thinking)
+        for context in settings.contexts(rollout.thinking)
     )
     assert generation.num_context_tokens == requested
     assert generation.num_cached_tokens <= requested
     for rollout in rollouts:
-        for _, _, indices in settings.contexts(rollout.thinking):
-            assert all(rollout.summaries[j] == rollout.summaries[indices[0]] for j in indices)
+        for context in settings.contexts(rollout.thinking):
+            assert all(rollout.summaries[j] == rollout.summaries[context.budgets[0]] for j in context.budgets)
     unshared = replace(settings, share_summaries=False)
     with open_backend(llm, tokenizer, sampling, seed=3) as generation:
         again = generation.roll_out(ending.prompt_ids(tokenizer, PROMPTS), unshared)

@@ -221,8 +221,8 @@ def splice_findings(
         except Exception as error:  # nothing narrower comes from a vocabulary without [UNK] that lacks a word
             return [_no_box(f"cannot write '\\boxed{{42}}' ({error})")]
     cut = max(len(thinking_ids) // 2, 1)
-    rollout = Rollout.of(
-        encode(rendered), Thinking.of(thinking_ids, markers, eos_token_ids), [cut], markers, [[summary]]
+    rollout = Rollout.from_budgets(
+        encode(rendered), Thinking.from_tokens(thinking_ids, markers, eos_token_ids), [cut], markers, [[summary]]
     )
     parts = {
         "prompt": rollout.prompt_ids,

@@ -411,24 +411,24 @@ class Evaluation:
             thinking = rollout.thinking
             formed = rollout.well_formed(self.contract.markers)
             cuts = []
-            for cut, bridge, indices in settings.contexts(thinking):
-                ids = rollout.summaries[indices[0]]
+            for context in settings.contexts(thinking):
+                ids = rollout.summaries[context.budgets[0]]
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 rewards: list[float] = []
                 cuts.append(
                     {
-                        "budgets": [self.contract.budgets[j] for j in indices],
-                        "thinking_tokens": cut,
-                        "bridge_tokens": len(bridge),
+                        "budgets": [self.contract.budgets[j] for j in context.budgets],
+                        "thinking_tokens": context.cut,
+                        "bridge_tokens": len(context.bridge),
                         "answer_tokens": [len(summary) for summary in ids],
                         "answers": texts,
-                        "well_formed": formed[indices[0]],
+                        "well_formed": formed[context.budgets[0]],
                         "rewards": rewards,
                     }
                 )
                 summaries += [
                     (problems, question, text, summary, is_formed, rewards)
-                    for text, summary, is_formed in zip(texts, ids, formed[indices[0]], strict=True)
+                    for text, summary, is_formed in zip(texts, ids, formed[context.budgets[0]], strict=True)
                 ]
             records.append(
                 {

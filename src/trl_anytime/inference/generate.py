@@ -429,16 +429,15 @@ def stream_answers(
     (prompt_ids,) = contract.prompt_ids(tokenizer, [prompt])
     check_context(len(prompt_ids), contract.budgets[-1], contract, context, "the model's")
     sampled, _ = sample([prompt_ids], contract.budgets[-1], settings.stop_token_ids, 1)
-    thinking = Thinking.of(sampled[0], contract.markers, contract.eos_token_ids)
-    summaries: dict[int, list] = {}
-    for cut, bridge, indices in settings.contexts(thinking):
-        at = ", ".join(str(contract.budgets[j]) for j in indices)
-        print(f"\n--- answer after {cut} thinking tokens (budget {at})", flush=True)
-        context_ids = [*prompt_ids, *thinking.token_ids[:cut], *bridge]
+    thinking = Thinking.from_tokens(sampled[0], contract.markers, contract.eos_token_ids)
+    contexts, summaries = settings.contexts(thinking), []
+    for place in contexts:
+        at = ", ".join(str(contract.budgets[j]) for j in place.budgets)
+        print(f"\n--- answer after {place.cut} thinking tokens (budget {at})", flush=True)
+        context_ids = place.token_ids(prompt_ids, thinking)
         sampled, _ = sample([context_ids], contract.max_summary_length, contract.eos_token_ids, 1)
-        summaries |= settings.of_budgets(indices, sampled)
-    in_order = [summaries[j] for j in range(len(contract.budgets))]
-    return Rollout.of(prompt_ids, thinking, contract.budgets, contract.markers, in_order)
+        summaries.append(sampled)
+    return Rollout.assemble(prompt_ids, thinking, contexts, summaries)
 
 
 # Inside generate()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .markers import ThinkingMarkers
 from .timing import PhaseTimes
-from .types import Rollout, Thinking
+from .types import Context, Rollout, Thinking
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,21 @@ class RolloutSettings:
         end = self.markers.think_end_ids
         return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
 
-    def contexts(self, thinking: Thinking) -> list[tuple[int, tuple[int, ...], list[int]]]:
-        """
-        Where a thinking is summarised.
-
-        Returns:
-            `list`: the distinct cuts in tokens, each with its bridge and the indices of the budgets that share it.
-        """
+    def contexts(self, thinking: Thinking) -> list[Context]:
+        """Where a thinking is summarised: the distinct cuts, each with the budgets that share it."""
         budgets_at: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for j, budget in enumerate(self.budgets):
             budgets_at.setdefault(thinking.cut(budget, self.markers), []).append(j)
-        return [(cut, bridge, indices) for (cut, bridge), indices in budgets_at.items()]
-
-    def num_summaries_at(self, budget_indices: list[int]) -> int:
-        """Summaries to sample at a cut that these budgets share."""
-        return self.num_summaries if self.share_summaries else self.num_summaries * len(budget_indices)
-
-    def of_budgets(self, budget_indices: list[int], summaries: list) -> dict[int, list]:
-        """The summaries of a cut, or anything else that there is one of for each, dealt out to its budgets."""
-        if self.share_summaries:
-            return {j: list(summaries) for j in budget_indices}
-        return {
-            j: summaries[k * self.num_summaries : (k + 1) * self.num_summaries] for k, j in enumerate(budget_indices)
-        }
+        return [
+            Context(
+                cut,
+                bridge,
+                tuple(indices),
+                self.num_summaries * (1 if self.share_summaries else len(indices)),
+                self.share_summaries,
+            )
+            for (cut, bridge), indices in budgets_at.items()
+        ]
 
     @property
     def max_new_tokens(self) -> int:
@@ -155,43 +147,34 @@ class PrefixGeneration(Generation):
                 prompts, settings.budgets[-1], settings.stop_token_ids, settings.num_generations
             )
         thinkings = [
-            Thinking.of(ids, markers, settings.eos_token_ids, None if logprobs is None else logprobs[i])
+            Thinking.from_tokens(ids, markers, settings.eos_token_ids, None if logprobs is None else logprobs[i])
             for i, ids in enumerate(sampled)
         ]
 
+        contexts = [settings.contexts(thinking) for thinking in thinkings]
         # Ordered by budget, so that rows of similar length meet in a batch
         slots = sorted(
-            ((i, *context) for i, thinking in enumerate(thinkings) for context in settings.contexts(thinking)),
-            key=lambda slot: slot[-1][0],
+            ((i, k) for i in range(len(prompts)) for k in range(len(contexts[i]))),
+            key=lambda slot: contexts[slot[0]][slot[1]].budgets[0],
         )
-        contexts = []
-        for i, cut, bridge, indices in slots:
-            context = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
-            contexts += [context] * settings.num_summaries_at(indices)
+        rows = [
+            context_ids
+            for i, k in slots
+            for context_ids in [contexts[i][k].token_ids(prompts[i], thinkings[i])] * contexts[i][k].num_summaries
+        ]
         with self.times("summarising"):
             sampled, logprobs = self._sample(
-                contexts, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
+                rows, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
             )
 
-        def by_rollout(values: list) -> list[list[list]]:  # from slots to N × M × A
+        def by_context(values: list) -> list[list[list]]:
             rest = iter(values)
-            rollouts: list[list[list]] = [[[] for _ in settings.budgets] for _ in prompts]
-            for i, _, _, indices in slots:
-                of_slot = list(islice(rest, settings.num_summaries_at(indices)))
-                for j, of_budget in settings.of_budgets(indices, of_slot).items():
-                    rollouts[i][j] = of_budget
-            return rollouts
+            of_slot = {(i, k): list(islice(rest, contexts[i][k].num_summaries)) for i, k in slots}
+            return [[of_slot[i, k] for k in range(len(contexts[i]))] for i in range(len(prompts))]
 
-        summaries = by_rollout(sampled)
-        summary_logprobs = None if logprobs is None else by_rollout(logprobs)
+        summaries = by_context(sampled)
+        summary_logprobs = [None] * len(prompts) if logprobs is None else by_context(logprobs)
         return [
-            Rollout.of(
-                prompt,
-                thinkings[i],
-                settings.budgets,
-                markers,
-                summaries[i],
-                None if summary_logprobs is None else summary_logprobs[i],
-            )
+            Rollout.assemble(prompt, thinkings[i], contexts[i], summaries[i], summary_logprobs[i])
             for i, prompt in enumerate(prompts)
         ]

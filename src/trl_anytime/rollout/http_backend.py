@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
+from itertools import islice
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -344,16 +345,18 @@ class ServerGeneration(Generation):
         (sampled,) = self._client.complete(
             [prompt], settings.budgets[-1], settings.stop_token_ids, self._sampling, seed=seed
         )
-        thinking = Thinking.of(sampled, settings.markers, settings.eos_token_ids)
-        # As many contexts as there are groups of A summaries
-        contexts, budgets = [], []
-        for cut, bridge, indices in settings.contexts(thinking):
-            context = [*prompt, *thinking.token_ids[:cut], *bridge]
-            contexts += [context] * (settings.num_summaries_at(indices) // settings.num_summaries)
-            budgets.append(indices)
+        thinking = Thinking.from_tokens(sampled, settings.markers, settings.eos_token_ids)
+        contexts = settings.contexts(thinking)
+        # A request gets A summaries of each prompt
+        prompts = [
+            context_ids
+            for context in contexts
+            for context_ids in [context.token_ids(prompt, thinking)]
+            * (context.num_summaries // settings.num_summaries)
+        ]
         summaries = iter(
             self._client.complete(
-                contexts,
+                prompts,
                 settings.max_summary_length,
                 settings.eos_token_ids,
                 self._sampling,
@@ -361,9 +364,5 @@ class ServerGeneration(Generation):
                 seed,
             )
         )
-        by_budget: dict[int, list] = {}
-        for indices in budgets:
-            of_cut = [next(summaries) for _ in range(settings.num_summaries_at(indices))]
-            by_budget |= settings.of_budgets(indices, of_cut)
-        in_order = [by_budget[j] for j in range(len(settings.budgets))]
-        return Rollout.of(prompt, thinking, settings.budgets, settings.markers, in_order)
+        by_context = [list(islice(summaries, context.num_summaries)) for context in contexts]
+        return Rollout.assemble(prompt, thinking, contexts, by_context)

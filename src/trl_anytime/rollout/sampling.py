@@ -48,6 +48,11 @@ class Sampling:
         for name, check in SAMPLING.items():
             check(getattr(self, name), name)
 
+    @classmethod
+    def from_config(cls, args: Any) -> "Sampling":
+        """Read the settings off a [`~trl.GRPOConfig`], which has `None` for some that are off."""
+        return cls(args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty)
+
     def generation_config(self) -> GenerationConfig:
         """The settings of transformers. Every one is set: what is not would come from the model's own."""
         if self.temperature == 0:

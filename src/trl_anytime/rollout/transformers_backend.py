@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -125,7 +126,7 @@ class TransformersGeneration(Generation):
             cache.batch_select_indices(live)
             token_ids, starts = token_ids[live], starts[live]
             rows = [row for row in rows if row in running]
-        return [Thinking.of(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
+        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
 
     def _summarise(
         self,
@@ -140,19 +141,18 @@ class TransformersGeneration(Generation):
             for trunk in trunks
             for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
         }
-        # Budgets that share a cut share a context
-        slots = [(i, *context) for i, thinking in enumerate(thinkings) for context in settings.contexts(thinking)]
-        contexts = []
-        for i, cut, bridge, indices in slots:
-            history = [*prompts[i], *thinkings[i].token_ids[:cut], *bridge]
-            seen = min(cached[i], len(prompts[i]) + cut)
-            contexts.append(BranchContext(i, seen, history[seen:], settings.num_summaries_at(indices), history))
+        contexts = [settings.contexts(thinking) for thinking in thinkings]
+        slots = [(i, context) for i, of_thinking in enumerate(contexts) for context in of_thinking]
+        branch_contexts = []
+        for i, context in slots:
+            history = context.token_ids(prompts[i], thinkings[i])
+            seen = min(cached[i], len(prompts[i]) + context.cut)
+            branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
         logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
         held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
-        summaries: list[list[list[list[int]]]] = [[[] for _ in settings.budgets] for _ in prompts]
-        decoded: list[list[list[int]]] = [[] for _ in contexts]
-        for part in self._parts(contexts, settings, held):
+        decoded: list[list[list[int]]] = [[] for _ in slots]
+        for part in self._parts(branch_contexts, settings, held):
             branches = decode_branches(
                 model,
                 trunks,
@@ -164,12 +164,10 @@ class TransformersGeneration(Generation):
             )
             for (c, _), of_context in zip(part, branches, strict=True):
                 decoded[c] += of_context
-        for (i, _, _, indices), of_context in zip(slots, decoded, strict=True):
-            for j, of_budget in settings.of_budgets(indices, of_context).items():
-                summaries[i][j] = of_budget
+        rest = iter(decoded)
         return [
-            Rollout.of(prompt, thinking, settings.budgets, settings.markers, of_rollout)
-            for prompt, thinking, of_rollout in zip(prompts, thinkings, summaries, strict=True)
+            Rollout.assemble(prompts[i], thinkings[i], contexts[i], list(islice(rest, len(contexts[i]))))
+            for i in range(len(prompts))
         ]
 
     def _parts(

@@ -2,7 +2,11 @@
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from ..method.budgets import thinking_cuts
 from .markers import ThinkingMarkers
 
 
@@ -28,7 +32,7 @@ class Thinking:
     logprobs: list[float] | None = None
 
     @classmethod
-    def of(
+    def from_tokens(
         cls,
         token_ids: Sequence[int],
         markers: ThinkingMarkers,
@@ -49,9 +53,46 @@ class Thinking:
             `tuple`: the cut c = min(budget, |z|) in tokens, and the bridge's token ids.
         """
         length = len(self.token_ids)
+        (cut,) = thinking_cuts(torch.tensor(length), [budget]).tolist()
         if self.finished and length <= budget:
-            return length, markers.answer_bridge_ids
-        return min(budget, length), markers.truncation_bridge_ids + markers.answer_bridge_ids
+            return cut, markers.answer_bridge_ids
+        return cut, markers.truncation_bridge_ids + markers.answer_bridge_ids
+
+
+@dataclass(frozen=True)
+class Context:
+    """
+    Where a thinking is summarised.
+
+    Args:
+        cut (`int`):
+            Thinking tokens that the summaries see.
+        bridge (`tuple[int, ...]`):
+            Token ids between the thinking and a summary.
+        budgets (`tuple[int, ...]`):
+            Indices of the budgets that cut the thinking here.
+        num_summaries (`int`):
+            Summaries to sample here, for all these budgets.
+        shared (`bool`, *optional*, defaults to `False`):
+            Whether the budgets share the summaries; else each gets its part of them.
+    """
+
+    cut: int
+    bridge: tuple[int, ...]
+    budgets: tuple[int, ...]
+    num_summaries: int
+    shared: bool = False
+
+    def token_ids(self, prompt_ids: Sequence[int], thinking: Thinking) -> list[int]:
+        """What stands before a summary: the prompt, the thinking up to the cut, and the bridge."""
+        return [*prompt_ids, *thinking.token_ids[: self.cut], *self.bridge]
+
+    def by_budget(self, sampled: Sequence[Any]) -> dict[int, list[Any]]:
+        """The summaries sampled here, or anything else that there is one of for each, by the index of the budget."""
+        if self.shared:
+            return {j: list(sampled) for j in self.budgets}
+        size = self.num_summaries // len(self.budgets)
+        return {j: list(sampled[k * size : (k + 1) * size]) for k, j in enumerate(self.budgets)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +123,49 @@ class Rollout:
     summary_logprobs: list[list[list[float]]] | None = None
 
     @classmethod
-    def of(
+    def assemble(
+        cls,
+        prompt_ids: Sequence[int],
+        thinking: Thinking,
+        contexts: Sequence[Context],
+        summaries: Sequence[Sequence[list[int]]],
+        logprobs: Sequence[Sequence[list[float]]] | None = None,
+    ) -> "Rollout":
+        """
+        Deal out to the budgets what was sampled in each context.
+
+        Args:
+            prompt_ids (`Sequence[int]`):
+                The rendered prompt.
+            thinking ([`Thinking`]):
+                The thinking.
+            contexts (`Sequence[Context]`):
+                Its contexts, which together hold every budget once.
+            summaries (`Sequence[Sequence[list[int]]]`):
+                What was sampled in each of them.
+            logprobs (`Sequence[Sequence[list[float]]]`, *optional*):
+                Log-probabilities of the same.
+        """
+        context_of = {j: context for context in contexts for j in context.budgets}
+        in_order = [context_of[j] for j in range(len(context_of))]
+
+        def by_budget(sampled: Sequence[Sequence[Any]]) -> list[list[Any]]:
+            dealt: dict[int, list[Any]] = {}
+            for context, of_context in zip(contexts, sampled, strict=True):
+                dealt |= context.by_budget(of_context)
+            return [dealt[j] for j in range(len(dealt))]
+
+        return cls(
+            list(prompt_ids),
+            thinking,
+            [context.cut for context in in_order],
+            [context.bridge for context in in_order],
+            by_budget(summaries),
+            None if logprobs is None else by_budget(logprobs),
+        )
+
+    @classmethod
+    def from_budgets(
         cls,
         prompt_ids: Sequence[int],
         thinking: Thinking,

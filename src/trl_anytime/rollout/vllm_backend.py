@@ -198,7 +198,7 @@ class _OpenRollout:
 
     def thinking(self, settings: RolloutSettings) -> Thinking:
         """The thinking so far."""
-        return Thinking.of(
+        return Thinking.from_tokens(
             self.sampled.token_ids, settings.markers, settings.eos_token_ids, logprobs=self.sampled.logprobs
         )
 
@@ -208,7 +208,7 @@ class _OpenRollout:
 
     def close(self, settings: RolloutSettings) -> Rollout:
         """The complete rollout."""
-        return Rollout.of(
+        return Rollout.from_budgets(
             self.prompt_ids,
             self.thinking(settings),
             settings.budgets,
