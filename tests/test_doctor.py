@@ -276,6 +276,35 @@ def test_a_template_that_closes_the_thinking(folder, tmp_path):
     assert found.keys() == {"template"} and "already closed the thinking" in found["template"].found
 
 
+def test_a_template_that_closes_the_thinking_of_some_rows(folder, tmp_path):
+    closing = "<think>{% if 'quick' in messages[0].content %}</think>{% endif %}\n"
+    name = save_model(tmp_path, OPENED.replace("<think>\n", closing))
+    assert look(folder, model_name_or_path=name) == {}
+    rows = [*PROBLEMS[:9], {"problem": "Be quick. How much is 1 + 1?", "answer": "2"}, *PROBLEMS[9:]]
+    quick = save_rows(folder / "quick.jsonl", rows)
+    for changes in ({"dataset_name": quick}, {"eval_dataset_name": quick, "eval_strategy": "epoch"}):
+        found = look(folder, model_name_or_path=name, **changes)
+        assert found.keys() == {"template"} and found["template"].level == ERROR
+        assert "quick.jsonl, row 9" in found["template"].found
+
+
+def test_an_end_of_thinking_that_is_no_token(folder, tmp_path):
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a"], vocab_size=258, special_tokens=["<|end|>"])
+    for template, levels in ((OPENED, [OK]), (OPENED.replace("<think>\n", "{# </think> #}"), [OK, WARNING])):
+        name = save_model(tmp_path, template)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template
+        )
+        tokenizer.save_pretrained(tmp_path)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"model_name_or_path": name}
+        (folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
+        findings = examine(folder / "changed.yaml", {}, Launch(1)).findings
+        found = [finding for finding in findings if finding.check == "template"]
+        assert [finding.level for finding in found] == levels
+        assert "found in the text of the tokens" in found[0].found
+
+
 def test_a_model_that_is_not_there(folder, tmp_path):
     found = look(folder, model_name_or_path=str(tmp_path / "nowhere"))
     assert found.keys() == {"model"} and found["model"].level == ERROR

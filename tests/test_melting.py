@@ -5,10 +5,18 @@ import torch
 from datasets import Dataset
 from melting import make_melting_tokenizer
 from tiny import make_config, make_model
+from tiny_server import TinyServer, serving
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from trl_anytime import (
+    AnytimeContract,
+    BRPOTrainer,
+    CompletionClient,
+    Sampling,
+    ThinkingBudgetLogitsProcessor,
+    anytime_generate,
+)
 from trl_anytime.inference.anytime_config import CONTRACT_NAME
 from trl_anytime.rewards import ExactMatch
 from trl_anytime.rollout.markers import find_markers
@@ -111,6 +119,17 @@ def test_evaluation_agrees_with_training(trained):
         assert [answer.answers[0] for answer in output.answers] == [r"\boxed{4}"] * 3
         assert all(answer.well_formed == [True, True] for answer in output.answers)
         assert [answer.finished for answer in output.answers] == [False, False, True]
+
+
+def test_a_server_agrees_with_training(trained):
+    _, rollouts, folder = trained
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with serving(TinyServer(model)) as server:
+        (output,) = anytime_generate(
+            CompletionClient(server.url), tokenizer, [PROMPT], contract=AnytimeContract.load(folder)
+        )
+    assert output.rollout.thinking == rollouts[0].thinking
+    assert [answer.well_formed for answer in output.answers] == [[True]] * 3
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

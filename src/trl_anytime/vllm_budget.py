@@ -72,7 +72,8 @@ class _Budget:
     def _forced(self, token_ids: list[int]) -> int | None:
         markers = self._contract.markers
         if self._cut is None:
-            end = self._scan.end_of_thinking(token_ids[: self._budget])
+            within = token_ids if len(token_ids) <= self._budget else token_ids[: self._budget]
+            end = self._scan.end_of_thinking(within)
             if end is not None:
                 self._cut, self._bridge = end, markers.answer_bridge_ids
             elif len(token_ids) >= self._budget:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from tiny_contract import make_markers
-from trl_anytime.rollout.types.trl_backend import TRLSampler
+from trl_anytime.rollout.trl_backend import TRLSampler
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings

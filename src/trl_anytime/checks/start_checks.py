@@ -112,7 +112,7 @@ def prompt_findings(
     markers: ThinkingMarkers,
 ) -> list[Finding]:
     """
-    Whether the prompts of all rows leave the thinking open, and alike.
+    Check that the prompts of all rows leave the thinking open, and alike.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):

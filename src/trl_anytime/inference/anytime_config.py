@@ -213,7 +213,7 @@ class AnytimeContract:
             _check_fields(values)
             markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
             markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
-            markers["in_text"] = values["markers"]["think_end"].get("in_text", False)
+            markers["in_text"] = values["markers"]["think_end"].get("in_text", False) is True
             budgets = check_budgets(values["budgets"])
             contract = cls(
                 markers=ThinkingMarkers(**markers),
@@ -233,7 +233,7 @@ class AnytimeContract:
         return contract if tokenizer is None else contract.with_tokenizer(tokenizer)
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "AnytimeContract":
-        """The same contract, able to find an end of thinking in the text of this tokenizer's tokens."""
+        """Return the same contract, able to find an end of thinking in the text of this tokenizer's tokens."""
         return replace(self, markers=self.markers.with_tokenizer(tokenizer))
 
     def save(self, folder: str | Path) -> Path:

@@ -92,6 +92,7 @@ class TextSearch:
     def __init__(self, text: str, token_bytes: Callable[[int], bytes]):
         self._text, self._token_bytes = text.encode(), token_bytes
         self._transitions: list[dict[int, tuple[int, int]]] = [{} for _ in self._text]
+        self._idle: set[int] = set()  # tokens with nothing of the text, which most are
 
     @property
     def most_tokens(self) -> int:
@@ -111,7 +112,10 @@ class TextSearch:
         Returns:
             `tuple`: index just behind the token that completes the text, or `None`; and the state behind the tokens.
         """
+        idle = self._idle
         for i, token in enumerate(token_ids):
+            if not state and token in idle:
+                continue
             state, found = self._transitions[state].get(token) or self._transition(state, token)
             if found:
                 return i + 1, state
@@ -132,4 +136,6 @@ class TextSearch:
         longest = min(len(rest), len(text) - 1)
         behind = next(length for length in range(longest, -1, -1) if rest.endswith(text[:length]))
         self._transitions[state][token] = behind, len(occurrences)
+        if not state and not behind and not occurrences:
+            self._idle.add(token)
         return behind, len(occurrences)

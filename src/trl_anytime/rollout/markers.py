@@ -65,11 +65,11 @@ class ThinkingMarkers:
             object.__setattr__(self, "in_text", True)
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "ThinkingMarkers":
-        """The same markers, able to find their end in the text of this tokenizer's tokens."""
+        """Return the same markers, able to find their end in the text of this tokenizer's tokens."""
         return self.with_token_bytes(TokenBytes(tokenizer, self.think_end_ids)) if self.in_text else self
 
     def with_token_bytes(self, token_bytes: Callable[[int], bytes]) -> "ThinkingMarkers":
-        """The same markers, where `token_bytes` says what a token adds to the text."""
+        """Return the same markers, where `token_bytes` says what a token adds to the text."""
         markers = replace(self)
         markers.__dict__["_search"] = TextSearch(self.think_end, token_bytes)
         return markers
@@ -98,7 +98,7 @@ class ThinkingMarkers:
         return self._search.count(token_ids)
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
-        """Index just behind the token that completes the first end of thinking in `token_ids`, or `None`."""
+        """Return the index just behind the token that completes the first end of thinking, or `None`."""
         return self._search.first(token_ids)[0]
 
 
@@ -117,7 +117,7 @@ class EndScan:
         self._end: int | None = None
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
-        """As that of [`ThinkingMarkers`], in `token_ids` that begin with those of the last call."""
+        """Find it as [`ThinkingMarkers.end_of_thinking`] does; `token_ids` begin with those of the last call."""
         if self._end is None:
             new = token_ids[self._num_searched :]
             found, self._state = self._search.first(new, self._state)

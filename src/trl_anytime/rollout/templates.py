@@ -30,7 +30,7 @@ _MOST_ROWS = 64
 
 def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_prompt: str | None) -> str | None:
     """
-    The end of thinking of a model, or `None` if it knows none.
+    Find the text that ends the thinking of a model, or `None`.
 
     What the generation prompt (or the last word of a plain prompt) has opened comes first, then what the template
     knows, then the vocabulary. Text of the prompt, in which a user may talk about other markers, comes last.
@@ -53,7 +53,7 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
 
 def find_think_start(think_end: str, *texts: str) -> str:
     """
-    The start of a thinking that ends with `think_end`, or `""` if nothing tells it.
+    Find the text that starts a thinking which ends with `think_end`, or `""` if nothing tells it.
 
     Args:
         think_end (`str`):
@@ -77,7 +77,7 @@ def find_think_start(think_end: str, *texts: str) -> str:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that conversations are rendered with; `""` without one."""
+    """Return the chat template that conversations are rendered with; `""` without one."""
     return "" if tokenizer.chat_template is None else str(tokenizer.get_chat_template())
 
 
@@ -150,7 +150,7 @@ _ANY_CONVERSATION = [{"role": "user", "content": "?"}]
 def _tried(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str, str | None]]:
-    """Each argument of the template that may concern thinking with a value, and a prompt rendered with it."""
+    """Render a prompt with each argument of the template that may concern thinking: name, value, rendering."""
     names = dict.fromkeys(re.findall(r"\b\w*(?:think|reason)\w*", template_of(tokenizer)))
     for name in list(names)[:_MOST_SWITCHES]:
         for value in ("high",) if "effort" in name else (True, False):
@@ -201,7 +201,7 @@ def advise_open(
 
 
 def find_unset_switch(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> str | None:
-    """The argument by which the template would ask the model to think, if there is one that is not set."""
+    """Find the argument by which the template would ask the model to think, if there is one that is not set."""
     if tokenizer.chat_template is None:
         return None
     plain = render_prompt(tokenizer, _ANY_CONVERSATION, chat_template_kwargs)[0]
@@ -216,7 +216,7 @@ def find_unset_switch(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: 
 
 def sample_rows(conversations: Sequence[list[dict[str, Any]]]) -> list[int]:
     """
-    The rows that stand for all, at most 64.
+    Choose the rows that stand for all, at most 64.
 
     Args:
         conversations (`Sequence[list[dict]]`):
@@ -252,7 +252,7 @@ def states_of_rows(
     think_end: str,
 ) -> dict[str, list[tuple[str, int]]]:
     """
-    What has been done with the thinking in the rows of data sets: in all that are text, and in a sample of those that
+    Sort the rows of data sets by what has been done with the thinking: all that are text, and a sample of those that
     are conversations.
 
     Args:
