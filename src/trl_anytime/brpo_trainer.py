@@ -695,8 +695,8 @@ class BRPOTrainer(GRPOTrainer):
         rows = (~torch.isfinite(logprobs)).any(dim=1)
         texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
         raise FloatingPointError(
-            f"Step {self.state.global_step}: log-probabilities not finite for {len(texts)} of {len(rows)} rollouts of "
-            f"a micro-batch, with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps "
+            f"Step {self.state.global_step}: log-probabilities not finite for {len(texts)} of {len(rows)} rollouts, "
+            f"with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps "
             "out."
         )
 
