@@ -112,7 +112,7 @@ def test_nan_that_meets_sampling_first(ranks, tmp_path, by_prefix):
     """Both ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
     ended = ranks.run("train", tmp_path, nan_weights=True, by_prefix=by_prefix, save_strategy="no")
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 0: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
+    assert "FloatingPointError: Step 0: log-probabilities not finite for 8 of 8 rollouts" in ended[0].output
     assert "with the prompts ['<|im_start|> user" in ended[0].output
 
 
