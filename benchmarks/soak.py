@@ -2,8 +2,8 @@
 Thousands of optimiser steps of a tiny model, with evaluation, checkpoints and a verifier whose workers are killed and
 time out: does anything grow?
 
-    python benchmarks/soak.py outputs/soak              # 2,000 steps, some twenty minutes on one core
-    python benchmarks/soak.py outputs/soak --steps 60   # a short one
+    python -m benchmarks.soak outputs/soak              # 2,000 steps, some twenty minutes on one core
+    python -m benchmarks.soak outputs/soak --steps 60   # a short one
 
 Every `--every` steps one line is written to `soak.jsonl` in the folder: step, seconds, resident memory (MiB, after the
 allocator has handed back what is free: what it holds depends on luck and hides what leaks), open files, threads and
@@ -18,6 +18,7 @@ import gc
 import itertools
 import json
 import os
+import random
 import signal
 import statistics
 import sys
@@ -31,17 +32,16 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import psutil
 from transformers import TrainerCallback
 
-from trl_anytime import BRPOTrainer
+from examples import toy_task
+from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.rewards.verifier.pool import PoolSettings, close_pools, get_pool
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from rewards_cases import HOSTILE  # noqa: E402  (the path comes first)
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward  # noqa: E402
 
 POOL = PoolSettings(
     workers=2, cpu_limit=0.3, hard_limit=1.0, batch_limit=10.0, memory_limit=1024, tasks_per_worker=200
 )
 PLAIN = [(r"\sqrt{2}", r"2^{1/2}"), (r"x^2+2x+1", r"(x+1)^2"), (r"\sqrt{3}", r"\sqrt{5}")]
+# One runs out of its time, the other is no formula
+HOSTILE = (r"\sum_{n=1}^{10^{12}} n^{n}", r"\frac" * 300)
 _LIBC = ctypes.CDLL("libc.so.6")
 MEASURED = ("memory", "files", "threads", "children")
 # What may come and go at the moment of a measurement: a file that is open, a worker between two
@@ -75,7 +75,7 @@ class FaultyVerifier:
         for outcome in pool.grade(pairs):
             if outcome in self.counts:
                 self.counts[outcome] += 1
-        return parity_reward(None, completion_ids)
+        return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 class Gauge(TrainerCallback):
@@ -128,27 +128,33 @@ def main() -> int:
     path.unlink(missing_ok=True)
     verifier = FaultyVerifier(fault_every=8)
     gauge = Gauge(path, arguments.every, verifier, arguments.output_dir)
-    config = make_config(
-        arguments.output_dir,
-        max_steps=arguments.steps,
-        steps_per_generation=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-5,
-        logging_steps=arguments.every,
-        log_completions=False,
-        eval_strategy="steps",
-        eval_steps=2 * arguments.every,
-        save_strategy="steps",
-        save_steps=2 * arguments.every,
-        save_total_limit=2,
-    )
+    tokenizer = toy_task.make_tokenizer(toy_task.POINTERS)
+    problems = toy_task.make_problems(toy_task.POINTERS, 20, random.Random(0))
+    settings = {
+        **toy_task.BRPO_SETTINGS,
+        "budgets": [3, 6, 9],
+        "num_summaries": 2,
+        "num_generations": 4,
+        "steps_per_generation": 2,
+        "per_device_train_batch_size": 4,
+        "max_steps": arguments.steps,
+        "learning_rate": 1e-5,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": arguments.every,
+        "eval_strategy": "steps",
+        "eval_steps": 2 * arguments.every,
+        "save_strategy": "steps",
+        "save_steps": 2 * arguments.every,
+        "save_total_limit": 2,
+    }
     trainer = BRPOTrainer(
-        make_model(),
-        config,
-        make_dataset(16),
+        toy_task.make_model(tokenizer),
+        BRPOConfig(str(arguments.output_dir), **settings),
+        toy_task.make_rl_dataset(problems[:16]),
+        eval_dataset=toy_task.make_rl_dataset(problems[16:]),
         reward_funcs=verifier,
-        processing_class=make_tokenizer(),
-        eval_dataset=make_dataset(4),
+        processing_class=tokenizer,
         callbacks=[gauge],
     )
     trainer.train()

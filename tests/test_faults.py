@@ -149,9 +149,8 @@ def test_out_of_memory_says_what_helps(ranks, tmp_path, place, knobs):
 
 def test_soak_for_sixty_steps(tmp_path):
     """The benchmark itself, in short: nothing grows, no process is left."""
-    script = Path(__file__).parents[1] / "benchmarks" / "soak.py"
-    command = [sys.executable, str(script), str(tmp_path), "--steps", "60", "--every", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "benchmarks.soak", str(tmp_path), "--steps", "60", "--every", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["flat"] and summary["step"] == 60 and summary["checkpoints"] == 2
