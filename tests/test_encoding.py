@@ -16,7 +16,7 @@ from trl_anytime.probe import probe
 def without_unknown_token():
     """As the quickstart's: words, and none for what is unknown."""
     usual = make_tokenizer()
-    words = Tokenizer(models.WordLevel(usual.get_vocab()))
+    words = Tokenizer(models.WordLevel({word: i for word, i in usual.get_vocab().items() if word != "<unk>"}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<pad>")
     tokenizer.chat_template = usual.chat_template
