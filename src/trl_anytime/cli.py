@@ -358,6 +358,7 @@ def _eval(options: argparse.Namespace) -> int:
         Evaluation,
         comparison,
         differences,
+        limited_answers,
         load_results,
         results_of,
         save_samples,
@@ -412,6 +413,8 @@ def _eval(options: argparse.Namespace) -> int:
     save_samples(records, problem_sets, output / "samples.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
     print(table(results))
+    if said := limited_answers(results):
+        print(f"\n{said}", file=sys.stderr)
     print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", file=sys.stderr)
     return 0
 

@@ -25,6 +25,7 @@ from .contract import AnytimeContract, check_context
 from .curves import Estimate, compare, estimates
 from .inference import context_of, is_transformers_model, open_backend, rollout_settings
 from .problems import ProblemSet
+from .reward_guard import checked_rewards, failure_text
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .server import CompletionClient
@@ -360,26 +361,48 @@ class Evaluation:
                     "cuts": cuts,
                 }
             )
-        self._score(summaries)
+        records[0]["counters"] = self._score(summaries)
         return records
 
-    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> None:
-        """Score summaries, each given with its problem; the rewards go to the lists at their ends."""
+    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, float]:
+        """Score summaries, each given with its problem; the rewards go to the lists at their ends.
+
+        Returns:
+            `dict[str, float]`: what a reward with gold answers counts, by the name that it logs.
+        """
         conversational = self.tokenizer.chat_template is not None
         questions = [problems.questions[question] for problems, question, *_ in summaries]
-        rewards = self._reward(
-            prompts=[self.contract.question(self.tokenizer, question) for question in questions],
-            completions=[
-                [{"role": "assistant", "content": text}] if conversational else text for _, _, text, *_ in summaries
-            ],
-            completion_ids=[ids for *_, ids, _, _ in summaries],
-            well_formed=[formed for *_, formed, _ in summaries],
-            answer=[problems.answers[question] for problems, question, *_ in summaries],
-        )
-        if len(rewards) != len(summaries) or any(reward is None for reward in rewards):
-            raise ValueError(f"{self._reward} must return one number for each of {len(summaries)} completions.")
+        counters: dict[str, float] = {}
+        prompts = [self.contract.question(self.tokenizer, question) for question in questions]
+        try:
+            returned = self._reward(
+                prompts=prompts,
+                completions=[
+                    [{"role": "assistant", "content": text}] if conversational else text
+                    for _, _, text, *_ in summaries
+                ],
+                completion_ids=[ids for *_, ids, _, _ in summaries],
+                well_formed=[formed for *_, formed, _ in summaries],
+                answer=[problems.answers[question] for problems, question, *_ in summaries],
+                **({"log_metric": counters.__setitem__} if isinstance(self._reward, AnswerReward) else {}),
+            )
+        except SystemExit as error:
+            raise ValueError(f"The reward `{self.protocol.reward}` failed: {failure_text(error)}.") from error
+        try:
+            rewards = checked_rewards(returned, prompts)
+        except ValueError as error:
+            raise ValueError(f"The reward `{self.protocol.reward}` failed: {error}.") from error
+        missing = rewards.count(None)
+        if missing:
+            raise ValueError(
+                f"The reward `{self.protocol.reward}` left {missing} of {len(rewards)} answers without a number: they "
+                "were not looked at in time, or it does not apply to them. What is finished is kept: repeat the "
+                "command when the machine is free, or set another --reward."
+            )
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
-            into.append(float(reward))
+            assert reward is not None
+            into.append(reward)
+        return counters
 
 
 # Results
@@ -434,7 +457,23 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
         }
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
     results["cost"] = _cost(records)
+    counters: Counter[str] = Counter()
+    for record in records:
+        counters.update(record.get("counters", {}))  # of all answers of a batch, with its first sample
+    results["counters"] = dict(counters)
     return results
+
+
+def limited_answers(results: dict[str, Any]) -> str:
+    """Say how many answers count as wrong because they hit a limit of the verifier; `""` if none did."""
+    counters = {name.rpartition("/")[2]: int(count) for name, count in results["counters"].items()}
+    limited = {name: counters.get(name, 0) for name in ("timeouts", "dead_workers", "too_long")}
+    if not any(limited.values()):
+        return ""
+    graded = counters["graded"] + limited["too_long"]
+    said = ", ".join(f"{count} {name}" for name, count in limited.items() if count)
+    share = sum(limited.values()) / graded
+    return f"Of {graded} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {said}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:
