@@ -382,6 +382,7 @@ def _eval(options: argparse.Namespace) -> int:
             options.split,
             options.limit,
             options.skip_bad_answers,
+            any_text=reward is not None,
         )
         for source in options.datasets
     ]

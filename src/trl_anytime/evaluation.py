@@ -544,7 +544,7 @@ def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
         {
             **{name: record[name] for name in ("dataset", "question", "sample")},
             "problem": sets[record["dataset"]].questions[record["question"]],
-            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False),
+            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False, default=str),
             **{name: record[name] for name in ("thinking", "thinking_tokens", "finished")},
             "cuts": record["cuts"],
         }

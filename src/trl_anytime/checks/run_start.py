@@ -1,11 +1,11 @@
 """What the trainer says when training begins: what the run is going to be, and what is odd about it."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..markers import render_prompt
@@ -39,6 +39,10 @@ def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
     rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
     num_prompts = None if isinstance(data, IterableDataset) else len(data)
     batch = BatchArithmetic.of(args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0])
+    sets = _evaluated(trainer.eval_dataset)
+    gold_rows = [*rows, *(row for part in sets.values() for row in sampled_rows(part))]
+    if not isinstance(data, IterableDataset):
+        sets = {"train_dataset": data, **sets}
     prompt, tokenizer = rows[0]["prompt"], cast(PreTrainedTokenizerBase, trainer.processing_class)
     rendered, _ = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
@@ -46,7 +50,7 @@ def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
         *batch.findings(),
         *idle_settings(args, has_eval_data=trainer.eval_dataset is not None),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
-        *reward_findings(args, trainer.reward_funcs, rows),
+        *reward_findings(args, trainer.reward_funcs, gold_rows, sets),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
     ]
     print(batch.table(), flush=True)
@@ -56,6 +60,16 @@ def report_start(trainer: "BRPOTrainer", prompt_length: int) -> None:
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def _evaluated(eval_dataset: Any) -> dict[str, Dataset]:
+    """The sets to evaluate on, by name; streams are left out."""
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    return {
+        f"eval_dataset[{name!r}]" if name else "eval_dataset": part
+        for name, part in sets.items()
+        if isinstance(part, Dataset)
+    }
 
 
 def _memory(trainer: "BRPOTrainer", prompt_length: int) -> list[Finding]:

@@ -54,7 +54,7 @@ def gold_alternatives(value: Any, *, any_text: bool = False) -> list[str] | None
     - the string.
 
     It is refused if it is empty or only punctuation, a missing value spelled out (`N/A`, `nan`, `null`: what pandas
-    takes for one), a dictionary or a list that cannot be read, an unfinished `\boxed{`, or, unless `any_text`, an
+    takes for one), an unfinished `\boxed{`, or, unless `any_text`, a dictionary or a list that cannot be read, or an
     argument: more than 12 words, or "because", "since", "therefore", "thus", "hence" or "we".
 
     Args:
@@ -115,7 +115,7 @@ def _texts(text: str, any_text: bool) -> list[str]:
             return [found for item in items for found in _texts(_unquoted(item), any_text)]
         if len(items) == 1 and text[0] == "[":
             return [items[0], text]  # a list from a file, or a vector of one entry
-    elif _QUOTED.match(text):
+    elif _QUOTED.match(text) and not any_text:
         raise _NotAnAnswer("It is written as a list or dictionary that cannot be read. Give the answer alone")
     *_, last = (None, *_ANSWER_IS.finditer(text))
     if last is not None and (answer := text[last.end() :].strip(" \n*").removesuffix(".").strip(" \n*")):
@@ -148,8 +148,20 @@ def count_words(text: str) -> int:
     return len(_WORD.findall(_LATEX_WORDS.sub(" ", text)))
 
 
-def bad_gold_message(row: int, column: str, value: Any) -> str:
-    """Say why a value is not a gold answer, and what to do about it."""
+_SKIP = "set on_bad_gold='skip' for the reward, `on_bad_answer: skip` in a recipe"
+
+
+def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
+    """Say why a value is not a gold answer, and what to do about it.
+
+    Args:
+        row, column (`int`, `str`):
+            Where it is.
+        value (`Any`):
+            What is there.
+        skip (`str`, *optional*):
+            How such rows are left out.
+    """
     try:
         _alternatives(value, any_text=False)
         why = "This reward cannot compare it with anything. Give another"
@@ -158,8 +170,7 @@ def bad_gold_message(row: int, column: str, value: Any) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
     return (
-        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}; or leave such rows out: set "
-        "on_bad_gold='skip' for the reward, `on_bad_answer: skip` in a recipe."
+        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}; or leave such rows out: {skip}."
     )
 
 

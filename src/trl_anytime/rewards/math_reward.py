@@ -172,7 +172,7 @@ def grade_answers(
     for row, (answer, value) in enumerate(zip(answers, golds, strict=True)):
         alternatives = gold_alternatives(value)
         if alternatives is None:
-            raise ValueError(bad_gold_message(row, "golds", value))
+            raise ValueError(bad_gold_message(row, "golds", value, "drop them"))
         if len(answer) <= reward.max_answer_length or answer in alternatives:
             rows.append(row)
             pairs.append((alternatives, answer))
