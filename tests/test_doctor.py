@@ -335,7 +335,7 @@ def test_rewards_that_do_not_grade(tmp_path):
         (_, golds) = reward_findings(args, [MathReward()], [{"answer": gold}])
         assert golds.level == WARNING and repr(gold) in golds.found
     (_, missing) = reward_findings(args, [MathReward()], [{"result": 1}])
-    assert missing.level == ERROR and "['answer', 'solution']" in missing.found
+    assert missing.level == ERROR and str(list(MathReward().answer_columns)) in missing.found
 
 
 # Settings without effect

@@ -33,6 +33,8 @@ from .server import CompletionClient
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
 _RESULTS_FORMAT = 1
+# Counters of a reward with gold answers: of answers that score 0 because of its limits
+_LIMITS = ("timeouts", "dead_workers", "too_long")
 
 
 @dataclass(frozen=True)
@@ -361,14 +363,16 @@ class Evaluation:
                     "cuts": cuts,
                 }
             )
-        records[0]["counters"] = self._score(summaries)
+        limited = self._score(summaries)
+        if limited:  # a reward counts for all its answers: the batch's numbers stand with its first sample
+            records[0]["limited"] = limited
         return records
 
-    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, float]:
+    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
         """Score summaries, each given with its problem; the rewards go to the lists at their ends.
 
         Returns:
-            `dict[str, float]`: what a reward with gold answers counts, by the name that it logs.
+            `dict[str, int]`: how many answers hit a limit of the verifier, by its counter, without zeros.
         """
         conversational = self.tokenizer.chat_template is not None
         questions = [problems.questions[question] for problems, question, *_ in summaries]
@@ -402,7 +406,8 @@ class Evaluation:
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
             assert reward is not None
             into.append(reward)
-        return counters
+        counts = {name: int(counters.get(f"rewards/{type(self._reward).__name__}/{name}", 0)) for name in _LIMITS}
+        return {name: count for name, count in counts.items() if count}
 
 
 # Results
@@ -457,23 +462,23 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
         }
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
     results["cost"] = _cost(records)
-    counters: Counter[str] = Counter()
+    limited: Counter[str] = Counter()
     for record in records:
-        counters.update(record.get("counters", {}))  # of all answers of a batch, with its first sample
-    results["counters"] = dict(counters)
+        limited.update(record.get("limited", {}))
+    answers = sum(len(cut["answers"]) for record in records for cut in record["cuts"])
+    results["limited"] = {"answers": answers, **{name: limited[name] for name in _LIMITS}}
     return results
 
 
 def limited_answers(results: dict[str, Any]) -> str:
     """Say how many answers count as wrong because they hit a limit of the verifier; `""` if none did."""
-    counters = {name.rpartition("/")[2]: int(count) for name, count in results["counters"].items()}
-    limited = {name: counters.get(name, 0) for name in ("timeouts", "dead_workers", "too_long")}
-    if not any(limited.values()):
+    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"][name]}
+    answers = results["limited"]["answers"]
+    if not counts:
         return ""
-    graded = counters["graded"] + limited["too_long"]
-    said = ", ".join(f"{count} {name}" for name, count in limited.items() if count)
-    share = sum(limited.values()) / graded
-    return f"Of {graded} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {said}."
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    share = sum(counts.values()) / answers
+    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {said}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -180,8 +180,12 @@ def grade_answers(
         scores[row] = score
     found["graded"] = len(pairs) - found["ungraded"]
     found["too_long"] = len(answers) - len(pairs)
-    if said := _shortfall(found, len(answers)):
-        warnings.warn(said, stacklevel=2)
+    said = _shortfall(found, len(answers))
+    if found["too_long"]:
+        share = f"{found['too_long']} of {len(answers)} answers ({found['too_long'] / len(answers):.1%})"
+        said += f" {share} have more than {reward.max_answer_length} characters (`max_answer_length`), and score 0."
+    if said:
+        warnings.warn(said.strip(), stacklevel=2)
     if counts is not None:
         counts.update(found)
     return scores
