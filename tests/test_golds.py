@@ -18,7 +18,9 @@ from trl_anytime.problems import load_problems
 from trl_anytime.rewards import ExactMatch, MathReward, MultipleChoice, NumericClose, grade_answers
 from trl_anytime.rewards.golds import bad_gold_message, gold_alternatives
 
-SOLUTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether she sold 48+24 clips, because both months count."
+SOLUTION = (
+    "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether she sold 48+24 clips, because both months count."
+)
 SHAPES = [
     (f"{SOLUTION}\n#### 72", ["72"]),
     ("#### -1,234,567", ["-1234567"]),
@@ -108,7 +110,7 @@ def test_what_does_not_look_like_an_answer(value):
         (float(12345678901234567890), None),
         (Decimal("NaN"), None),
         (Decimal("1E+999999999"), None),
-        (10**5000, None),
+        (10**4000, None),
         (np.float32("nan"), None),
         (np.bool_(True), None),
         (np.array([1, 2]), None),
@@ -119,7 +121,7 @@ def test_what_does_not_look_like_an_answer(value):
         ({"value": 1}, None),
         (1 + 2j, None),
     ],
-    ids=str,
+    ids=lambda value: repr(value)[:30],
 )
 def test_odd_values(value, alternatives):
     assert gold_alternatives(value) == alternatives
@@ -190,7 +192,9 @@ def test_training_and_evaluation_read_the_same(tmp_path):
     path = write(tmp_path / "good.jsonl", rows)
     assert read_by_training(path)["answer"] == load_problems(path).answers == [value for value, _ in SHAPES]
     for number, value in enumerate(NO_ANSWERS):
-        path = write(tmp_path / f"bad{number}.jsonl", [{"problem": "?", "answer": "1"}, {"problem": "?", "answer": value}])
+        path = write(
+            tmp_path / f"bad{number}.jsonl", [{"problem": "?", "answer": "1"}, {"problem": "?", "answer": value}]
+        )
         with pytest.raises(ValueError, match="Row 1.*on_bad_gold.*on_bad_answer"):
             read_by_training(path)
         with pytest.raises(ValueError, match="(?i)row 1.*--skip-bad-answers"):
@@ -212,7 +216,10 @@ def test_an_integer_that_json_makes_a_float(tmp_path):
 
 
 VERL = [
-    {"prompt": [{"role": "user", "content": f"{n} + {n}?"}], "reward_model": {"style": "rule", "ground_truth": str(2 * n)}}
+    {
+        "prompt": [{"role": "user", "content": f"{n} + {n}?"}],
+        "reward_model": {"style": "rule", "ground_truth": str(2 * n)},
+    }
     for n in range(3)
 ]
 
@@ -227,7 +234,9 @@ def test_the_nested_answers_of_verl(tmp_path, as_json, suffix):
         problems = load_problems(path, **named)
         assert problems.questions == ["0 + 0?", "1 + 1?", "2 + 2?"] and problems.answers == ["0", "2", "4"]
         trained = read_by_training(path, problem_column="prompt", **named)
-        assert list(trained["answer"]) == ["0", "2", "4"] and list(trained["prompt"]) == [row["prompt"] for row in VERL]
+        assert list(trained["answer"]) == ["0", "2", "4"] and list(trained["prompt"]) == [
+            row["prompt"] for row in VERL
+        ]
     # Without a recipe: the columns as they are
     data = Dataset.from_list(rows)
     assert len(MathReward().check_dataset(data)) == 3
@@ -252,7 +261,9 @@ def test_limits_of_nothing(tmp_path, capsys, limit):
     assert printed.count("\n") == 1 and "--limit" in printed
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]"), ("d.csv", "problem,answer\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]"), ("d.csv", "problem,answer\n")]
+)
 def test_files_without_rows(tmp_path, capsys, name, content):
     (tmp_path / name).write_text(content)
     assert cli.main(["eval", "nowhere", "--dataset", str(tmp_path / name)]) == 2
@@ -265,7 +276,9 @@ def test_files_without_rows(tmp_path, capsys, name, content):
 
 
 def found(answers, reward=None) -> list[str]:
-    return [finding.found for finding in text_golds(reward or MathReward(), "data", Dataset.from_dict({"answer": answers}))]
+    return [
+        finding.found for finding in text_golds(reward or MathReward(), "data", Dataset.from_dict({"answer": answers}))
+    ]
 
 
 NUMBERS = [str(n) for n in range(90)]

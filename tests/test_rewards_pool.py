@@ -127,9 +127,10 @@ SPINNING = [f"fault_{{spin}}+{letter}" for letter in "abcdefghijkl"]
 def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
     """Twelve answers that take all of their own time, and right ones behind them: each gets its turn."""
     counts: dict[str, float] = {}
-    answers, golds = [*SPINNING, *[rf"\sqrt{{{n * n}}}+x" for n in range(2, 8)]], ["2"] * 12 + [
-        f"x+{n}" for n in range(2, 8)
-    ]
+    answers, golds = (
+        [*SPINNING, *[rf"\sqrt{{{n * n}}}+x" for n in range(2, 8)]],
+        ["2"] * 12 + [f"x+{n}" for n in range(2, 8)],
+    )
     limits = {"workers": 1, "cpu_limit": 0.5, "batch_limit": 3.0}  # 6 s of spinning, more than 3
     with pytest.warns(UserWarning, match="12 of 18 answers .66.7%"):
         scores = grade_answers(answers, golds, counts=counts, **limits)
@@ -152,7 +153,12 @@ def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert reward([""] * 4, completions, answer=golds, log_metric=metrics.__setitem__) == [1.0, None, None, 1.0]
+            assert reward([""] * 4, completions, answer=golds, log_metric=metrics.__setitem__) == [
+                1.0,
+                None,
+                None,
+                1.0,
+            ]
     assert len(caught) == 1  # once, then it is counted only
     assert metrics["rewards/MathReward/ungraded"] == 2 and metrics["rewards/MathReward/graded"] == 2
 
@@ -197,7 +203,9 @@ def test_a_signal_to_all_processes_while_workers_start(signum):
     assert parent.stdout.readline() == "ready\n"
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     seen: set[str] = set()
-    while len(seen) < 3 and parent.poll() is None:  # one signal for each worker, as soon as it is there, and one to all at the end of the start
+    while (
+        len(seen) < 3 and parent.poll() is None
+    ):  # one signal for each worker, as soon as it is there, and one to all at the end of the start
         new = set(children.read_text().split()) - seen
         if new:
             os.killpg(parent.pid, signum)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn, cast
 
 import yaml
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
@@ -73,7 +74,10 @@ def read_rows(name: str, config: str | None, split: str, data_args: DataArgument
         if not Path(name).is_file() or not Path(name).stat().st_size:
             raise ValueError(f"{name} is {'empty' if Path(name).is_file() else 'not there'}.")
         # A file is one split, which `datasets` calls "train"
-        dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
+        try:
+            dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
+        except (DatasetGenerationError, ValueError) as error:  # by version of datasets
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     else:
         dataset = load_dataset(name, config, split=split)
     for column in (data_args.problem_column, _answer_column(dataset, data_args)):

@@ -91,9 +91,7 @@ def _alternatives(value: Any, any_text: bool) -> list[str]:
         if not isinstance(value, float):  # a narrower one of numpy's: its digits behind the shortest text are chance
             return [str(value)]
         return [str(int(value)) if value.is_integer() else format(value, ".15g")]
-    raise _NotAnAnswer(
-        "Give a non-empty string, an int, a finite float, or a non-empty list of these (alternatives)"
-    )
+    raise _NotAnAnswer("Give a non-empty string, an int, a finite float, or a non-empty list of these (alternatives)")
 
 
 def _texts(text: str, any_text: bool) -> list[str]:
@@ -169,9 +167,7 @@ def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> st
         why = str(error)
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
-    return (
-        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}; or leave such rows out: {skip}."
-    )
+    return f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}; or leave such rows out: {skip}."
 
 
 # Columns
