@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace

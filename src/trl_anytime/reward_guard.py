@@ -46,8 +46,8 @@ def _checked_reward(reward: Any, row: int, prompt: Any) -> float | None:
         value = math.inf
     except (TypeError, ValueError, RuntimeError):  # torch's, for a tensor of several numbers
         raise ValueError(
-            f"it returned {str(reward)[:100]!r}, a {type(reward).__name__}, {where}. Return a number, or None where it "
-            "does not apply to a summary"
+            f"it returned {str(reward)[:100]!r}, a {type(reward).__name__}, {where}. Return a number, or None where "
+            "it does not apply to a summary"
         ) from None
     if not math.isfinite(value):
         raise ValueError(f"it returned {value} {where}. Return None where it does not apply to a summary")

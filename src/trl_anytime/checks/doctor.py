@@ -306,9 +306,9 @@ def _model_files(
             Finding(
                 "model",
                 ERROR,
-                f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. What needs it is "
-                "not checked.",
-                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result; or give "
+                f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. What needs it "
+                "is not checked.",
+                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result. Or give "
                 "the trainer `PeftModel.from_pretrained(..., is_trainable=True)` in a script of your own.",
             )
         )

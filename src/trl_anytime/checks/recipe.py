@@ -109,7 +109,7 @@ def to_problems(dataset: Dataset, data_args: DataArguments, reward: MathReward) 
         (value,), (answer,) = (column_values(of_row, column, list(row)) for column in columns)
         problem = question_text(value)
         if problem is None:
-            raise ValueError(f"Row {index}: column {columns[0]!r} holds no problem but {value!r}.")
+            raise ValueError(f"Row {index}: column {columns[0]!r} holds no problem but {value!r}. Drop such rows.")
         content = f"{problem} {data_args.instruction}".strip()
         return {"prompt": [{"role": "user", "content": content}], "answer": answer}
 

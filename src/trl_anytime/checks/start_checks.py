@@ -404,8 +404,8 @@ def text_golds(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
             Finding(
                 "golds",
                 WARNING,
-                f"{name}: {count:,} of {len(golds):,} rows have the gold answer {word[:80]!r}. If it says that there is "
-                "no answer, a policy learns to write it.",
+                f"{name}: {count:,} of {len(golds):,} rows have the gold answer {word[:80]!r}. If it says that there "
+                "is no answer, a policy learns to write it.",
                 "Drop these rows with `dataset.filter`, or give their answers. Leave them if the word is the answer.",
             )
         )
@@ -424,6 +424,6 @@ def text_golds(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
 
 
 def _word(gold: str) -> str:
-    """A gold answer of letters alone, in lower case; `""` for any other, and for a single letter, which is a choice."""
+    """A gold answer of letters alone, in lower case; `""` for any other, and for a single letter: a choice."""
     text = " ".join(_TEXT_COMMAND.sub(r" \1 ", gold).strip(" $.,:;!?()[]*").split()).casefold()
     return text if len(text) > 1 and _LETTERS.fullmatch(text) else ""

@@ -24,9 +24,10 @@ class AnswerReward:
     included, so that the keys are the same on every rank and at every step.
 
     Args:
-        answer_columns (`tuple[str, ...]`, *optional*, defaults to `("answer", "solution", "reward_model.ground_truth")`):
-            Columns that may hold the gold answers; the first one present counts. `a.b` is the key `b` of column `a`. A
-            gold answer is a string, an int, a float, or a list of these, of which any is right.
+        answer_columns (`tuple[str, ...]`, *optional*):
+            Columns that may hold the gold answers; the first one present counts. `a.b` is the key `b` of column `a`.
+            Defaults to `answer`, `solution` and verl's `reward_model.ground_truth`. A gold answer is a string, an int,
+            a float, or a list of these, of which any is right.
         answer_bridge (`str`, *optional*, defaults to `"\n\n**Final Answer**\n"`):
             Final-answer text that precedes each summary. The trainer puts in its own.
         end_of_thinking (`str` or `None`, *optional*, defaults to `"</think>"`):

@@ -119,13 +119,13 @@ def _shortfall(counts: Mapping[str, float], total: int) -> str:
     said = []
     if limited:
         said.append(
-            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory, and score 0. Raise "
-            "`cpu_limit`, `hard_limit` or `memory_limit` if they are more than a few."
+            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory, and score 0. "
+            "Raise `cpu_limit`, `hard_limit` or `memory_limit` if they are more than a few."
         )
     if ungraded := int(counts["ungraded"]):
         said.append(
-            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not looked at within the time of the call, and "
-            "get None. Raise `batch_limit` or `workers`, or free the machine."
+            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not looked at within the time of the call, "
+            "and get None. Raise `batch_limit` or `workers`, or free the machine."
         )
     return " ".join(said)
 

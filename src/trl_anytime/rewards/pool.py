@@ -23,7 +23,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 # Terminals and schedulers send these to all processes of a run. They are for the parent, which may still want the last
-# grades: a worker starts with them blocked, as it cannot ignore them before it has imported anything, and ignores them.
+# grades. A worker starts with them blocked, because it cannot ignore them before it runs, and then ignores them.
 SIGNALS_FOR_THE_PARENT = frozenset(
     [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
 )
@@ -141,8 +141,8 @@ class WorkerPool:
             if now >= batch_deadline:
                 if not was_ready:
                     raise RuntimeError(
-                        f"No worker of the answer verifier started within {seconds:g} s. The machine is overloaded, or "
-                        "`batch_limit` too small."
+                        f"No worker of the answer verifier started within {seconds:g} s. The machine is overloaded, "
+                        "or `batch_limit` too small."
                     )
                 break
             while len(self._workers) < min(self.settings.workers, len(queue) + self._busy()):
