@@ -287,6 +287,17 @@ def reward_model(directory, **settings):
     make_trainer(directory, reward=Spoilt(), reward_processing_class=make_tokenizer(), **settings).train()
 
 
+def exiting_reward(directory, **settings):
+    """A reward that leaves the process on one rank, as if all was done."""
+
+    def leaves(prompts, **kwargs):
+        if this_rank() == 1:
+            sys.exit(0)
+        return [0.0] * len(prompts)
+
+    make_trainer(directory, reward=leaves, **settings).train()
+
+
 def out_of_memory(directory, place, **settings):
     """A real refusal of the CPU's allocator."""
     trainer = make_trainer(directory, **settings)

@@ -1,7 +1,11 @@
 import math
 import os
 import statistics
+import sys
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +20,7 @@ from trl_anytime.method.advantages import summary_advantages, thinking_advantage
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.trl_backend import TRLSampler
+from trl_anytime.training.reward_guard import checked_rewards
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):
@@ -363,6 +368,14 @@ def test_none_leaves_a_summary_out(tmp_path):
         (lambda n: [1.0] * (n - 2) + [math.nan, 1.0], "`bad` failed: .*returned nan in row 46, for the prompt"),
         (lambda n: [math.inf] + [1.0] * (n - 1), "`bad` failed: .*returned inf in row 0"),
         (lambda n: 1 / 0, "`bad` failed: ZeroDivisionError"),
+        (lambda n: sys.exit(0), r"`bad` failed: .*sys.exit\(0\)"),
+        (lambda n: dict.fromkeys(range(n), 1.0), "`bad` failed: .* a dict"),
+        (lambda n: "1" * n, "`bad` failed: .* a str"),
+        (lambda n: None, "`bad` failed: .* a NoneType"),
+        (lambda n: [1.0, "1.0"] + [1.0] * (n - 2), "`bad` failed: .*a str, in row 1"),
+        (lambda n: [1.0] * (n - 1) + [[1.0]], "`bad` failed: .*a list, in row 47"),
+        (lambda n: [1e39] + [1.0] * (n - 1), "`bad` failed: .*1e[+]39 in row 0.*float32"),
+        (lambda n: [1.0, -(10**400)] + [1.0] * (n - 2), "`bad` failed: .*inf in row 1"),
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -380,6 +393,14 @@ def test_bad_rewards(tmp_path, returned, message, is_async):
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.reward_funcs[1] is bad  # unwrapped again
+
+
+def test_numbers_of_other_types_are_rewards():
+    values = [1, True, 0.5, None, Decimal("0.25"), Fraction(1, 4), np.float32(0.5), torch.tensor(2.0), np.array(3)]
+    expected = [1.0, 1.0, 0.5, None, 0.25, 0.25, 0.5, 2.0, 3.0]
+    assert checked_rewards(values, [""] * 9) == expected
+    assert checked_rewards((value for value in values), [""] * 9) == expected
+    assert checked_rewards(torch.ones(2), [""] * 2) == checked_rewards(np.ones(2), [""] * 2) == [1.0, 1.0]
 
 
 def test_reward_models(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_brpo_trainer import Gradients, make_trainer
 from tiny import make_config, make_model, make_tokenizer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
@@ -270,6 +270,63 @@ def test_golds_that_are_none(folder):
     assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].found
 
 
+def test_golds_that_are_texts(folder):
+    """Of the training and of the evaluation set alike; read from all rows, not from a sample."""
+    rows = [*PROBLEMS, {"problem": "Show it.", "answer": "proof"}, {"problem": "Show that.", "answer": "Proof."}]
+    name = save_rows(folder / "proofs.jsonl", rows)
+    for changes in ({"dataset_name": name}, {"eval_dataset_name": name, "eval_strategy": "steps"}):
+        found = look(folder, **changes)
+        assert found.keys() == {"golds"} and found["golds"].level == WARNING
+        assert "2 of 26 rows" in found["golds"].found and "'proof'" in found["golds"].found
+    prose = save_rows(folder / "prose.jsonl", [*PROBLEMS, {"problem": "?", "answer": "It is 4, because 2 + 2 = 4."}])
+    for changes in ({"dataset_name": prose}, {"eval_dataset_name": prose, "eval_strategy": "steps"}):
+        found = look(folder, **changes)
+        assert "Row 24" in found["data"].found and "on_bad_answer" in found["data"].change
+    shapes = [{**row, "answer": f"It is so.\n#### {row['answer']}"} for row in PROBLEMS]
+    assert look(folder, dataset_name=save_rows(folder / "gsm8k.jsonl", shapes)) == {}
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"problem": "1 + 1?"}], [{"answer": "2"}], []], ids=["no golds", "no prompts", "empty"]
+)
+def test_an_evaluation_set_that_is_none(folder, rows):
+    name = save_rows(folder / "evaluation.jsonl", rows)
+    found = look(folder, eval_dataset_name=name, eval_strategy="steps")
+    assert found.keys() == {"data"} and found["data"].level == ERROR and name in found["data"].found
+
+
+def test_nested_answers(folder):
+    rows = [
+        {"prompt": [{"role": "user", "content": row["problem"]}], "reward_model": {"ground_truth": row["answer"]}}
+        for row in PROBLEMS
+    ]
+    name = save_rows(folder / "verl.jsonl", rows)
+    assert look(folder, dataset_name=name, problem_column="prompt") == {}
+
+
+def test_an_adapter_in_place_of_a_model(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4)).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())  # what the finding says
+    found = look(folder, model_name_or_path=str(tmp_path))
+    assert found.keys() == {"model"} and found["model"].level == ERROR and "is_trainable" in found["model"].change
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine may have bf16")
+def test_a_precision_that_this_machine_lacks(folder):
+    """What the trainer's own configuration refuses here is what is found."""
+    with pytest.raises(ValueError) as refused:
+        BRPOConfig(bf16=True)
+    found = look(folder, settings_only=True, bf16=True, use_cpu=False)
+    assert found.keys() == {"settings"} and found["settings"].level == ERROR
+    assert str(refused.value) in found["settings"].found and "bf16" in found["settings"].change
+    # For a run on another machine it is only said
+    assert look(folder, gpu_bytes=2**30, settings_only=True, bf16=True, use_cpu=False)["settings"].level == WARNING
+    BRPOConfig(bf16=True, use_cpu=True)
+    assert look(folder, settings_only=True, bf16=True, use_cpu=True) == {}
+
+
 def test_a_template_that_closes_the_thinking(folder, tmp_path):
     name = save_model(tmp_path, OPENED.replace("<think>\n", "<think>\n\n</think>\n"))
     found = look(folder, model_name_or_path=name)
@@ -371,7 +428,7 @@ def test_rewards_that_do_not_grade(tmp_path):
         (_, golds) = reward_findings(args, [MathReward()], [{"answer": gold}])
         assert golds.level == WARNING and repr(gold) in golds.found
     (_, missing) = reward_findings(args, [MathReward()], [{"result": 1}])
-    assert missing.level == ERROR and "['answer', 'solution']" in missing.found
+    assert missing.level == ERROR and str(list(MathReward().answer_columns)) in missing.found
 
 
 # Settings without effect

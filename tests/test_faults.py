@@ -165,6 +165,12 @@ def test_a_reward_model_that_returns_nan(ranks, tmp_path):
         assert "first for the prompt" in rank.output
 
 
+def test_a_reward_that_exits_on_one_rank(ranks, tmp_path):
+    for rank in ranks.run("exiting_reward", tmp_path, **TWO):
+        assert rank.code == 1
+        assert "ValueError: Step 0: reward function `leaves` failed: " in rank.output and "sys.exit(0)" in rank.output
+
+
 def test_an_exception_under_torchrun(tmp_path):
     """As users start it: the launcher must not wait either."""
     script = Path(__file__).parent / "two_ranks.py"

@@ -13,7 +13,7 @@ from trl_anytime.rewards.verifier.extraction import after_thinking, answer_parag
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BRIDGE = "\n\n**Final Answer**\n"
-COUNTERS = {"graded", "timeouts", "dead_workers", "no_box", "too_long", "bad_format", "skipped_golds"}
+COUNTERS = {"graded", "timeouts", "dead_workers", "ungraded", "no_box", "too_long", "bad_format", "skipped_golds"}
 EVERY_CLASS = [MathReward, ExactMatch, MultipleChoice, NumericClose, FormatReward]
 
 
@@ -142,7 +142,7 @@ def test_gold_columns():
     assert reward([""], boxed, answer=["2"], solution=["3"]) == [1.0]  # the first column there counts
     assert reward([""], boxed, solution=[r"Because $1+1=\boxed{2}$."]) == [1.0]
     assert MathReward(end_of_thinking=None, answer_columns=("gold",))([""], boxed, gold=[2]) == [1.0]
-    with pytest.raises(ValueError, match=r"none of the columns \['answer', 'solution'\].*\['label'\]"):
+    with pytest.raises(ValueError, match=r"\['answer', 'solution', 'reward_model.ground_truth'\].*\['label'\]"):
         reward([""], boxed, label=["2"])
 
 

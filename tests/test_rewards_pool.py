@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -112,13 +113,109 @@ def test_workers_are_replaced_after_their_number_of_tasks(faulty_workers):
     made.close()
 
 
-def test_batch_limit(faulty_workers):
-    made = WorkerPool(PoolSettings(1, 5.0, 100.0, 5.0, 512, 100))
+def test_what_a_call_has_no_time_for_is_late(faulty_workers):
+    made = WorkerPool(PoolSettings(1, 0.5, 100.0, 5.0, 512, 100))  # 5 s, and 0.5 s for each of 11 answers
     outcomes = made.grade([*ORDINARY, ("2", "fault_{sleep}"), *ORDINARY])
-    # What was graded before the limit counts, the rest is late.
-    assert outcomes == ORDINARY_OUTCOMES + ["timeout"] * 6
+    # What was graded before the limit counts. Neither the answer at that time nor those behind it had their own time.
+    assert outcomes == ORDINARY_OUTCOMES + ["late"] * 6
     assert made.grade(ORDINARY) == ORDINARY_OUTCOMES
     made.close()
+
+
+SPINNING = [f"fault_{{spin}}+{letter}" for letter in "abcdefghijkl"]
+
+
+def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
+    """Twelve answers that take all of their own time, and right ones behind them: each gets its turn."""
+    counts: dict[str, float] = {}
+    answers, golds = (
+        [*SPINNING, *[rf"\sqrt{{{n * n}}}+x" for n in range(2, 8)]],
+        ["2"] * 12 + [f"x+{n}" for n in range(2, 8)],
+    )
+    limits = {"workers": 1, "cpu_limit": 0.5, "batch_limit": 3.0}  # 6 s of spinning, more than 3
+    with pytest.warns(UserWarning, match="12 of 18 answers .66.7%"):
+        scores = grade_answers(answers, golds, counts=counts, **limits)
+    assert scores == [0.0] * 12 + [1.0] * 6
+    assert counts == {"graded": 18, "too_long": 0, "timeouts": 12, "dead_workers": 0, "ungraded": 0}
+
+
+def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
+    answers, golds = [r"\sqrt8", "fault_{sleep}+x", r"\sqrt8+y", "1"], [r"2\sqrt2", "2", r"2\sqrt2+y", "1"]
+    limits = {"workers": 1, "cpu_limit": 0.2, "hard_limit": 100.0, "batch_limit": 4.0}
+    counts: dict[str, float] = {}
+    with pytest.warns(UserWarning, match="2 of 4 answers .50.0%"):
+        # The last is plain, so no worker is needed for it
+        assert grade_answers(answers, golds, counts=counts, **limits) == [1.0, None, None, 1.0]
+    assert counts == {"graded": 2, "too_long": 0, "timeouts": 0, "dead_workers": 0, "ungraded": 2}
+
+    reward = MathReward(end_of_thinking=None, **limits)
+    completions = [rf"\boxed{{{answer}}}" for answer in answers]
+    metrics: dict[str, float] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert reward([""] * 4, completions, answer=golds, log_metric=metrics.__setitem__) == [
+                1.0,
+                None,
+                None,
+                1.0,
+            ]
+    assert len(caught) == 1  # once, then it is counted only
+    assert metrics["rewards/MathReward/ungraded"] == 2 and metrics["rewards/MathReward/graded"] == 2
+
+
+def test_answers_that_are_too_long_are_counted():
+    counts: dict[str, float] = {}
+    with pytest.warns(UserWarning, match="1 of 2 answers"):
+        assert grade_answers(["1" * 3000, "2"], ["2", "2"], counts=counts) == [0.0, 1.0]
+    assert counts["too_long"] == 1 and counts["graded"] == 1
+
+
+def test_nothing_is_said_where_all_is_graded(recwarn):
+    counts: dict[str, float] = {}
+    assert grade_answers([r"\sqrt8", "3"], [r"2\sqrt2", "2"], counts=counts) == [1.0, 0.0]
+    assert counts == {"graded": 2, "too_long": 0, "timeouts": 0, "dead_workers": 0, "ungraded": 0}
+    assert not recwarn.list
+
+
+SIGNALLED_SCRIPT = """
+import signal
+from trl_anytime.rewards import grade_answers
+received = []
+for number in ({signum}, signal.SIGHUP):
+    signal.signal(number, lambda *arguments: received.append(arguments[0]))
+print("ready", flush=True)
+scores = grade_answers([r"\\sqrt8", r"\\sqrt9", r"\\sqrt10"], [r"2\\sqrt2"] * 3, workers=3)
+print(scores, received, flush=True)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes_while_workers_start(signum):
+    """From the first moment on, when a worker has not imported anything, it is for the parent alone."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED_SCRIPT.format(signum=int(signum))],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert parent.stdout.readline() == "ready\n"
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    seen: set[str] = set()
+    while (
+        len(seen) < 3 and parent.poll() is None
+    ):  # one signal for each worker, as soon as it is there, and one to all at the end of the start
+        new = set(children.read_text().split()) - seen
+        if new:
+            os.killpg(parent.pid, signum)
+        seen |= new
+    os.killpg(parent.pid, signal.SIGHUP)
+    output, errors = parent.communicate(timeout=100)
+    assert parent.returncode == 0, errors
+    assert output.startswith("[1.0, 0.0, 0.0]") and f"{int(signum)}" in output
+    assert "while starting" not in errors  # no worker had to be started again
 
 
 def test_a_pool_that_cannot_start_raises(monkeypatch):

@@ -10,10 +10,10 @@ from urllib.error import HTTPError
 
 import pytest
 from tiny_contract import GREEDY, make_contract
-
-from trl_anytime import CompletionClient, transport
 from trl_anytime.transport import get_json
 from trl_anytime.validation import MEBIBYTE, Unfit, fields, integer
+
+from trl_anytime import CompletionClient, transport
 
 ANSWER = json.dumps({"a": 1}).encode()
 CHECK = fields(a=integer(0))

@@ -382,6 +382,7 @@ def _eval(options: argparse.Namespace) -> int:
         Evaluation,
         comparison,
         differences,
+        limited_answers,
         load_results,
         results_of,
         save_samples,
@@ -405,6 +406,7 @@ def _eval(options: argparse.Namespace) -> int:
             options.split,
             options.limit,
             options.skip_bad_answers,
+            any_text=reward is not None,
         )
         for source in options.datasets
     ]
@@ -436,6 +438,8 @@ def _eval(options: argparse.Namespace) -> int:
     save_samples(records, problem_sets, output / "samples.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
     _print(table(results))
+    if said := limited_answers(results):
+        _print(f"\n{said}", sys.stderr)
     _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", sys.stderr)
     return 0
 

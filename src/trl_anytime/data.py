@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from .brpo_config import BRPOConfig
-from .evaluation.problems import check_rows
+from .evaluation.problems import check_rows, question_text
 from .outside.validation import Unfit, read_yaml
 from .rewards import MathReward
+from .rewards.base import ANSWER_COLUMNS
+from .rewards.verifier.gold_answers import column_values, has_column
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -30,7 +33,13 @@ class DataArguments:
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub dataset to evaluate on."})
     problem_column: str = field(default="problem", metadata={"help": "Column with the problem's text."})
-    answer_column: str = field(default="answer", metadata={"help": "Column with the true answer, or a list of them."})
+    answer_column: str = field(
+        default="answer",
+        metadata={
+            "help": "Column with the true answer, or a list of them. `a.b` is the key `b` of column `a`; verl's "
+            "`reward_model.ground_truth` is found without being named."
+        },
+    )
     on_bad_answer: str = field(
         default="raise",
         metadata={"help": "What to do about problems without a usable answer.", "choices": ["raise", "skip"]},
@@ -59,34 +68,53 @@ def read_rows(name: str, config: str | None, split: str, data_args: DataArgument
     A dataset as it is stored.
 
     Raises:
-        `ValueError`: If a file is missing or empty, or lacks the columns of problems and answers.
+        `ValueError`: If a file is missing or empty, or has no rows, or lacks the columns of problems and answers.
     """
     if is_file(name):
         if not Path(name).is_file() or not Path(name).stat().st_size:
             raise ValueError(f"{name} is {'empty' if Path(name).is_file() else 'not there'}.")
         check_rows(Path(name))
         # A file is one split, which `datasets` calls "train"
-        dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
+        try:
+            dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
+        except (DatasetGenerationError, ValueError) as error:  # by version of datasets
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     else:
         dataset = load_dataset(name, config, split=split)
-    for column in (data_args.problem_column, data_args.answer_column):
-        if column not in dataset.column_names:
+    for column in (data_args.problem_column, _answer_column(dataset, data_args)):
+        if not has_column(dataset.column_names, column):
             raise ValueError(
                 f"{name} has the columns {dataset.column_names} and no {column!r}: set `--problem_column` and "
                 "`--answer_column`."
             )
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows.")
     return dataset
+
+
+def _answer_column(dataset: Dataset, data_args: DataArguments) -> str:
+    """The column of the answers, or verl's where there is none of the default name."""
+    column = data_args.answer_column
+    verls = ANSWER_COLUMNS[-1]
+    is_verls = column == DataArguments.answer_column and column not in dataset.column_names
+    return verls if is_verls and has_column(dataset.column_names, verls) else column
 
 
 def to_problems(dataset: Dataset, data_args: DataArguments, reward: MathReward) -> Dataset:
     """Rows with the columns `prompt` (conversational) and `answer`, the latter checked by `reward`."""
 
-    def to_prompt(problem: str, answer: object) -> dict:
+    columns = [data_args.problem_column, _answer_column(dataset, data_args)]
+
+    def to_prompt(row: dict, index: int) -> dict:
+        of_row = {name: [value] for name, value in row.items()}
+        (value,), (answer,) = (column_values(of_row, column, list(row)) for column in columns)
+        problem = question_text(value)
+        if problem is None:
+            raise ValueError(f"Row {index}: column {columns[0]!r} holds no problem but {value!r}. Drop such rows.")
         content = f"{problem} {data_args.instruction}".strip()
         return {"prompt": [{"role": "user", "content": content}], "answer": answer}
 
-    columns = [data_args.problem_column, data_args.answer_column]
-    dataset = dataset.map(to_prompt, input_columns=columns, remove_columns=dataset.column_names)
+    dataset = dataset.map(to_prompt, with_indices=True, remove_columns=dataset.column_names)
     return reward.check_dataset(dataset)  # now, when an error can name the row as the file counts it
 
 

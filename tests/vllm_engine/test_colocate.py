@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from tiny_contract import make_markers
-from trl_anytime.rollout.trl_backend import TRLSampler
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
+from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.rollout.vllm_backend import ColocateGeneration
 
 EOS, THINK_END, SO, ANSWER = 2, 5, 9, 8

@@ -21,6 +21,7 @@ from ..data import (
     DataArguments,
     UnreadableRecipe,
     drop_long_prompts,
+    is_file,
     model_init_kwargs,
     read_recipe,
     read_rows,
@@ -140,10 +141,8 @@ def examine(
         `ValueError`: If the file holds no settings.
     """
     found = Examination()
-    if not torch.accelerator.is_available():  # else settings for a GPU would be refused on a machine without
-        changes = {"use_cpu": "true", **changes}
     try:
-        data_args, args, model_args = read_recipe(path, changes, launch.num_processes)
+        data_args, args, model_args = _read_settings(found, path, changes, launch, gpu_bytes is not None)
     except UnreadableRecipe:
         raise
     except ValueError as error:
@@ -155,15 +154,17 @@ def examine(
 
     name = str(model_args.model_name_or_path)
     found.findings += _settings(data_args, args, model_args)
+    if not found.findings:
+        found.findings.append(Finding("settings", OK, "Every setting that is given has an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only)
     found.findings += engine_findings
     reward = MathReward(on_bad_gold=data_args.on_bad_answer)
-    tokenizer = config = markers = None
+    tokenizer = config = dataset = markers = None
     datasets: dict[str, Dataset] = {}
     if not settings_only:
         tokenizer, config = _model_files(found, name, init_kwargs)
         datasets = _data(found, data_args, tokenizer, reward)
-    dataset = datasets.get(str(data_args.dataset_name))
+        dataset = datasets.get(_name(data_args.dataset_name, data_args.dataset_train_split))
     prompt_length = data_args.max_prompt_length
     if tokenizer is not None:
         # Without data, what follows every problem stands for a prompt, and the limit for the longest
@@ -173,8 +174,8 @@ def examine(
         found.findings += prompt_findings(tokenizer, datasets, _template_kwargs(args), markers)
     if tokenizer is not None and dataset is not None:
         prompt_length = _longest_prompt(tokenizer, dataset, args)
-    rows = [] if dataset is None else sampled_rows(dataset)
-    found.findings += reward_findings(args, [reward], rows)
+    rows = [row for part in datasets.values() for row in sampled_rows(part)]
+    found.findings += reward_findings(args, [reward], rows, datasets)
 
     row = None
     if markers is not None and prompt_length is not None:
@@ -209,6 +210,30 @@ def examine(
     return found
 
 
+def _read_settings(
+    found: Examination, path: Path, changes: Mapping[str, str], launch: Launch, is_elsewhere: bool
+) -> tuple[DataArguments, BRPOConfig, ModelConfig]:
+    """The settings of a recipe. Those that only this machine refuses, such as bf16 without a GPU, are a finding."""
+    try:
+        return read_recipe(path, changes, launch.num_processes)
+    except UnreadableRecipe:
+        raise
+    except ValueError as error:
+        if torch.accelerator.is_available():
+            raise
+        settings = read_recipe(path, {**changes, "use_cpu": "true"}, launch.num_processes)
+        found.findings.append(
+            Finding(
+                "settings",
+                WARNING if is_elsewhere else ERROR,
+                f"Training on this machine is refused: {_first_line(error)}",
+                "Train on a GPU that has it (`--gpu-memory` says that the run is for another machine), or set "
+                "`bf16: false`.",
+            )
+        )
+        return settings
+
+
 def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfig) -> list[Finding]:
     has_eval_data = data_args.eval_dataset_name is not None
     findings = unused_settings(args, has_eval_data) + unused_recipe_settings(data_args, model_args)
@@ -222,7 +247,7 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
                 "Set `eval_dataset_name`, or remove `eval_strategy`.",
             )
         )
-    return findings or [Finding("settings", OK, "Every setting of BRPO, data and LoRA that is given has an effect.")]
+    return findings
 
 
 def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool) -> tuple[list[Finding], int | None]:
@@ -288,6 +313,18 @@ def _model_files(
     found: Examination, name: str, init_kwargs: Mapping[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, PretrainedConfig | None]:
     """The model's tokenizer and configuration, or why they are not there."""
+    if Path(name, "adapter_config.json").is_file():
+        found.findings.append(
+            Finding(
+                "model",
+                ERROR,
+                f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. What needs it "
+                "is not checked.",
+                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result. Or "
+                "give the trainer `PeftModel.from_pretrained(..., is_trainable=True)` in a script of your own.",
+            )
+        )
+        return None, None
     options = {option: init_kwargs[option] for option in ("revision", "trust_remote_code")}
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -311,13 +348,12 @@ def _model_files(
 def _data(
     found: Examination, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
 ) -> dict[str, Dataset]:
-    """The problems to train and evaluate on by source, as the training script reads them, or why there are none."""
-    name = data_args.dataset_name
-    sources = {name: (data_args.dataset_config, data_args.dataset_train_split)}
+    """The problems to train and to evaluate on, as the training script reads them; why there are none is a finding."""
+    sources = [(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)]
     if data_args.eval_dataset_name:
-        sources[data_args.eval_dataset_name] = (None, data_args.eval_dataset_split)
+        sources.append((data_args.eval_dataset_name, None, data_args.eval_dataset_split))
     datasets = {}
-    for source, (config, split) in sources.items():
+    for source, config, split in sources:
         try:
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always")
@@ -337,8 +373,12 @@ def _data(
         kept = problems if tokenizer is None else drop_long_prompts(problems, data_args, tokenizer)
         found.findings.append(_of_problems(source, rows, problems, kept, data_args, [str(w.message) for w in raised]))
         if len(kept):
-            datasets[source] = kept
+            datasets[_name(source, split)] = kept
     return datasets
+
+
+def _name(source: str, split: str) -> str:
+    return source if is_file(source) else f"{source} ({split})"
 
 
 def _of_problems(

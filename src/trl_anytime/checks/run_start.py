@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ..brpo_config import BRPOConfig
@@ -75,6 +75,10 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
     num_prompts = None if isinstance(data, IterableDataset) else len(data)
     batch = BatchArithmetic.of(args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0])
+    sets = _evaluated(trainer.eval_dataset)
+    gold_rows = [*rows, *(row for part in sets.values() for row in sampled_rows(part))]
+    if not isinstance(data, IterableDataset):
+        sets = {"train_dataset": data, **sets}
     prompt, tokenizer = rows[0]["prompt"], cast(PreTrainedTokenizerBase, trainer.processing_class)
     rendered, generation_prompt = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
@@ -83,7 +87,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
         *unused_settings(args, has_eval_data=trainer.eval_dataset is not None),
         *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
-        *reward_findings(args, trainer.reward_funcs, rows),
+        *reward_findings(args, trainer.reward_funcs, gold_rows, sets),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
     ]
     print(batch.table(), flush=True)
@@ -95,6 +99,16 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise ValueError("\n".join(errors))
+
+
+def _evaluated(eval_dataset: Any) -> dict[str, Dataset]:
+    """The sets to evaluate on, by name; streams are left out."""
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    return {
+        f"eval_dataset[{name!r}]" if name else "eval_dataset": part
+        for name, part in sets.items()
+        if isinstance(part, Dataset)
+    }
 
 
 def _memory(trainer: ReadyTrainer, prompt_length: int) -> list[Finding]:

@@ -1,7 +1,9 @@
 """Checks that the trainer makes when it starts and `trl-anytime doctor` before: prompts, splices, context, rewards."""
 
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward, MathReward
+from ..rewards.verifier.gold_answers import column_values, count_words, has_column
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.templates import (
     advise_open,
@@ -26,6 +29,13 @@ from .finding import ERROR, OK, WARNING, Finding
 # Needs sympy, so it is graded by a worker process and not at once
 _GOLD, _RIGHT, _WRONG = r"\sqrt{8}", r"2\sqrt{2}", r"3\sqrt{2}"
 _SAMPLES = 8
+# Share of the rows that one word may be the answer of before it is worth a word
+_SHARED = 0.01
+_ANSWERING_WORDS = frozenset(["yes", "no", "true", "false"])
+_MANY_WORDS = 5
+_TEXT_COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
+_LETTERS = re.compile(r"[^\W\d_][^\W\d_ /'-]*(?:[ /'-]+[^\W\d_ /'-]+)*")
+_SKIP_BAD_GOLDS = "`MathReward(on_bad_gold='skip')` (in a recipe `on_bad_answer: skip`) leaves out what is no answer."
 
 
 def sampled_rows(dataset: Dataset) -> list[dict[str, Any]]:
@@ -344,9 +354,14 @@ def context_findings(
 # Rewards
 
 
-def reward_findings(args: BRPOConfig, reward_funcs: Sequence[Any], rows: Sequence[dict[str, Any]]) -> list[Finding]:
+def reward_findings(
+    args: BRPOConfig,
+    reward_funcs: Sequence[Any],
+    rows: Sequence[dict[str, Any]],
+    datasets: Mapping[str, Dataset] | None = None,
+) -> list[Finding]:
     """
-    Self-test of the rewards with gold answers, and sampled gold answers graded against themselves.
+    Self-test of the rewards with gold answers, and gold answers: samples graded against themselves, and all read.
 
     Args:
         args ([`BRPOConfig`]):
@@ -355,16 +370,19 @@ def reward_findings(args: BRPOConfig, reward_funcs: Sequence[Any], rows: Sequenc
             The rewards; those without gold answers are left out.
         rows (`Sequence[dict]`):
             Sampled rows of the data; none if there is no data to look at.
+        datasets (`Mapping[str, Dataset]`, *optional*):
+            Data of which all gold answers are read, by what they are called in the findings.
     """
-    return [
-        finding
-        for reward in reward_funcs
-        if isinstance(reward, AnswerReward)
-        for finding in (*_self_test(reward), *_golds(args, reward, rows))
-    ]
+    findings = []
+    for reward in reward_funcs:
+        if isinstance(reward, AnswerReward):
+            texts = [found for name, data in (datasets or {}).items() for found in text_golds(reward, name, data)]
+            sampled = _golds(args, reward, rows)
+            findings += _self_test(reward) + [found for found in sampled if found.level != OK or not texts] + texts
+    return findings
 
 
-def _grade(reward: AnswerReward, answers: Sequence[str], golds: Sequence[Any]) -> list[float | None]:
+def _grade(reward: AnswerReward, answers: Sequence[str], golds: Sequence[str]) -> list[float | None]:
     summaries = [rf"\boxed{{{answer}}}" for answer in answers]
     formed = [True] * len(summaries)
     columns: dict[str, Any] = {reward.answer_columns[0]: list(golds)}
@@ -397,15 +415,17 @@ def _self_test(reward: AnswerReward) -> list[Finding]:
 
 
 def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]]) -> list[Finding]:
+    """Sampled gold answers, graded against themselves."""
     if not rows:
         return []
-    column = next((name for name in reward.answer_columns if name in rows[0]), None)
-    if column is None:
+    columns = [next((name for name in reward.answer_columns if has_column(list(row), name)), None) for row in rows]
+    if None in columns:
         return [
             Finding(
                 "golds",
                 ERROR,
-                f"None of the columns {list(reward.answer_columns)} is in the data, which has {sorted(rows[0])}.",
+                f"None of the columns {list(reward.answer_columns)} is in the data, which has "
+                f"{sorted(rows[columns.index(None)])}.",
                 "Rename the column, or pass `answer_columns=` to the reward.",
             )
         ]
@@ -414,22 +434,86 @@ def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]
             Finding(
                 "golds",
                 ERROR,
-                f"`remove_unused_columns` takes the column {column!r} away before the reward sees it.",
+                f"`remove_unused_columns` takes the column {columns[0]!r} away before the reward sees it.",
                 "Remove the setting.",
             )
         ]
-    golds = [alternatives[0] for row in rows if (alternatives := reward._gold(row[column]))]
+    values = [gold_of(row, column) for row, column in zip(rows, columns, strict=True) if column is not None]
+    golds = [alternatives[0] for value in values if (alternatives := reward._gold(value))]
     scores = _grade(reward, golds, golds)
     wrong = [gold for gold, score in zip(golds, scores, strict=True) if score != 1.0]
     if len(golds) < len(rows) or wrong:
-        bad = [repr(row[column]) for row in rows if not reward._gold(row[column])] + [repr(gold) for gold in wrong]
+        bad = [repr(value) for value in values if not reward._gold(value)] + [repr(gold) for gold in wrong]
         return [
             Finding(
                 "golds",
                 WARNING,
-                f"{len(bad)} of {len(rows)} sampled answers are none, or not equal to themselves for the verifier: "
-                f"{', '.join(bad[:3])[:300]}. No summary can be right there.",
-                "Mend or drop such rows (`on_bad_answer: skip` drops those that are no answers).",
+                f"{len(bad)} of {len(rows)} sampled answers are not gold answers, or not equal to themselves for the "
+                f"verifier: {', '.join(bad[:3])[:300]}. No summary can be right there.",
+                f"Mend or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         ]
     return [Finding("golds", OK, f"{len(golds)} sampled answers are right when graded against themselves.")]
+
+
+def gold_of(row: dict[str, Any], column: str) -> Any:
+    """Return the gold answer of a row; `a.b` is the key `b` of column `a`."""
+    (value,) = column_values({name: [value] for name, value in row.items()}, column, list(row))
+    return value
+
+
+def text_golds(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
+    """
+    Look for gold answers that are texts rather than answers, in all rows.
+
+    A word that many rows share, beside formulas, often says that there is no answer (`proof`). Such rows cannot be
+    solved, or are solved by writing the word.
+
+    Args:
+        reward (`Any`):
+            A reward; only [`~trl_anytime.rewards.MathReward`] expects formulas.
+        name (`str`):
+            What the data set is called in the findings.
+        dataset (`Dataset`):
+            The data.
+    """
+    column = next(
+        (one for one in getattr(reward, "answer_columns", ()) if has_column(dataset.column_names, one)), None
+    )
+    if not isinstance(reward, MathReward) or column is None:
+        return []
+    golds = [golds for value in column_values(dataset, column, dataset.column_names) if (golds := reward._gold(value))]
+    words = [[_word(gold) for gold in alternatives] for alternatives in golds]
+    formulas = sum("" in of_row for of_row in words)
+    counts = Counter(word for of_row in words for word in set(of_row) if word and "" not in of_row)
+    findings = []
+    for word, count in counts.most_common(3):
+        if word in _ANSWERING_WORDS or count < max(2, _SHARED * len(golds)) or formulas < (len(golds) - count) / 2:
+            continue
+        findings.append(
+            Finding(
+                "golds",
+                WARNING,
+                f"{name}: {count:,} of {len(golds):,} rows have the gold answer {word[:80]!r}. If it says that there "
+                "is no answer, a policy learns to write it.",
+                "Drop these rows with `dataset.filter`, or give their answers. Leave them if the word is the answer.",
+            )
+        )
+    long = [alternatives[0] for alternatives in golds if min(map(count_words, alternatives)) > _MANY_WORDS]
+    if long:
+        findings.append(
+            Finding(
+                "golds",
+                WARNING,
+                f"{name}: {len(long):,} of {len(golds):,} gold answers have more than {_MANY_WORDS} words, such as "
+                f"{long[0][:100]!r}. Only the same text is equal to them.",
+                f"Give the answer alone, or drop such rows. {_SKIP_BAD_GOLDS}",
+            )
+        )
+    return findings
+
+
+def _word(gold: str) -> str:
+    """A gold answer of letters alone, in lower case; `""` for any other, and for a single letter: a choice."""
+    text = " ".join(_TEXT_COMMAND.sub(r" \1 ", gold).strip(" $.,:;!?()[]*").split()).casefold()
+    return text if len(text) > 1 and _LETTERS.fullmatch(text) else ""

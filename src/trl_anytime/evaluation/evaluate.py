@@ -7,9 +7,9 @@ a run that is started again goes on from there.
 
 import hashlib
 import json
-import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +43,7 @@ from ..outside.validation import (
 from ..rewards import AnswerReward, FormatReward, MathReward
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
+from ..training.reward_guard import checked_rewards, failure_text
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
 
@@ -64,6 +65,8 @@ _RESULTS = fields(
     curves=mapping_of(fields(accuracy=list_of(_ESTIMATE), anytime_average=_ESTIMATE), least=1, most=_MOST_SETS + 1),
     questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
 )
+# Counters of a reward with gold answers: of answers that score 0 because of its limits
+_LIMITS = ("timeouts", "dead_workers", "too_long")
 
 
 @dataclass(frozen=True)
@@ -443,33 +446,51 @@ class Evaluation:
                     "cuts": cuts,
                 }
             )
-        self._score(summaries)
+        limited = self._score(summaries)
+        if limited:  # a reward counts for all its answers: the batch's numbers stand with its first sample
+            records[0]["limited"] = limited
         return records
 
-    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> None:
-        """Score summaries, each given with its problem; the rewards go to the lists at their ends."""
+    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
+        """Score summaries, each given with its problem; the rewards go to the lists at their ends.
+
+        Returns:
+            `dict[str, int]`: how many answers hit a limit of the verifier, by its counter, without zeros.
+        """
         conversational = self.tokenizer.chat_template is not None
         questions = [problems.questions[question] for problems, question, *_ in summaries]
-        rewards = self._reward(
-            prompts=[self.contract.question(self.tokenizer, question) for question in questions],
-            completions=[
-                [{"role": "assistant", "content": text}] if conversational else text for _, _, text, *_ in summaries
-            ],
-            completion_ids=[ids for *_, ids, _, _ in summaries],
-            well_formed=[formed for *_, formed, _ in summaries],
-            answer=[problems.answers[question] for problems, question, *_ in summaries],
-        )
-        if len(rewards) != len(summaries) or not all(map(_is_score, rewards)):
-            raise ValueError(f"{self._reward} must return one finite number for each of {len(summaries)} completions.")
+        counters: dict[str, float] = {}
+        prompts = [self.contract.question(self.tokenizer, question) for question in questions]
+        try:
+            returned = self._reward(
+                prompts=prompts,
+                completions=[
+                    [{"role": "assistant", "content": text}] if conversational else text
+                    for _, _, text, *_ in summaries
+                ],
+                completion_ids=[ids for *_, ids, _, _ in summaries],
+                well_formed=[formed for *_, formed, _ in summaries],
+                answer=[problems.answers[question] for problems, question, *_ in summaries],
+                **({"log_metric": counters.__setitem__} if isinstance(self._reward, AnswerReward) else {}),
+            )
+        except SystemExit as error:
+            raise ValueError(f"The reward `{self.protocol.reward}` failed: {failure_text(error)}.") from error
+        try:
+            rewards = checked_rewards(returned, prompts)
+        except ValueError as error:
+            raise ValueError(f"The reward `{self.protocol.reward}` failed: {error}.") from error
+        missing = rewards.count(None)
+        if missing:
+            raise ValueError(
+                f"The reward `{self.protocol.reward}` left {missing} of {len(rewards)} answers without a number: they "
+                "were not looked at in time, or it does not apply to them. What is finished is kept: repeat the "
+                "command when the machine is free, or set another --reward."
+            )
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
-            into.append(float(reward))
-
-
-def _is_score(reward: Any) -> bool:
-    try:
-        return math.isfinite(reward)
-    except TypeError:
-        return False
+            assert reward is not None
+            into.append(reward)
+        counts = {name: int(counters.get(f"rewards/{type(self._reward).__name__}/{name}", 0)) for name in _LIMITS}
+        return {name: count for name, count in counts.items() if count}
 
 
 # Results
@@ -524,7 +545,23 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
         }
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
     results["cost"] = _cost(records)
+    limited: Counter[str] = Counter()
+    for record in records:
+        limited.update(record.get("limited", {}))
+    answers = sum(len(cut["answers"]) for record in records for cut in record["cuts"])
+    results["limited"] = {"answers": answers, **{name: limited[name] for name in _LIMITS}}
     return results
+
+
+def limited_answers(results: dict[str, Any]) -> str:
+    """Say how many answers count as wrong because they hit a limit of the verifier; `""` if none did."""
+    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"][name]}
+    answers = results["limited"]["answers"]
+    if not counts:
+        return ""
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    share = sum(counts.values()) / answers
+    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {said}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -612,7 +649,7 @@ def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
         {
             **{name: record[name] for name in ("dataset", "question", "sample")},
             "problem": sets[record["dataset"]].questions[record["question"]],
-            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False),
+            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False, default=str),
             **{name: record[name] for name in ("thinking", "thinking_tokens", "finished")},
             "cuts": record["cuts"],
         }

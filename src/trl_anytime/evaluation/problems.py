@@ -13,14 +13,14 @@ from typing import Any
 from transformers.utils import logging
 
 from ..outside.validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
-from ..rewards.verifier.gold_answers import gold_alternatives
+from ..rewards.base import ANSWER_COLUMNS
+from ..rewards.verifier.gold_answers import bad_gold_message, column_values, gold_alternatives, has_column
 
 logger = logging.get_logger(__name__)
 
 _MOST_BYTES, _MOST_BYTES_OF_JSON = 64 * 1024 * MEBIBYTE, 1024 * MEBIBYTE
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _QUESTION_COLUMNS = ("problem", "question", "prompt")
-_ANSWER_COLUMNS = ("answer", "solution", "final_answer")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def load_problems(
     split: str | None = None,
     limit: int | None = None,
     skip_bad_answers: bool = False,
+    any_text: bool = False,
 ) -> ProblemSet:
     """
     Load problems.
@@ -104,19 +105,23 @@ def load_problems(
             Name of a benchmark, a file (json, jsonl, parquet or csv), or a Hub id, with a configuration behind a colon
             if it has several; `name=source` gives it another name.
         question_column, answer_column (`str`, *optional*):
-            Columns. Default to the usual names.
+            Columns. Default to the usual names. `a.b` is the key `b` of column `a`.
         split (`str`, *optional*):
             Split of a Hub data set. Defaults to `"test"`, then `"train"`.
         limit (`int`, *optional*):
             Only the first so many problems.
         skip_bad_answers (`bool`, *optional*, defaults to `False`):
             Leave out, with a notice, what has no usable answer.
+        any_text (`bool`, *optional*, defaults to `False`):
+            Whether a sentence is an answer too, for other rewards than the maths verifier.
 
     Raises:
         `ValueError`: If there is no such set, file, split or column, or a gold answer is none; the message says what
             there is instead.
         `ConnectionError`: If the Hub does not answer.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"The limit (--limit) must be at least 1, got {limit}.")
     name, _, where = source.rpartition("=")
     where = where.strip()
     if Path(where).suffix in _FILE_TYPES:
@@ -138,28 +143,34 @@ def load_problems(
         rows = _load_hub(hub_id, config or None, split)
     columns = list(rows.column_names)
     question_column = _column(question_column, _QUESTION_COLUMNS, columns, where, "question")
-    answer_column = _column(answer_column, _ANSWER_COLUMNS, columns, where, "answer")
+    answer_column = _column(answer_column, (*ANSWER_COLUMNS, "final_answer"), columns, where, "answer")
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     questions, answers, skipped = [], [], 0
-    for row, (question, answer) in enumerate(zip(rows[question_column], rows[answer_column], strict=True)):
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"{where}, row {row}: column {question_column!r} holds no question but {question!r}.")
-        if gold_alternatives(answer) is not None:
+    values = (column_values(rows, column, columns) for column in (question_column, answer_column))
+    for row, (value, answer) in enumerate(zip(*values, strict=True)):
+        question = question_text(value)
+        if question is None:
+            raise ValueError(f"{where}, row {row}: column {question_column!r} holds no question but {value!r}.")
+        if gold_alternatives(answer, any_text=any_text) is not None:
             questions.append(question)
             answers.append(answer)
         elif skip_bad_answers:
             skipped += 1
         else:
-            raise ValueError(
-                f"{where}, row {row}: column {answer_column!r} holds no answer but {answer!r}. Set --skip-bad-answers "
-                "to leave such rows out."
-            )
+            raise ValueError(f"{where}: {bad_gold_message(row, answer_column, answer, 'set --skip-bad-answers')}")
     if skipped:
         logger.warning(f"Left out {skipped} of {len(rows)} rows of {where}, which have no answer.")
     if not questions:
         raise ValueError(f"{where} has no problems.")
     return ProblemSet(name, questions, answers)
+
+
+def question_text(value: Any) -> str | None:
+    """Return a question: a text, or a conversation of one message as in verl's data; `None` for anything else."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        value = value[0].get("content")
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _unknown(where: str) -> str:
@@ -184,6 +195,8 @@ def _load_file(path: Path) -> Any:
         there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ValueError(f"There is no file {path}.{_did_you_mean(str(path), there)}")
     check_rows(path)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
     try:
         return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split="train")
     except (DatasetGenerationError, ValueError) as error:  # by version of datasets
@@ -244,7 +257,7 @@ def _load_hub(hub_id: str, config: str | None, split: str | None) -> Any:
 def _column(given: str | None, usual: Sequence[str], columns: list[str], where: str, what: str) -> str:
     wanted = [given] if given is not None else list(usual)
     for column in wanted:
-        if column in columns:
+        if has_column(columns, column):
             return column
     raise ValueError(
         f"{where} has no column {' or '.join(map(repr, wanted))} for the {what}s; its columns are "

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .verifier.extraction import answer_part, last_boxed
-from .verifier.gold_answers import bad_gold_message, check_golds, find_column, gold_alternatives
+from .verifier.gold_answers import bad_gold_message, check_golds, column_values, find_column, gold_alternatives
+
+ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")
+"""Where gold answers usually are; the last is verl's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +24,10 @@ class AnswerReward:
     included, so that the keys are the same on every rank and at every step.
 
     Args:
-        answer_columns (`tuple[str, ...]`, *optional*, defaults to `("answer", "solution")`):
-            Columns that may hold the gold answers; the first one present counts. A gold answer is a string, an int, a
-            float, or a list of these, of which any is right.
+        answer_columns (`tuple[str, ...]`, *optional*):
+            Columns that may hold the gold answers; the first one present counts. `a.b` is the key `b` of column `a`.
+            Defaults to `answer`, `solution` and verl's `reward_model.ground_truth`. A gold answer is a string, an int,
+            a float, or a list of these, of which any is right.
         answer_bridge (`str`, *optional*, defaults to `"\n\n**Final Answer**\n"`):
             Final-answer text that precedes each summary. The trainer puts in its own.
         end_of_thinking (`str` or `None`, *optional*, defaults to `"</think>"`):
@@ -36,7 +40,7 @@ class AnswerReward:
             Characters in the box beyond which an answer is wrong without a look.
     """
 
-    answer_columns: tuple[str, ...] = ("answer", "solution")
+    answer_columns: tuple[str, ...] = ANSWER_COLUMNS
     answer_bridge: str = "\n\n**Final Answer**\n"
     end_of_thinking: str | None = "</think>"
     on_bad_gold: str = "raise"
@@ -80,7 +84,8 @@ class AnswerReward:
                 Columns of the dataset, one of `answer_columns` among them.
 
         Returns:
-            `list[float | None]`: 1.0 or 0.0, or `None` for a bad gold answer with `on_bad_gold="skip"`.
+            `list[float | None]`: 1.0 or 0.0, or `None` for a bad gold answer with `on_bad_gold="skip"` and for an
+            answer that could not be graded, see [`MathReward`].
 
         Raises:
             `ValueError`: For a bad gold answer, naming row, column and value, or if no column has gold answers.
@@ -89,7 +94,8 @@ class AnswerReward:
         column = find_column(list(columns), self.answer_columns)
         rewards: list[float | None] = [0.0] * len(completions)
         rows, pairs = [], []
-        for row, (completion, value) in enumerate(zip(completions, columns[column], strict=True)):
+        values = column_values(columns, column, list(columns))
+        for row, (completion, value) in enumerate(zip(completions, values, strict=True)):
             golds = self._gold(value)
             if golds is None:
                 if self.on_bad_gold == "raise":
@@ -110,9 +116,9 @@ class AnswerReward:
             else:
                 rows.append(row)
                 pairs.append((golds, answer))
-        counts["graded"] = len(pairs)
         for row, score in zip(rows, self._grade(pairs, counts), strict=True):
             rewards[row] = score
+            counts["graded"] += score is not None
         if log_metric is not None:
             for name in self.COUNTERS:
                 log_metric(f"rewards/{type(self).__name__}/{name}", float(counts[name]))
@@ -139,6 +145,6 @@ class AnswerReward:
         """Alternatives of a gold answer, `None` for a value that is none."""
         return gold_alternatives(value)
 
-    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
+    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> Sequence[float | None]:
         """Score answers against the alternatives of their golds, adding to `counts`."""
         raise NotImplementedError

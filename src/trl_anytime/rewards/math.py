@@ -1,7 +1,8 @@
 """The default reward: 1 if the boxed final answer is mathematically equal to a gold answer, 0 otherwise."""
 
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +17,11 @@ class MathReward(AnswerReward):
     r"""Reward 1 for a completion whose final answer is mathematically equal to a gold answer, 0 otherwise.
 
     See [`AnswerReward`] for how the answer is found. What is plain (numbers, words, choices, lists of these) is graded
-    in this process, the rest in worker processes that are killed when they hang: such an answer scores 0 and is
-    counted as `timeouts`, or as `dead_workers` if its worker died. Instances hold settings only and can be pickled;
-    the workers belong to the process that grades.
+    in this process, the rest in worker processes that are killed when they hang. An answer that took all of its own
+    time scores 0 and is counted as `timeouts`, or as `dead_workers` if its worker died. An answer whose turn did not
+    come within the time of the call was not looked at: it gets no reward (`None`) and is counted as `ungraded`. A
+    warning gives the share of both, once for each process and settings. Instances hold settings only and can be
+    pickled; the workers belong to the process that grades.
 
     Args:
         workers (`int`, *optional*):
@@ -28,7 +31,7 @@ class MathReward(AnswerReward):
         hard_limit (`float`, *optional*, defaults to `10.0`):
             Seconds after which a worker that does not answer is killed.
         batch_limit (`float`, *optional*, defaults to `60.0`):
-            Seconds for one call; what is not graded by then scores 0. Keep it well below the timeout of collectives.
+            Seconds for one call, on top of `cpu_limit` for each answer that workers grade, divided by the workers.
         memory_limit (`int`, *optional*, defaults to `1024`):
             MiB of address space of one worker.
         tasks_per_worker (`int`, *optional*, defaults to `2000`):
@@ -55,7 +58,7 @@ class MathReward(AnswerReward):
     memory_limit: int = 1024
     tasks_per_worker: int = 2000
 
-    COUNTERS: ClassVar[tuple[str, ...]] = (*AnswerReward.COUNTERS, "timeouts", "dead_workers")
+    COUNTERS: ClassVar[tuple[str, ...]] = (*AnswerReward.COUNTERS, "timeouts", "dead_workers", "ungraded")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +68,15 @@ class MathReward(AnswerReward):
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, not {self.workers!r}; leave it out for the default.")
 
-    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
+    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
+        scores = self._score(pairs, counts)
+        settings = self._pool_settings()
+        if settings not in _warned and (said := _shortfall(counts, len(pairs))):
+            _warned.add(settings)
+            warnings.warn(f"{said} From now on they are only counted.", stacklevel=3)
+        return scores
+
+    def _score(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
         exact = Exact()
         outcomes: dict[tuple[str, str], str | None] = {}  # of a gold and an answer, each pair once; None: for a worker
         for golds, answer in pairs:
@@ -76,11 +87,14 @@ class MathReward(AnswerReward):
         pending = [pair for pair, outcome in outcomes.items() if outcome is None]
         if pending:
             outcomes |= zip(pending, get_pool(self._pool_settings()).grade(pending), strict=True)
-        scores = []
+        scores: list[float | None] = []
         for golds, answer in pairs:
             found = {outcomes[gold, answer] for gold in golds}
-            scores.append(float("equal" in found))
-            if "equal" not in found:
+            late = "late" in found and "equal" not in found
+            scores.append(None if late else float("equal" in found))
+            if late:
+                counts["ungraded"] += 1
+            elif "equal" not in found:
                 counts["timeouts"] += "timeout" in found
                 counts["dead_workers"] += "dead" in found
         return scores
@@ -96,19 +110,46 @@ class MathReward(AnswerReward):
         )
 
 
-def grade_answers(answers: Sequence[str], golds: Sequence[Any], **settings: Any) -> list[float]:
+_warned: set[PoolSettings] = set()
+
+
+def _shortfall(counts: Mapping[str, float], total: int) -> str:
+    """Say what share of answers was not graded to the end, and what to do; `""` if all were."""
+    limited = int(counts["timeouts"] + counts["dead_workers"])
+    said = []
+    if limited:
+        said.append(
+            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory, and score 0. "
+            "Raise `cpu_limit`, `hard_limit` or `memory_limit` if they are more than a few."
+        )
+    if ungraded := int(counts["ungraded"]):
+        said.append(
+            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not looked at within the time of the call, "
+            "and get None. Raise `batch_limit` or `workers`, or free the machine."
+        )
+    return " ".join(said)
+
+
+def grade_answers(
+    answers: Sequence[str], golds: Sequence[Any], *, counts: MutableMapping[str, float] | None = None, **settings: Any
+) -> list[float | None]:
     r"""Grade bare answers, as they stand in a box, in bulk.
+
+    A warning says which share of them hit a limit, if any did.
 
     Args:
         answers (`Sequence[str]`):
             Contents of boxes, without `\boxed{}`.
         golds (`Sequence`):
             One gold answer for each: a string, an int, a float, or a list of these, of which any is right.
+        counts (`MutableMapping[str, float]`, *optional*):
+            Gets the numbers of answers that are `graded`, `too_long` (score 0), `timeouts` and `dead_workers` (of
+            those graded, at a limit: score 0), and `ungraded` (not looked at within the time of the call: `None`).
         settings (`dict`):
             Settings of [`MathReward`], such as `workers` or `cpu_limit`.
 
     Returns:
-        `list[float]`: 1.0 or 0.0 for each answer.
+        `list[float | None]`: 1.0 or 0.0 for each answer, `None` for one that was not looked at.
 
     Raises:
         `ValueError`: If the lengths differ or a gold answer is none.
@@ -125,15 +166,26 @@ def grade_answers(answers: Sequence[str], golds: Sequence[Any], **settings: Any)
     if len(answers) != len(golds):
         raise ValueError(f"There are {len(answers)} answers but {len(golds)} gold answers.")
     reward = MathReward(**settings)
-    scores = [0.0] * len(answers)
+    found = Counter(dict.fromkeys(("graded", "too_long", "timeouts", "dead_workers", "ungraded"), 0))
+    scores: list[float | None] = [0.0] * len(answers)
     rows, pairs = [], []
     for row, (answer, value) in enumerate(zip(answers, golds, strict=True)):
         alternatives = gold_alternatives(value)
         if alternatives is None:
-            raise ValueError(bad_gold_message(row, "golds", value))
+            raise ValueError(bad_gold_message(row, "golds", value, "drop them"))
         if len(answer) <= reward.max_answer_length or answer in alternatives:
             rows.append(row)
             pairs.append((alternatives, answer))
-    for row, score in zip(rows, reward._grade(pairs, Counter()), strict=True):
+    for row, score in zip(rows, reward._score(pairs, found), strict=True):
         scores[row] = score
+    found["graded"] = len(pairs) - found["ungraded"]
+    found["too_long"] = len(answers) - len(pairs)
+    said = _shortfall(found, len(answers))
+    if found["too_long"]:
+        share = f"{found['too_long']} of {len(answers)} answers ({found['too_long'] / len(answers):.1%})"
+        said += f" {share} have more than {reward.max_answer_length} characters (`max_answer_length`), and score 0."
+    if said:
+        warnings.warn(said.strip(), stacklevel=2)
+    if counts is not None:
+        counts.update(found)
     return scores

@@ -28,6 +28,9 @@ class ExactMatch(AnswerReward):
 
     ignore_case: bool = False
 
+    def _gold(self, value: Any) -> list[str] | None:
+        return gold_alternatives(value, any_text=True)
+
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
         return [float(self._key(answer) in map(self._key, golds)) for golds, answer in pairs]
 
@@ -53,7 +56,7 @@ class MultipleChoice(AnswerReward):
     def _gold(self, value: Any) -> list[str] | None:
         if isinstance(value, int) and not isinstance(value, bool):
             return [self.choices[value]] if 0 <= value < len(self.choices) else None
-        letters = [self._letter(text) for text in gold_alternatives(value) or []]
+        letters = [self._letter(text) for text in gold_alternatives(value, any_text=True) or []]
         known = [letter for letter in letters if letter is not None]
         return known if known and len(known) == len(letters) else None
 
@@ -101,7 +104,9 @@ class NumericClose(AnswerReward):
                 raise ValueError(f"{name} must be a finite number, at least 0, not {value!r}.")
 
     def _gold(self, value: Any) -> list[str] | None:
-        golds = gold_alternatives(value)
+        # Within a tolerance, the last digits of a large float do not matter
+        is_float = isinstance(value, float) and math.isfinite(value)
+        golds = [repr(value)] if is_float else gold_alternatives(value)
         return golds if golds and all(_number(gold) is not None for gold in golds) else None
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:

@@ -1,59 +1,222 @@
-"""Gold answers: what is accepted, and the check of a dataset before anything is trained on it."""
+"""Gold answers: what is accepted, how it is read, and the check of a dataset before anything is trained on it."""
 
+import json
 import math
 import numbers
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from .extraction import last_boxed
 
+# What pandas, and so a csv file read by `datasets`, takes for a missing value; in other files they arrive as text
+_MISSING = frozenset(
+    ["nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "null", "None", "NaT"]
+)
+_MOST_WORDS = 12  # of an answer; the longest among those of MATH has two, units included
+_MOST_DIGITS = 1000  # of an integer, in a dataset; far above those of any answer
+_LOST_DIGITS = 2**53  # from here on a float does not hold every integer
 
-def gold_alternatives(value: Any) -> list[str] | None:
-    r"""Texts of a gold answer's alternatives, any of which is right; `None` if the value is no gold answer.
+_LATEX_WORDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_ARGUMENT = re.compile(r"\b(?:because|since|therefore|thus|hence|we)\b", re.IGNORECASE)
+_NO_CONTENT = re.compile(r"[\s.?*_#/$'\"\-\u2012-\u2015\\]*")
+_ANSWER_IS = re.compile(r"\banswer\b\s*(?:\*\*)?\s*(?:is\s*:?|:|=)\s*", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
+_THOUSANDS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?)")
+_NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
+_ITEM = rf"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|{_NUMBER}"
+_LIST = re.compile(rf"[\[(]\s*(?:{_ITEM})(?:\s*,\s*(?:{_ITEM}))*\s*,?\s*[\])]")
+_QUOTED = re.compile(r"[\[({]+\s*['\"]")
+# In what Python or JSON quotes, a backslash before a letter is doubled; a single one is LaTeX that nobody has quoted
+_UNQUOTED_LATEX = re.compile(r"(?<!\\)(?:\\\\)*\\[A-Za-z]")
+
+
+class _NotAnAnswer(ValueError):
+    """Why a value is not a gold answer: what is wrong, then what to do."""
+
+
+def gold_alternatives(value: Any, *, any_text: bool = False) -> list[str] | None:
+    r"""Return the texts of a gold answer's alternatives, any of which is right; `None` if it is not a gold answer.
+
+    A list holds alternatives, each read by these rules. An int is itself. A float is read with 15 significant digits,
+    which is what a float holds (so `142.0` is 142 and `1 / 3` is one third). A float that is a whole number of 2^53 or
+    more has lost digits, and is refused. Of a string, the first of these that applies is the answer:
+
+    - the content of the last `\boxed{}`;
+    - what follows the last `####`, as in GSM8K, up to the end of its line and without separators of thousands;
+    - what stands in the last `<answer>` tags;
+    - the items of a list written by Python or JSON, if they are quoted (`"['12', '13']"`) or a single number
+      (`"[12]"`, which may stand as it is, too); two and more bare numbers stay as they are: `[1,2]` is an interval;
+    - what follows the last "answer is" or "answer:";
+    - the string.
+
+    It is refused if it is empty or only punctuation, a missing value spelled out (`N/A`, `nan`, `null`: what pandas
+    takes for one), an unfinished `\boxed{`, or, unless `any_text`, a dictionary or a list that cannot be read, or an
+    argument: more than 12 words, or "because", "since", "therefore", "thus", "hence" or "we".
 
     Args:
         value (`str`, `int`, `float` or a list of these):
-            A dataset's value. A string may hold its answer in `\boxed{}`; a float is read with 15 significant digits,
-            which is what a float holds (so `142.0` is 142 and `1 / 3` is one third).
+            A dataset's value.
+        any_text (`bool`, *optional*, defaults to `False`):
+            Whether sentences are answers too.
     """
-    if isinstance(value, list | tuple):
-        alternatives: list[str] = []
-        for item in value:
-            found = None if isinstance(item, list | tuple) else gold_alternatives(item)
-            if found is None:
-                return None
-            alternatives += found
-        return alternatives or None
-    if isinstance(value, bool):
+    try:
+        return _alternatives(value, any_text)
+    except _NotAnAnswer:
         return None
+
+
+def _alternatives(value: Any, any_text: bool) -> list[str]:
+    if isinstance(value, list | tuple):
+        if not value or any(isinstance(item, list | tuple) for item in value):
+            raise _NotAnAnswer("It is an empty or a nested list. Give a list of alternatives")
+        return [text for item in value for text in _alternatives(item, any_text)]
     if isinstance(value, str):
-        boxed = last_boxed(value)
-        text = value if boxed is None else boxed
-        return [text] if text.strip() else None
-    if isinstance(value, numbers.Integral):
+        return _texts(value, any_text)
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 10**_MOST_DIGITS:
         return [str(int(value))]
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return [format(float(value), ".15g")]
-    return None
+    if isinstance(value, Decimal) and value.is_finite() and abs(value.adjusted()) < _MOST_DIGITS:
+        return [format(value, "f")]
+    if isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral):
+        return [f"{value.numerator}/{value.denominator}"]
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and math.isfinite(value):
+        if abs(float(value)) >= _LOST_DIGITS and float(value).is_integer():
+            raise _NotAnAnswer(
+                "It is a whole number of 2^53 or more that arrived as a float, which has lost its last digits. Write "
+                "it as a string in the dataset"
+            )
+        if not isinstance(value, float):  # a narrower one of numpy's: its digits behind the shortest text are chance
+            return [str(value)]
+        return [str(int(value)) if value.is_integer() else format(value, ".15g")]
+    raise _NotAnAnswer("Give a non-empty string, an int, a finite float, or a non-empty list of these (alternatives)")
 
 
-def bad_gold_message(row: int, column: str, value: Any) -> str:
-    return (
-        f"Row {row}: column {column!r} holds {value!r}, which is no gold answer. Give a non-empty string, an int, a "
-        "finite float, or a non-empty list of these (alternatives); or set on_bad_gold='skip' to leave such rows out."
-    )
+def _texts(text: str, any_text: bool) -> list[str]:
+    """The alternatives that a string holds."""
+    text = text.strip()
+    if (boxed := last_boxed(text)) is not None:
+        return [_checked(boxed, any_text)]
+    if "\\boxed" in text:
+        raise _NotAnAnswer("Its last box is unfinished. Give the answer alone")
+    if "####" in text:
+        answer = (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip()
+        number = _THOUSANDS.fullmatch(answer)
+        return [_checked(answer.replace(",", "") if number else answer, any_text)]
+    if tags := _ANSWER_TAG.findall(text):
+        return _texts(tags[-1], any_text)
+    if _LIST.fullmatch(text):
+        items = re.findall(_ITEM, text)
+        if any(item[0] in "'\"" for item in items):
+            return [found for item in items for found in _texts(_unquoted(item), any_text)]
+        if len(items) == 1 and text[0] == "[":
+            return [items[0], text]  # a list from a file, or a vector of one entry
+    elif _QUOTED.match(text) and not any_text:
+        raise _NotAnAnswer("It is written as a list or dictionary that cannot be read. Give the answer alone")
+    *_, last = (None, *_ANSWER_IS.finditer(text))
+    if last is not None and (answer := text[last.end() :].strip(" \n*").removesuffix(".").strip(" \n*")):
+        text = answer
+    return [_checked(text, any_text)]
+
+
+def _unquoted(item: str) -> str:
+    """An item of a list written by Python or JSON."""
+    if item[0] not in "'\"":
+        return item
+    inside = item[1:-1]
+    if _UNQUOTED_LATEX.search(inside):
+        return inside
+    return re.sub(r"\\(['\"\\])", r"\1", inside)
+
+
+def _checked(text: str, any_text: bool) -> str:
+    if _NO_CONTENT.fullmatch(text):
+        raise _NotAnAnswer("It is empty. Give the answer")
+    if text.strip() in _MISSING:
+        raise _NotAnAnswer("It says that there is no answer. Give one")
+    if not any_text and (count_words(text) > _MOST_WORDS or _ARGUMENT.search(_LATEX_WORDS.sub(" ", text))):
+        raise _NotAnAnswer(r"It is a text, not an answer. Give the answer alone, or put it into \boxed{} in the text")
+    return text
+
+
+def count_words(text: str) -> int:
+    """Return the number of words of two letters or more, LaTeX's own left out."""
+    return len(_WORD.findall(_LATEX_WORDS.sub(" ", text)))
+
+
+_SKIP = "set on_bad_gold='skip' for the reward, `on_bad_answer: skip` in a recipe"
+
+
+def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
+    """Say why a value is not a gold answer, and what to do about it.
+
+    Args:
+        row, column (`int`, `str`):
+            Where it is.
+        value (`Any`):
+            What is there.
+        skip (`str`, *optional*):
+            How such rows are left out.
+    """
+    try:
+        _alternatives(value, any_text=False)
+        why = "This reward cannot compare it with anything. Give another"
+    except _NotAnAnswer as error:
+        why = str(error)
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
+    return f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
+
+
+# Columns
 
 
 def find_column(columns: Sequence[str], answer_columns: Sequence[str]) -> str:
-    """The first of `answer_columns` that is there; `ValueError` if none is."""
+    """Return the first of `answer_columns` that is there; `a.b` is the key `b` of column `a`. Raises `ValueError`."""
     for column in answer_columns:
-        if column in columns:
+        if has_column(columns, column):
             return column
     raise ValueError(
         f"No gold answers: none of the columns {list(answer_columns)} is in the dataset, which has {sorted(columns)}. "
         "Rename the column or pass answer_columns=."
     )
+
+
+def has_column(columns: Sequence[str], column: str) -> bool:
+    """Whether a column is there, or for `a.b` the column `a`."""
+    return column in columns or (column.partition(".")[1] == "." and column.partition(".")[0] in columns)
+
+
+def column_values(rows: Any, column: str, columns: Sequence[str]) -> Sequence[Any]:
+    """Return the values of a column, see [`find_column`]; `None` where a row has no such key.
+
+    Args:
+        rows (`Dataset` or `dict`):
+            Anything that gives a column by its name.
+        column (`str`):
+            A column, or `a.b` for the key `b` of what column `a` holds: dictionaries, or JSON that says the same.
+        columns (`Sequence[str]`):
+            The columns of `rows`.
+    """
+    if column in columns:
+        return rows[column]
+    name, *keys = column.split(".")
+    return [_inside(value, keys) for value in rows[name]]
+
+
+def _inside(value: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
 
 
 def check_golds(
@@ -77,7 +240,7 @@ def check_golds(
         return dataset
     column = find_column(dataset.column_names, answer_columns)
     good = []
-    for row, value in enumerate(dataset[column]):
+    for row, value in enumerate(column_values(dataset, column, dataset.column_names)):
         if read_gold(value) is not None:
             good.append(row)
         elif not skip:

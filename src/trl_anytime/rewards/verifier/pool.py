@@ -10,17 +10,23 @@ import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+# Terminals and schedulers send these to all processes of a run. They are for the parent, which may still want the last
+# grades. A worker starts with them blocked, because it cannot ignore them before it runs, and then ignores them.
+SIGNALS_FOR_THE_PARENT = frozenset(
+    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
+)
 _WORKER_MODULE = f"{__package__}.worker"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 _START_SECONDS = 60.0  # to import sympy from a slow file system; a second or two otherwise
@@ -41,7 +47,8 @@ class PoolSettings:
         hard_limit (`float`):
             Seconds after which a worker that has not answered is killed.
         batch_limit (`float`):
-            Seconds that one call of [`WorkerPool.grade`] may take.
+            Seconds that one call of [`WorkerPool.grade`] may take on top of `cpu_limit` for each pair, divided by the
+            workers.
         memory_limit (`int`):
             MiB of address space of one worker.
         tasks_per_worker (`int`):
@@ -96,7 +103,8 @@ class WorkerPool:
                 What to compare. Threads that call this at the same time wait for each other.
 
         Returns:
-            `list[str]`: One of `"equal"`, `"different"`, `"timeout"` and `"dead"` (the worker died) for each pair.
+            `list[str]`: One of `"equal"`, `"different"`, `"timeout"`, `"dead"` (the worker died) and `"late"` (the
+            call's time was over before this pair's) for each pair.
 
         Raises:
             `RuntimeError`: If workers do not start, or fail their self-test.
@@ -123,7 +131,8 @@ class WorkerPool:
                 worker.process.kill()
 
     def _grade(self, pairs: Sequence[tuple[str, str]], selector: selectors.BaseSelector) -> list[str]:
-        batch_deadline = time.monotonic() + self.settings.batch_limit
+        seconds = self.settings.batch_limit + len(pairs) * self.settings.cpu_limit / self.settings.workers
+        batch_deadline = time.monotonic() + seconds
         queue = deque(range(len(pairs)))
         outcomes: list[str | None] = [None] * len(pairs)
         was_ready = False
@@ -132,8 +141,8 @@ class WorkerPool:
             if now >= batch_deadline:
                 if not was_ready:
                     raise RuntimeError(
-                        f"No worker of the answer verifier started within the batch limit of "
-                        f"{self.settings.batch_limit} s. The machine is overloaded, or the limit too small."
+                        f"No worker of the answer verifier started within {seconds:g} s. The machine is overloaded, "
+                        "or `batch_limit` too small."
                     )
                 break
             while len(self._workers) < min(self.settings.workers, len(queue) + self._busy()):
@@ -155,7 +164,7 @@ class WorkerPool:
                     self._count_failed_start(f"did not start within {_START_SECONDS} s")
                 elif worker.task is None and worker.tasks_done >= self.settings.tasks_per_worker:
                     self._drop(worker, selector)
-        return ["timeout" if outcome is None else outcome for outcome in outcomes]
+        return ["late" if outcome is None else outcome for outcome in outcomes]
 
     def _busy(self) -> int:
         return sum(worker.task is not None for worker in self._workers)
@@ -164,16 +173,17 @@ class WorkerPool:
         settings = self.settings
         arguments = [str(settings.cpu_limit), str(settings.memory_limit), str(os.getpid())]
         path = os.pathsep.join([_PACKAGE_ROOT, *(entry for entry in sys.path if entry)])
-        process = subprocess.Popen(
-            # -P: a file of the current directory must not stand in for a module of the standard library
-            [sys.executable, "-P", "-m", _WORKER_MODULE, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        worker = _Worker(process, time.monotonic() + _START_SECONDS)
-        self._workers.append(worker)
-        selector.register(_output(worker), selectors.EVENT_READ, worker)
+        with _blocked(SIGNALS_FOR_THE_PARENT):
+            process = subprocess.Popen(
+                # -P: a file of the current directory must not stand in for a module of the standard library
+                [sys.executable, "-P", "-m", _WORKER_MODULE, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+            worker = _Worker(process, time.monotonic() + _START_SECONDS)
+            self._workers.append(worker)
+            selector.register(_output(worker), selectors.EVENT_READ, worker)
 
     def _send(self, worker: _Worker, queue: deque[int], pairs: Sequence[tuple[str, str]]) -> None:
         gold, answer = pairs[queue[0]]
@@ -223,6 +233,16 @@ class WorkerPool:
         selector.unregister(_output(worker))
         self._workers.remove(worker)
         _end(worker)
+
+
+@contextlib.contextmanager
+def _blocked(signals: frozenset[signal.Signals]) -> Iterator[None]:
+    """Hold signals back in this thread; a process started inside holds them back from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _output(worker: _Worker) -> int:

@@ -15,6 +15,8 @@ import time
 import traceback
 from types import FrameType
 
+from .pool import SIGNALS_FOR_THE_PARENT
+
 _SECONDS_TO_KILL = 1  # of CPU beyond the soft limit; by then the interpreter is stuck in C code
 _WATCHDOG_SECONDS = 1.0
 
@@ -62,9 +64,9 @@ def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
 def main() -> None:
     cpu_seconds, memory_mib, parent = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    # Ctrl-C and a scheduler's SIGTERM go to all processes and are for the parent, which may still want the last grades
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in SIGNALS_FOR_THE_PARENT:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS_FOR_THE_PARENT)
     signal.signal(signal.SIGPROF, _out_of_time)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
