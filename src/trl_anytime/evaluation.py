@@ -28,6 +28,7 @@ from .problems import ProblemSet
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .server import CompletionClient
+from .tables import aligned
 
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
@@ -539,8 +540,4 @@ def table(results: dict[str, Any]) -> str:
                 ),
             ]
         )
-    widths = [max(len(row[i]) for row in rows if len(row) > i and len(row) > 1) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) if len(row) > 1 else row[0]
-        for row in rows
-    )
+    return aligned(rows, left=())

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .contract import AnytimeContract, check_context
 from .server import CompletionClient
+from .tables import aligned
 
 QUESTION = (
     "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
@@ -208,5 +209,4 @@ def report(findings: list[Finding]) -> str:
         ]
         for finding in findings
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
+    return aligned(rows, left=(4,))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from ..brpo_config import BRPOConfig
 from ..checkpoint import generate_every
-from .finding import ERROR, WARNING, Finding, aligned
+from ..tables import aligned
+from .finding import ERROR, WARNING, Finding
 
 # Optimiser steps on one generation batch beyond which it is worth a word: twice as many as in the paper's recipes
 _MOST_UPDATES = 4

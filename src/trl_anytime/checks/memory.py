@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..admission import structural_objection
 from ..attention import TreeLayout, enable_tree_attention, layout_in_use
 from ..brpo_config import BRPOConfig
+from ..tables import aligned
 from ..tree import PackedRollouts
 from .batch_arithmetic import most_tokens
-from .finding import OK, WARNING, Finding, aligned
+from .finding import OK, WARNING, Finding
 
 _GIB = 2**30
 # Logits are computed in tiles of at most so many tokens, and so many words (TRL's fused LM head)
