@@ -160,7 +160,7 @@ def test_the_report_for_people(folder, capsys):
     [
         (None, "cannot be read: No such file"),
         ("- budgets", "holds list instead of settings"),
-        ("budgets: [", "is no YAML"),
+        ("budgets: [", "is not YAML"),
         ("model_name_or_path: a\ndataset_name: b\nbudgetts: [1]", "no setting `budgetts`. Did you mean `budgets`?"),
         ("budgets: [1]", "`dataset_name` is missing"),
         ("model_name_or_path: a\ndataset_name: b\nlearning_rate: much", "invalid float value: 'much'"),
@@ -191,7 +191,7 @@ def test_launch_files(name):
 
 
 def test_a_launch_file_that_is_none(folder):
-    with pytest.raises(ValueError, match="no `distributed_type`"):
+    with pytest.raises(ValueError, match="`distributed_type`"):
         read_launch(folder / "recipe.yaml", None, None)
 
 

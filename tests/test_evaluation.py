@@ -262,7 +262,8 @@ def test_results_of_another_protocol_are_refused(folder, finished, capsys, more,
 
 def test_damaged_journals(folder, finished, capsys):
     lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    for content, message in ((b"no json\n", "is damaged"), (b"".join([*lines, lines[1]]), "has samples twice")):
+    twice = b"".join([*lines, lines[1]])
+    for content, message in ((b"no json\n", "samples.jsonl, line 1 is not JSON"), (twice, "has samples twice")):
         output = folder / "damaged"
         output.mkdir(exist_ok=True)
         (output / "samples.jsonl").write_bytes(content)
@@ -289,7 +290,7 @@ def test_a_baseline(folder, finished, capsys):
     assert "comes from another protocol: sampling is" in capsys.readouterr().err
     assert not (folder / "other").exists()  # said before anything is drawn
     assert run(folder, "other", "--baseline", folder / "config.json") == BAD_INPUT
-    assert "no result file" in capsys.readouterr().err
+    assert "config.json: `format` is missing" in capsys.readouterr().err
 
 
 def test_plots(folder, finished, tmp_path, capsys):
@@ -316,7 +317,7 @@ def test_plots(folder, finished, tmp_path, capsys):
         (["--answer-column", "truth"], "no column 'truth'"),
         (["--budgets", "100,5000"], "largest budget that fits is"),
         (["--temperature", 0], "At temperature 0 all samples are the same"),
-        (["--temperature", -1], "`temperature` must lie between"),
+        (["--temperature", -1], "`temperature`"),
         (["--samples", 0], "`num_samples` must be at least 1"),
         (["--reward", "missing.py:f"], "no such file: 'missing.py:f'"),
         (["--think-end", "</think>"], "by which markers and bridges it was trained: remove think_end"),

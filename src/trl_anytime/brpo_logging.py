@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .advantages import Returns, baseline_diagnostics
 from .budgets import live_segments
+from .display import for_terminal
 from .markers import ThinkingMarkers
 from .rollout import Rollout
 
@@ -146,13 +147,26 @@ def baseline_metrics(
 def completion_rows(
     prompts: Sequence[Any], rollouts: Sequence[Rollout], budgets: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """One row per rollout and budget for the table of completions: the first summary, and the thinking shortened."""
+    """
+    One row per rollout and budget for the table of completions: the first summary, and the thinking shortened. Control
+    characters are written out, because TRL prints the table.
+    """
     rows = []
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         texts = tokenizer.batch_decode([summaries[0] for summaries in rollout.summaries])
         for budget, cut, text in zip(budgets, rollout.cuts, texts, strict=True):
-            thinking = tokenizer.decode(rollout.thinking.token_ids[:cut])
+            thinking = str(tokenizer.decode(rollout.thinking.token_ids[:cut]))
             if len(thinking) > 400:
                 thinking = f"{thinking[:200]} [...] {thinking[-200:]}"
-            rows.append({"prompt": prompt, "completion": text, "budget": budget, "thinking": thinking})
+            row = {"completion": for_terminal(text), "budget": budget, "thinking": for_terminal(thinking)}
+            rows.append({"prompt": _escaped(prompt), **row})
     return rows
+
+
+def _escaped(prompt: Any) -> Any:
+    """A prompt whose texts are escaped, in whatever form it is."""
+    if isinstance(prompt, str):
+        return for_terminal(prompt)
+    if isinstance(prompt, list):
+        return [_escaped(part) for part in prompt]
+    return {key: _escaped(part) for key, part in prompt.items()} if isinstance(prompt, dict) else prompt

@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .display import for_shell, for_terminal
 
 if TYPE_CHECKING:
     from .contract import AnytimeContract
@@ -213,7 +215,9 @@ def _add_model(
     server.add_argument("--base-url", metavar="URL", required=base_url_required, help="an OpenAI-compatible server")
     server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
-    server.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte (default: %(default)g)")
+    server.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds for a whole answer (default: %(default)g)"
+    )
     server.add_argument(
         "--patience", type=float, default=900.0, help="seconds of trying one request again (default: %(default)g)"
     )
@@ -251,17 +255,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _hide_progress_bars()
         return options.run(options)
     except ConnectionError as error:
-        print(f"trl-anytime: {error}", file=sys.stderr)
+        _print(f"trl-anytime: {error}", sys.stderr)
         return SERVER_FAILED
     except (ValueError, OSError) as error:
-        print(f"trl-anytime: {error}", file=sys.stderr)
+        _print(f"trl-anytime: {error}", sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("trl-anytime: interrupted", file=sys.stderr)
+        _print("trl-anytime: interrupted", sys.stderr)
         if vars(options).get("base_url"):  # threads may be waiting for the server, and what is finished is on the disk
             sys.stdout.flush()
             os._exit(INTERRUPTED)
         return INTERRUPTED
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """What a command says; there may be text of models, servers and files in it."""
+    print(for_terminal(text), file=file)
 
 
 def _hide_progress_bars() -> None:
@@ -281,7 +290,7 @@ def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
 
     from .contract import AnytimeContract
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = _loaded("tokenizer", options.model, AutoTokenizer.from_pretrained)
     contract = AnytimeContract.of_model(
         options.model,
         tokenizer,
@@ -328,8 +337,22 @@ def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any
     from transformers import AutoModelForCausalLM
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    model = _loaded("weights", options.model, AutoModelForCausalLM.from_pretrained, dtype=options.dtype)
     return model.to(device)
+
+
+def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
+    """What transformers loads from a model's folder, or one line about why it cannot."""
+    from .validation import check_folder
+
+    if Path(model).is_dir():
+        check_folder(Path(model))
+    try:
+        return load(model, **kwargs)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a damaged file ends in any error of those who read it
+        raise ValueError(f"The {what} of {model} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -348,7 +371,7 @@ def _doctor(options: argparse.Namespace) -> int:
         options.load_model,
     )
     findings, tables = examination.findings, examination.tables
-    print((as_json if options.json else report)(findings, tables))
+    _print((as_json if options.json else report)(findings, tables))
     return 0 if examination.passed else FAILED
 
 
@@ -411,8 +434,8 @@ def _eval(options: argparse.Namespace) -> int:
     _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     save_samples(records, problem_sets, output / "samples.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
-    print(table(results))
-    print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", file=sys.stderr)
+    _print(table(results))
+    _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", sys.stderr)
     return 0
 
 
@@ -427,8 +450,11 @@ def _draw(results: list[dict[str, Any]], path: Path) -> None:
     try:
         from .plots import plot_results
     except ModuleNotFoundError as error:
-        print(f"No {path.name}, because {error.name} is missing: pip install 'trl-anytime[plot]', then "
-              f"trl-anytime plot {path.with_name('results.json')}", file=sys.stderr)  # fmt: skip
+        _print(
+            f"No {path.name}, because {error.name} is missing: pip install 'trl-anytime[plot]', then trl-anytime plot "
+            f"{for_shell(str(path.with_name('results.json')))}",
+            sys.stderr,
+        )
         return
     plot_results(results, path)
 
@@ -468,9 +494,9 @@ def _probe(options: argparse.Namespace) -> int:
     findings = probe(
         _client(options), contract, tokenizer, budgets, options.budget_field, options.question or QUESTION
     )
-    print(report(findings))
+    _print(report(findings))
     wrong = verdict(findings)
-    print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
+    _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
     return FAILED if wrong else 0
 
 
@@ -478,12 +504,14 @@ def _serve_command(options: argparse.Namespace) -> int:
     from .serving import deployment
 
     _, contract = _contract(options)
-    print(deployment(options.server, options.model, contract, options.budget or contract.budgets[-1]).text())
+    budget = contract.budgets[-1] if options.budget is None else options.budget
+    _print(deployment(options.server, options.model, contract, budget).text())
     return 0
 
 
 def _plot(options: argparse.Namespace) -> int:
     from .evaluation import load_results
+    from .history import load_log_history
 
     try:
         from .plots import plot_results, plot_training
@@ -498,10 +526,10 @@ def _plot(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"There is no {states[0]}: give a checkpoint of a training run, or its trainer_state.json."
             )
-        plot_training(json.loads(states[0].read_text())["log_history"], options.output)
+        plot_training(load_log_history(states[0]), options.output)
     else:
         plot_results([load_results(path) for path in options.sources], options.output)
-    print(options.output)
+    _print(str(options.output))
     return 0
 
 

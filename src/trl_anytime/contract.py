@@ -1,5 +1,6 @@
 """What is needed to use a model at any budget as it was trained, in a file beside its weights."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,12 +20,55 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .budgets import check_budgets, prior_weights
+from .encoding import encode_prompt
 from .markers import ThinkingMarkers, find_markers, render_prompt
+from .validation import (
+    MEBIBYTE,
+    Unfit,
+    fields,
+    free_form,
+    integer,
+    list_of,
+    mapping_of,
+    number,
+    or_null,
+    read_json,
+    string,
+)
 
 CONTRACT_NAME = "anytime_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 _FORMAT = 1
 _MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
 _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
+
+TOKEN_ID = integer(0)
+BUDGETS = list_of(integer(1), least=1, most=10_000)
+# The bounds keep out what no model was sampled with, infinity first
+SAMPLING = {
+    "temperature": number(0, 1000),
+    "top_p": number(1e-9, 1),
+    "top_k": integer(-1),  # vLLM's own value for all
+    "min_p": number(0, 1),
+    "repetition_penalty": number(1e-9, 1000),
+}
+_MARKER = fields(text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
+_CONTRACT = fields(
+    markers=fields(**dict.fromkeys(_MARKERS, _MARKER)),
+    budgets=BUDGETS,
+    prior=list_of(number(0, 1e9), least=1, most=10_000),
+    max_summary_length=integer(1),
+    sampling=fields(**SAMPLING),
+    eos_token_ids=list_of(TOKEN_ID, least=1, most=1000),
+    chat_template_kwargs=mapping_of(free_form, most=100),
+    versions=mapping_of(string(1000), most=100),
+)
+# What `apply_chat_template` takes and a template does not know: such arguments would change what it returns
+_NOT_FOR_TEMPLATES = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
+    "chat_template",
+    "tools",
+    "documents",
+}
 
 logger = logging.get_logger(__name__)
 
@@ -57,15 +101,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, float("inf")),
-            ("top_p", 1e-9, 1),
-            ("top_k", -1, float("inf")),  # vLLM's own value for all
-            ("min_p", 0, 1),
-            ("repetition_penalty", 1e-9, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` must lie between {low:g} and {high:g}, got {getattr(self, name)!r}.")
+        for name, check in SAMPLING.items():
+            check(getattr(self, name), name)
 
     def generation_config(self) -> GenerationConfig:
         """The settings of transformers. Every one is set: what is not would come from the model's own."""
@@ -207,11 +244,15 @@ class AnytimeContract:
             `OSError`: If the Hub does not answer, or knows no such model.
             `ValueError`: If the file is damaged, or newer than this package.
         """
-        file = _find_file(path)
+        file = _find_file(path, CONTRACT_NAME)
+        values = read_json(file, fields(format=integer(1)), MEBIBYTE)
+        if values["format"] > _FORMAT:
+            raise Unfit(
+                f"{file} has format {values['format']}, and this version knows up to {_FORMAT}: upgrade trl-anytime."
+            )
         try:
-            values = json.loads(file.read_text())
-            if values["format"] > _FORMAT:
-                raise ValueError(f"it has format {values['format']}, and this version knows up to {_FORMAT}: upgrade")
+            _CONTRACT(values, "")
+            _check_fields(values)
             markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
             markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
             budgets = check_budgets(values["budgets"])
@@ -225,8 +266,8 @@ class AnytimeContract:
                 chat_template_kwargs=values["chat_template_kwargs"],
                 versions=values["versions"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file} is not a contract that can be used: {error!r}.") from error
+        except ValueError as error:
+            raise Unfit(f"{file}: {error}") from error
 
     def save(self, folder: str | Path) -> Path:
         """Write the contract into a folder, which is made if need be; returns the file."""
@@ -287,14 +328,9 @@ class AnytimeContract:
                 Texts, which are taken as they are, or conversations.
 
         Raises:
-            `ValueError`: For a conversation if the tokenizer has no chat template.
+            `ValueError`: See [`~trl_anytime.encoding.encode_prompt`].
         """
-        prompt_ids = []
-        for prompt in prompts:
-            # A template has written its special tokens itself
-            text, _ = render_prompt(tokenizer, prompt, self.chat_template_kwargs)
-            prompt_ids.append(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
-        return prompt_ids
+        return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 
     def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         """A question as a prompt: a conversation, or the text itself for a model without a chat template."""
@@ -331,21 +367,34 @@ def check_context(
         )
 
 
-def _find_file(path: str | Path) -> Path:
+def _check_fields(values: dict[str, Any]) -> None:
+    """Refuse a contract whose fields do not fit each other."""
+    further = values["sampling"].keys() - SAMPLING.keys()
+    if further:
+        raise Unfit(f"`sampling` has fields that are not known: {', '.join(map(repr, sorted(further)))}.")
+    taken = values["chat_template_kwargs"].keys() & _NOT_FOR_TEMPLATES
+    if taken:
+        raise Unfit(f"`chat_template_kwargs` has fields that are not for a template: {', '.join(sorted(taken))}.")
+    end, bridge = (values["markers"][name]["text"] for name in ("think_end", "truncation_bridge"))
+    if bridge.count(end) != 1:
+        raise Unfit("`markers.truncation_bridge.text` must contain `markers.think_end.text` exactly once.")
+
+
+def _find_file(path: str | Path, name: str) -> Path:
     found = Path(path)
     if found.exists():
-        file = found / CONTRACT_NAME if found.is_dir() else found
+        file = found / name if found.is_dir() else found
         if not file.exists():
-            raise FileNotFoundError(f"There is no {CONTRACT_NAME} in {path}.")
+            raise FileNotFoundError(f"There is no {name} in {path}.")
         return file
     try:
-        return Path(hf_hub_download(str(path), CONTRACT_NAME))
+        return Path(hf_hub_download(str(path), name))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise OSError(f"{path} is neither a folder nor a model on the Hub that can be read.") from error
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
-            raise OSError(f"The Hub did not answer when asked for {path}/{CONTRACT_NAME}: {error}") from error
-        raise FileNotFoundError(f"There is no {CONTRACT_NAME} in {path}.") from error
+            raise OSError(f"The Hub did not answer when asked for {path}/{name}: {error}") from error
+        raise FileNotFoundError(f"There is no {name} in {path}.") from error
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -355,12 +404,22 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def eos_of_model(model: str) -> list[int]:
-    """Tokens that end a text by the model's own generation settings, where it has any."""
+    """
+    Tokens that end a text by the model's own generation settings, where it has any.
+
+    Raises:
+        `ValueError`: If they are damaged.
+    """
+
+    def token_ids(value: Any, name: str) -> Any:
+        return (list_of(TOKEN_ID, most=1000) if isinstance(value, list) else TOKEN_ID)(value, name)
+
     try:
-        found = GenerationConfig.from_pretrained(model).eos_token_id
+        file = _find_file(model, _GENERATION_CONFIG)
     except OSError:
         return []
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    found = read_json(file, fields({"eos_token_id": or_null(token_ids)}), MEBIBYTE).get("eos_token_id")
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _installed() -> dict[str, str]:

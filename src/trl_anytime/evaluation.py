@@ -7,9 +7,9 @@ a run that is started again goes on from there.
 
 import hashlib
 import json
+import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +21,50 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .contract import AnytimeContract, check_context
+from .contract import BUDGETS, AnytimeContract, check_context
 from .curves import Estimate, compare, estimates
+from .display import for_terminal
 from .inference import context_of, is_transformers_model, open_backend, rollout_settings
 from .problems import ProblemSet
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .server import CompletionClient
 from .tables import aligned
+from .validation import (
+    MEBIBYTE,
+    Check,
+    Unfit,
+    boolean,
+    fields,
+    free_form,
+    integer,
+    list_of,
+    mapping_of,
+    number,
+    parse_json,
+    read_json,
+    read_lines,
+    string,
+)
 
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
 _RESULTS_FORMAT = 1
+_MOST_SETS = 64  # each is a panel of the picture
+_MOST_BYTES_OF_RESULTS = 256 * MEBIBYTE
+_MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE = 16 * 1024 * MEBIBYTE, 256 * MEBIBYTE
+
+_REWARD = number(-1e30, 1e30)  # whose means and differences are finite
+_ESTIMATE = fields(mean=_REWARD, low=_REWARD, high=_REWARD)
+_RESULTS = fields(
+    protocol=fields(
+        model=string(10_000),
+        budgets=BUDGETS,
+        problems=mapping_of(list_of(free_form, least=2, most=2), least=1, most=_MOST_SETS),
+    ),
+    curves=mapping_of(fields(accuracy=list_of(_ESTIMATE), anytime_average=_ESTIMATE), least=1, most=_MOST_SETS + 1),
+    questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
+)
 
 
 @dataclass(frozen=True)
@@ -84,10 +116,15 @@ NOT_COMPARED = ("model", "markers", "eos_token_ids", "chat_template_kwargs", "se
 def differences(ours: dict[str, Any], theirs: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
     """What two protocols, as `Protocol.as_dict` gives them, do not share."""
     return [
-        f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+        f"{name} is {_in_short(theirs.get(name))} there and {_in_short(ours.get(name))} here"
         for name in sorted(ours.keys() | theirs.keys())
         if name not in ignore and ours.get(name) != theirs.get(name)
     ]
+
+
+def _in_short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 500 else f"{shown[:500]}[…]"
 
 
 class Journal:
@@ -105,32 +142,36 @@ class Journal:
             The samples that are finished.
 
     Raises:
-        `ValueError`: If the file belongs to another protocol, or is damaged elsewhere than at its end.
+        `ValueError`: If the file belongs to another protocol, or is damaged elsewhere than at its end. The message
+            names the line and the field.
     """
 
     def __init__(self, path: Path, protocol: Protocol):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
-        existing = path.read_bytes() if path.exists() else b""
-        # A crash may have left part of a line
-        complete = existing[: existing.rfind(b"\n") + 1]
-        if complete:
-            try:
-                header, *self.records = [json.loads(line) for line in complete.splitlines()]
-                theirs = header["protocol"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged ({error!r}): remove it, or set another --output.") from error
-            found = differences(protocol.as_dict(), theirs)
-            if found:
-                raise ValueError(
-                    f"{path} belongs to another protocol: {'; '.join(found)}. Set another --output, or repeat the "
-                    "command with which it was made."
-                )
-            keys = Counter(sample_key(record) for record in self.records)
-            if len(keys) != len(self.records):
+        complete = 0  # bytes; a crash may have left part of a line behind them
+        if path.exists():
+            check = fields(protocol=mapping_of(free_form))
+            for i, line in enumerate(read_lines(path, _MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE)):
+                complete += len(line)
+                try:
+                    values = parse_json(line, f"{path}, line {i + 1}", check)
+                except Unfit as error:
+                    raise Unfit(f"{error} Remove the file, or set another --output.") from error
+                if i > 0:
+                    self.records.append(values)
+                    continue
+                found = differences(protocol.as_dict(), values["protocol"])
+                if found:
+                    raise ValueError(
+                        f"{path} belongs to another protocol: {'; '.join(found)}. Set another --output, or repeat "
+                        "the command with which it was made."
+                    )
+                check = _sample_of(protocol)
+            if len({sample_key(values) for values in self.records}) != len(self.records):
                 raise ValueError(f"{path} has samples twice: two runs have written to it. Set another --output.")
         self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(len(complete))
+        self._file.truncate(complete)
         self._file.seek(0, os.SEEK_END)
         if not complete:
             self._append({"protocol": protocol.as_dict()})
@@ -148,6 +189,44 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _sample_of(protocol: Protocol) -> Check:
+    """Check for a finished sample under a protocol."""
+    per_summary = {"least": protocol.num_summaries, "most": protocol.num_summaries}
+    sample = fields(
+        dataset=string(),
+        question=integer(0),
+        sample=integer(0, protocol.num_samples - 1),
+        thinking=string(_MOST_BYTES_OF_SAMPLE),
+        thinking_tokens=integer(0),
+        prompt_tokens=integer(0),
+        finished=boolean,
+        seconds=number(0, 1e9),
+        cuts=list_of(
+            fields(
+                budgets=list_of(integer(1), least=1),
+                thinking_tokens=integer(0),
+                bridge_tokens=integer(0),
+                answer_tokens=list_of(integer(0), **per_summary),
+                answers=list_of(string(_MOST_BYTES_OF_SAMPLE), **per_summary),
+                well_formed=list_of(boolean, **per_summary),
+                rewards=list_of(_REWARD, **per_summary),
+            ),
+            least=1,
+        ),
+    )
+
+    def check(value: Any, name: str) -> Any:
+        sample(value, name)
+        _, count = protocol.problems.get(value["dataset"], ("", 0))
+        if value["question"] >= count:
+            raise Unfit(f"`dataset` and `question` name a problem that is not evaluated, {sample_key(value)[:2]!r}.")
+        if sorted(budget for cut in value["cuts"] for budget in cut["budgets"]) != protocol.contract.budgets:
+            raise Unfit(f"`cuts` must have each of the budgets {protocol.contract.budgets} once.")
+        return value
+
+    return check
 
 
 def sample_key(record: dict[str, Any]) -> tuple[str, int, int]:
@@ -273,7 +352,11 @@ class Evaluation:
                 if (problems.name, question, sample) not in done
             ]
             with tqdm(
-                total=len(samples) + len(done), initial=len(done), unit="sample", desc=self.name, disable=None
+                total=len(samples) + len(done),
+                initial=len(done),
+                unit="sample",
+                desc=for_terminal(self.name),
+                disable=None,
             ) as bar:
                 for records in self._batches(samples):
                     for record in records:
@@ -377,10 +460,17 @@ class Evaluation:
             well_formed=[formed for *_, formed, _ in summaries],
             answer=[problems.answers[question] for problems, question, *_ in summaries],
         )
-        if len(rewards) != len(summaries) or any(reward is None for reward in rewards):
-            raise ValueError(f"{self._reward} must return one number for each of {len(summaries)} completions.")
+        if len(rewards) != len(summaries) or not all(map(_is_score, rewards)):
+            raise ValueError(f"{self._reward} must return one finite number for each of {len(summaries)} completions.")
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
             into.append(float(reward))
+
+
+def _is_score(reward: Any) -> bool:
+    try:
+        return math.isfinite(reward)
+    except TypeError:
+        return False
 
 
 # Results
@@ -484,17 +574,34 @@ def load_results(path: Path) -> dict[str, Any]:
     Results from a file.
 
     Raises:
-        `ValueError`: If it holds none that this version knows.
+        `ValueError`: If it holds none that this version knows; the message names the file and the field.
     """
     try:
-        results = json.loads(path.read_text())
-        if results["format"] == _RESULTS_FORMAT and {"protocol", "curves", "questions"} <= results.keys():
-            return results
+        results = read_json(path, fields(format=integer(1)), _MOST_BYTES_OF_RESULTS)
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}.") from None
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path} is no result file of this version's `trl-anytime eval`.")
+    if results["format"] != _RESULTS_FORMAT:
+        raise Unfit(f"{path} has format {results['format']}, and this version knows {_RESULTS_FORMAT}.")
+    try:
+        _RESULTS(results, "")
+        free_form(results["protocol"], "protocol")
+        _check_shapes(results)
+    except Unfit as error:
+        raise Unfit(f"{path} is not a result file of `trl-anytime eval`: {error}") from error
+    return results
+
+
+def _check_shapes(results: dict[str, Any]) -> None:
+    """Refuse results whose numbers are not as many as there are questions and budgets."""
+    protocol, num_budgets = results["protocol"], len(results["protocol"]["budgets"])
+    if results["questions"].keys() != protocol["problems"].keys():
+        raise Unfit("`questions` and `protocol.problems` must have the same data sets.")
+    for name, values in results["questions"].items():
+        if len(values) != protocol["problems"][name][1] or any(len(row) != num_budgets for row in values):
+            raise Unfit(f"`questions.{name}` must have a number for each question and budget.")
+    for name, curve in results["curves"].items():
+        if len(curve["accuracy"]) != num_budgets:
+            raise Unfit(f"`curves.{name}.accuracy` must have an estimate for each budget.")
 
 
 def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path) -> None:
@@ -524,13 +631,13 @@ def table(results: dict[str, Any]) -> str:
         estimate = Estimate(**value)
         return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
 
-    rows = [["budget", *curves]]
+    rows = [["budget", *(for_terminal(name, one_line=True) for name in curves)]]
     rows += [[str(budget), *(cell(c["accuracy"][j]) for c in curves.values())] for j, budget in enumerate(budgets)]
     rows.append(["anytime", *(cell(c["anytime_average"]) for c in curves.values())])
     rows.append(["thinking", *(f"{c['thinking']['mean_tokens']:.0f} tokens" for c in curves.values())])
     rows.append(["finished", *(f"{100 * c['thinking']['finished']:.1f} %" for c in curves.values())])
     if "baseline" in results:
-        rows.append([f"anytime, minus {results['baseline']['model']}"])
+        rows.append([for_terminal(f"anytime, minus {results['baseline']['model']}", one_line=True)])
         rows.append(
             [
                 "",

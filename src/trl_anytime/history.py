@@ -4,9 +4,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .validation import MEBIBYTE, Unfit, fields, integer, list_of, mapping_of, number, or_null, read_json
+
+LENGTH = "thinking/mean_length"
 _TRAINING, _EVALUATION = "anytime/reward@", "eval_anytime/reward@"
+_MOST_BYTES = 1024 * MEBIBYTE  # of a trainer's state: a log of a hundred metrics has about 4 KiB
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,38 @@ class Curve:
     rewards: dict[int, float]
     unscored: float = 0.0
     first_step: int | None = None
+
+
+def load_log_history(path: Path) -> list[dict[str, Any]]:
+    """
+    The `log_history` of a `trainer_state.json`.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Raises:
+        `ValueError`: If it is not a trainer's state, or a value that is drawn is not a number. The message names the
+            file and the field.
+        `OSError`: If it is not there, or may not be read.
+    """
+    logs = mapping_of(lambda value, name: value)  # other callbacks log what they like
+    state = read_json(path, fields(log_history=list_of(logs)), _MOST_BYTES)
+    try:
+        for i, log in enumerate(state["log_history"]):
+            _check_log(log, f"log_history[{i}]")
+    except Unfit as error:
+        raise Unfit(f"{path}: {error}") from error
+    return state["log_history"]
+
+
+def _check_log(log: dict[str, Any], name: str) -> None:
+    drawn = [key for key in log if key == LENGTH or key.removeprefix("eval_").startswith("anytime/")]
+    fields(step=integer(0))(log, name)
+    for key in drawn:
+        value = log[key]
+        if not (isinstance(value, float) and math.isnan(value)):  # where nothing was scored
+            or_null(number(-1e30, 1e30))(value, f"{name}.{key}")
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
@@ -123,7 +160,9 @@ def _curve(log: Mapping[str, Any], prefix: str) -> Curve | None:
         int(match[1]): float(value)
         for key, value in log.items()
         # TRL logs None where it has found nothing but NaN
-        if (match := re.fullmatch(re.escape(prefix) + r"(\d+)", key)) and value is not None and math.isfinite(value)
+        if (match := re.fullmatch(re.escape(prefix) + r"([0-9]{1,9})", key))
+        and value is not None
+        and math.isfinite(value)
     }
     if not rewards:
         return None

@@ -21,6 +21,7 @@ from .admission import decoding_objection, structural_objection
 from .attention import enable_tree_attention, plain_attention
 from .budgets import check_budgets
 from .contract import AnytimeContract, Sampling, check_context
+from .display import for_terminal
 from .generation import Generation, PrefixGeneration, RolloutSettings, Sampler
 from .rollout import Rollout, Thinking
 from .server import CompletionClient, ServerGeneration
@@ -364,6 +365,13 @@ def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
 # One prompt, as the tokens come
 
 
+class _EscapedStreamer(TextStreamer):
+    """Prints what a model writes, without letting it move the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(for_terminal(text), stream_end)
+
+
 def streaming_sampler(
     model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
 ) -> Sampler:
@@ -376,7 +384,7 @@ def streaming_sampler(
         tokenizer, sampling, seed:
             See [`anytime_generate`].
     """
-    streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    streamer = _EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     if isinstance(model, CompletionClient):
 
         def sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations):

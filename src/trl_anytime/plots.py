@@ -4,15 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
 from .curves import Estimate
-from .history import Curve, evaluations, rewards_in_training
+from .display import for_plot
+from .history import LENGTH, Curve, evaluations, rewards_in_training
 
-_LENGTH = "thinking/mean_length"
+# Whatever the user's own settings: a name is text, and may hold what TeX would run
+_WITHOUT_TEX = rc_context({"text.usetex": False})
 
 
+@_WITHOUT_TEX
 def plot_results(results: Sequence[dict[str, Any]], path: Path) -> None:
     """
     Accuracy against budget with confidence bands: a panel for each data set, a curve for each result.
@@ -30,17 +33,19 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path) -> None:
             if group not in result["curves"]:
                 continue
             budgets = result["protocol"]["budgets"]
-            curve = [Estimate(**estimate) for estimate in result["curves"][group]["accuracy"]]
-            (line,) = axes.plot(budgets, [e.mean for e in curve], "o-", ms=3, label=result["protocol"]["model"])
+            curve = [Estimate(e["mean"], e["low"], e["high"]) for e in result["curves"][group]["accuracy"]]
+            label = for_plot(result["protocol"]["model"])
+            (line,) = axes.plot(budgets, [e.mean for e in curve], "o-", ms=3, label=label)
             axes.fill_between(
                 budgets, [e.low for e in curve], [e.high for e in curve], color=line.get_color(), alpha=0.15
             )
-        axes.set(title=group, xlabel="thinking budget (tokens)", ylabel="accuracy")
+        axes.set(title=for_plot(group), xlabel="thinking budget (tokens)", ylabel="accuracy")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
+@_WITHOUT_TEX
 def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Path) -> None:
     """
     Curves against the thinking budget before and after training: a panel for each set of problems.
@@ -58,9 +63,11 @@ def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Pa
         # Gray for what is not the last
         styles = [("o--", "tab:gray")] * (len(curves) - 1) + [("o-", "tab:blue")]
         for (label, curve), (line, color) in zip(curves.items(), styles, strict=True):
-            axes.plot(list(curve.rewards), list(curve.rewards.values()), line, color=color, ms=4, label=label)
-        axes.set_title(title, parse_math=False)  # a name may have a dollar in it
-        axes.set(xlabel="thinking budget (tokens)", ylabel=metric)
+            axes.plot(
+                list(curve.rewards), list(curve.rewards.values()), line, color=color, ms=4, label=for_plot(label)
+            )
+        axes.set_title(for_plot(title))
+        axes.set(xlabel="thinking budget (tokens)", ylabel=for_plot(metric))
         if metric == "accuracy":
             axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
@@ -84,6 +91,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     training_figure(log_history).savefig(path, dpi=120)
 
 
+@_WITHOUT_TEX
 def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     """
     A training run over its steps: the mean reward at each budget, on training prompts and in the evaluations of each
@@ -101,13 +109,13 @@ def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         raise ValueError("The training run logged no `anytime/reward@…`: it was not one of BRPOTrainer.")
-    lengths = [(log["step"], log[_LENGTH]) for log in log_history if log.get(_LENGTH) is not None]
+    lengths = [(log["step"], log[LENGTH]) for log in log_history if log.get(LENGTH) is not None]
     figure, all_axes = _row_of_panels(len(panels) + bool(lengths))
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
         for budget in sorted({budget for curve in curves for budget in curve.rewards}):
             points = [(curve.step, curve.rewards[budget]) for curve in curves if budget in curve.rewards]
             axes.plot(*zip(*points, strict=True), ".-", ms=4, label=f"{budget} tokens")
-        axes.set_title(title, parse_math=False)
+        axes.set_title(for_plot(title))
         axes.set(xlabel="step", ylabel="mean reward")
         axes.legend(fontsize="small")
     if lengths:
@@ -118,6 +126,7 @@ def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+@_WITHOUT_TEX
 def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
     """
     Mean reward against budget, a line for each evaluation of a set, from light to dark.
@@ -140,7 +149,7 @@ def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
             color=colormaps["viridis_r"](0.15 + 0.85 * (i + 1) / len(by_step)),
             label=f"step {step}" if named else None,
         )
-    axes.set_title(title, parse_math=False)
+    axes.set_title(for_plot(title))
     axes.set(xlabel="thinking budget (tokens)", ylabel="mean reward")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

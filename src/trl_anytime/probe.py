@@ -5,9 +5,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .contract import AnytimeContract, check_context
+from .contract import TOKEN_ID, AnytimeContract, check_context
+from .display import for_terminal
+from .encoding import encode
 from .server import CompletionClient
 from .tables import aligned
+from .validation import fields, list_of, or_null, string
 
 QUESTION = (
     "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
@@ -16,6 +19,10 @@ QUESTION = (
 )
 # Tokens that a server which ignores the budget gets to show it
 _HEADROOM = 256
+# A reasoning parser takes an answer apart, and each server has its name for the thinking
+_TEXT = or_null(string())
+_MESSAGE = fields({"content": _TEXT, "reasoning_content": _TEXT, "reasoning": _TEXT})
+_ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))}, message=_MESSAGE), least=1, most=1))
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenize
     rest = token_ids[start + len(bridge) :] if is_cut else token_ids[end:]
     has_answer_bridge = tuple(rest[: len(markers.answer_bridge_ids)]) == markers.answer_bridge_ids
     summary = rest[len(markers.answer_bridge_ids) :] if has_answer_bridge else rest
-    text = str(tokenizer.decode(summary, skip_special_tokens=True)).strip()
+    answered = bool(str(tokenizer.decode(summary, skip_special_tokens=True)).strip())
 
     # A bare end marker at the budget, which is not counted to the thinking, may be the server's doing or the model's
     outcome = "enforced" if is_cut else "not reached"
@@ -102,7 +109,7 @@ def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenize
         found = f"no {markers.answer_bridge!r} before the answer"
     elif not has_answer_bridge:
         detail = "it ended by itself, and no answer bridge follows"
-    return Finding(budget, thinking, outcome, bool(text), found, detail)
+    return Finding(budget, thinking, outcome, answered, found, detail)
 
 
 def probe(
@@ -132,7 +139,7 @@ def probe(
 
     Raises:
         `ConnectionError`: If the server gives no complete answer.
-        `ValueError`: If a budget is beyond its context.
+        `ValueError`: If a budget is beyond its context, or the tokenizer cannot encode the question or an answer.
     """
     messages = [{"role": "user", "content": question}]
     num_prompt_tokens = len(contract.prompt_ids(tokenizer, [messages])[0])
@@ -154,16 +161,19 @@ def probe(
         place = body
         for part in path:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"`budget_field` leads into {part!r}, which is not an object, got {budget_field!r}.")
         place[name] = budget
         try:
-            answer = client.request("/v1/chat/completions", body, check=lambda answer: answer["choices"][0]["message"])
+            answer = client.request("/v1/chat/completions", body, check=_ANSWER)
         except ValueError as error:
             findings.append(Finding(budget, None, "refused", False, "-", str(error)))
             continue
         (choice,) = answer["choices"]
         token_ids = choice.get("token_ids")
         if token_ids is None:
-            token_ids = tokenizer(_text(choice["message"], contract), add_special_tokens=False)["input_ids"]
+            written = _text(choice["message"], contract)
+            token_ids = encode(tokenizer, written) if written else []
         findings.append(judge(token_ids, budget, contract, tokenizer))
     return findings
 
@@ -205,7 +215,10 @@ def report(findings: list[Finding]) -> str:
             "-" if finding.thinking_tokens is None else str(finding.thinking_tokens),
             finding.outcome,
             "yes" if finding.answered else "no",
-            f"{finding.markers}{f' ({finding.detail})' if finding.detail and finding.passed else ''}",
+            for_terminal(
+                f"{finding.markers}{f' ({finding.detail})' if finding.detail and finding.passed else ''}",
+                one_line=True,
+            ),
         ]
         for finding in findings
     ]

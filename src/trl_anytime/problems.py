@@ -1,5 +1,6 @@
 """Problems with known answers: benchmarks by name, any data set of the Hub, or local files."""
 
+import glob
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from typing import Any
 from transformers.utils import logging
 
 from .rewards.golds import gold_alternatives
+from .validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
 
 logger = logging.get_logger(__name__)
 
+_MOST_BYTES, _MOST_BYTES_OF_JSON = 64 * 1024 * MEBIBYTE, 1024 * MEBIBYTE
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _QUESTION_COLUMNS = ("problem", "question", "prompt")
 _ANSWER_COLUMNS = ("answer", "solution", "final_answer")
@@ -180,10 +183,49 @@ def _load_file(path: Path) -> Any:
     if not path.exists():
         there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         raise ValueError(f"There is no file {path}.{_did_you_mean(str(path), there)}")
+    check_rows(path)
     try:
-        return load_dataset(_FILE_TYPES[path.suffix], data_files=str(path), split="train")
+        return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split="train")
     except (DatasetGenerationError, ValueError) as error:  # by version of datasets
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+
+
+def check_rows(path: Path) -> None:
+    """
+    Refuse a file that `datasets` could not read, or whose reader would end the process.
+
+    Args:
+        path (`Path`):
+            A json, jsonl, parquet or csv file.
+
+    Raises:
+        `ValueError`: If it is not a regular file, empty or too large; for JSON, if a row is not an object, nested too
+            deep, or holds text that cannot be written. The message names the row and the field.
+    """
+    check_file(path, _MOST_BYTES)
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
+    if _FILE_TYPES[path.suffix] != "json":
+        return
+    # Arrow, which reads JSON for `datasets`, crashes on null and on deep nesting
+    content = read_text(path, _MOST_BYTES_OF_JSON).strip()
+    row = mapping_of(free_form, least=1)
+    if not _is_json(content.partition("\n")[0]) or content.startswith("["):  # one document, not one in each line
+        parse_json(content, path, list_of(row, least=1) if content.startswith("[") else row)
+        return
+    for i, line in enumerate(content.split("\n")):
+        if line.strip():
+            parse_json(line, f"{path}, line {i + 1}", row)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _load_hub(hub_id: str, config: str | None, split: str | None) -> Any:

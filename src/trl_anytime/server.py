@@ -8,31 +8,33 @@ comes back is checked: an answer that is shorter than it should be is an error, 
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
-from .contract import Sampling
+from .contract import TOKEN_ID, Sampling
+from .display import for_terminal
 from .generation import Generation, RolloutSettings
 from .rollout import Rollout, Thinking
+from .transport import ask, get_json
+from .validation import MEBIBYTE, Check, Unfit, fields, integer, list_of, or_null, parse_json, string
 
 # What a server says when the same request may succeed later: a timeout, a conflict, too early, too many requests, and
 # failures of its own or of a proxy before it
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
+_LONGEST_REFUSAL = MEBIBYTE // 16  # bytes that are read of what a server says about it
+
+MODELS = fields(data=list_of(fields({"max_model_len": or_null(integer(1))}, id=string(1000, least=1)), least=1))
 
 logger = logging.get_logger(__name__)
-
-
-class _IncompleteAnswer(Exception):
-    """The server answered, but not with all that was asked for."""
 
 
 class CompletionClient:
@@ -47,7 +49,7 @@ class CompletionClient:
         api_key (`str`, *optional*):
             Key that the server asks for.
         timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds without a byte after which a request counts as stalled.
+            Seconds in which a whole answer must have come. A stream has as many for each of its tokens.
         patience (`float`, *optional*, defaults to `900.0`):
             Seconds for which one request is sent again when it fails.
         first_wait (`float`, *optional*, defaults to `1.0`):
@@ -66,19 +68,20 @@ class CompletionClient:
         first_wait: float = 1.0,
         concurrency: int = 32,
     ):
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"The address of a server begins with http:// or https://, got {base_url!r}.")
+        _check_address(base_url)
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self.concurrency = concurrency
         self._headers = {"Content-Type": "application/json"}
         if api_key:
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise ValueError("The API key has characters that a header cannot hold, such as a line break.")
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout, self._patience, self._first_wait = timeout, patience, first_wait
-        served = self.request("/v1/models", check=lambda answer: [card["id"] for card in answer["data"]])
-        cards = {card["id"]: card for card in served["data"]}
+        cards = {card["id"]: card for card in self.request("/v1/models", check=MODELS)["data"]}
         self.model = model or next(iter(cards))
         if self.model not in cards:
-            raise ValueError(f"{self.base_url} does not serve {model!r}, but {', '.join(sorted(cards))}.")
+            served = ", ".join(map(for_terminal, sorted(cards)))
+            raise ValueError(f"{self.base_url} does not serve {model!r}, but {served}.")
         self.max_model_len: int | None = cards[self.model].get("max_model_len")
 
     def complete(
@@ -116,10 +119,14 @@ class CompletionClient:
         """
         body = completion_body(self.model, prompt_ids, max_tokens, stop_token_ids, sampling, num_continuations, seed)
 
-        def read(answer: dict[str, Any]) -> list[list[int]]:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        complete = fields(choices=list_of(_choice(max_tokens)))
+
+        def check(answer: Any, name: str) -> Any:
+            choices = complete(answer, name)["choices"]
             if len(choices) != len(prompt_ids) * num_continuations:
-                raise _IncompleteAnswer(f"{len(choices)} of {len(prompt_ids) * num_continuations} continuations came")
+                raise Unfit(f"{len(choices)} of {len(prompt_ids) * num_continuations} continuations came")
+            if sorted(choice["index"] for choice in choices) != list(range(len(choices))):
+                raise Unfit("`choices` are not numbered from 0 on")
             if any(choice.get("token_ids") is None for choice in choices):
                 raise ValueError(
                     f"{self.base_url} returns no token ids, without which thinkings cannot be cut exactly: serve the "
@@ -128,10 +135,11 @@ class CompletionClient:
             for choice in choices:
                 reason, length = choice["finish_reason"], len(choice["token_ids"])
                 if reason not in ("stop", "length") or (reason == "length" and length < max_tokens):
-                    raise _IncompleteAnswer(f"a continuation ended after {length} of {max_tokens} tokens ({reason})")
-            return [choice["token_ids"] for choice in choices]
+                    raise Unfit(f"a continuation ended after {length} of {max_tokens} tokens ({reason!r})")
+            return answer
 
-        return read(self.request("/v1/completions", body, check=read))
+        choices = self.request("/v1/completions", body, check=check)["choices"]
+        return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     def stream(
         self,
@@ -155,24 +163,32 @@ class CompletionClient:
             `ValueError`: If it refuses the request.
         """
         body = completion_body(self.model, [prompt_ids], max_tokens, stop_token_ids, sampling, seed=seed)
-        reason = None
+        reason, num_tokens = None, 0
+        event = fields(choices=list_of(_choice(max_tokens, streamed=True)))
         try:
-            with self._open("/v1/completions", {**body, "stream": True}) as response:
-                for line in response:
-                    if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
-                        for choice in json.loads(line.removeprefix(b"data:"))["choices"]:
-                            reason = choice["finish_reason"] or reason
-                            yield choice["token_ids"] or []
+            address, streamed = f"{self.base_url}/v1/completions", {**body, "stream": True}
+            with ask(address, streamed, self._headers, self._timeout) as answer:
+                for line in answer.lines():
+                    if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
+                        continue
+                    for choice in parse_json(line.removeprefix(b"data:"), "an event", event)["choices"]:
+                        reason = choice["finish_reason"] or reason
+                        tokens = choice.get("token_ids") or []
+                        if not tokens:
+                            continue
+                        answer.extend()  # which a server cannot do for ever
+                        num_tokens += len(tokens)
+                        if num_tokens > max_tokens:
+                            raise Unfit(f"more than {max_tokens} tokens came")
+                        yield tokens
         except HTTPError as error:
-            raise ValueError(f"{self.base_url} refused the request ({error.code}): {_said(error)}") from error
-        except (OSError, HTTPException, json.JSONDecodeError, KeyError) as error:
-            raise ConnectionError(f"{self.base_url} broke off: {error!r}") from error
+            raise self._refusal("/v1/completions", error) from error
+        except (OSError, HTTPException, Unfit) as error:
+            raise ConnectionError(f"{self.base_url} broke off: {_in_one_line(error)}") from error
         if reason not in ("stop", "length"):
-            raise ConnectionError(f"{self.base_url} broke off ({reason}).")
+            raise ConnectionError(f"{self.base_url} broke off ({reason!r}).")
 
-    def request(
-        self, path: str, body: dict[str, Any] | None = None, *, check: Callable[[dict[str, Any]], Any]
-    ) -> dict[str, Any]:
+    def request(self, path: str, body: dict[str, Any] | None = None, *, check: Check) -> Any:
         """
         One answer of the server, asked for as often as it takes.
 
@@ -181,8 +197,8 @@ class CompletionClient:
                 Path of the endpoint.
             body (`dict[str, Any]`, *optional*):
                 What to post; a plain request if not set.
-            check (`Callable`):
-                Fails for an answer that is not complete.
+            check (`Check`):
+                What the answer must be, see [`~trl_anytime.validation`]. One that fails it is asked for again.
 
         Raises:
             `ConnectionError`: If there is no complete answer while the patience lasts.
@@ -193,16 +209,13 @@ class CompletionClient:
         while True:
             asked_wait = 0.0
             try:
-                answer = self._request_once(path, body)
-                check(answer)
-                return answer
+                return get_json(self.base_url + path, check, body, self._headers, self._timeout)
             except HTTPError as error:
-                said = _said(error)
                 if error.code not in _TRY_AGAIN:
-                    raise ValueError(f"{self.base_url}{path} refused the request ({error.code}): {said}") from error
-                failure, asked_wait = f"{error.code} {said}", _retry_after(error)
-            except (OSError, HTTPException, json.JSONDecodeError, KeyError, TypeError, _IncompleteAnswer) as error:
-                failure = f"{type(error).__name__}: {error}"
+                    raise self._refusal(path, error) from error
+                failure, asked_wait = f"{error.code} {_said(error)}", _retry_after(error)
+            except (OSError, HTTPException, Unfit) as error:
+                failure = _in_one_line(error)
             pause = max(min(wait, _LONGEST_WAIT) * random.uniform(0.8, 1.2), asked_wait)
             if time.monotonic() + pause > deadline:
                 raise ConnectionError(
@@ -213,13 +226,38 @@ class CompletionClient:
             time.sleep(pause)
             wait *= 2
 
-    def _request_once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        with self._open(path, body) as response:
-            return json.load(response)
+    def _refusal(self, path: str, error: HTTPError) -> ValueError:
+        if 300 <= error.code < 400:
+            return ValueError(
+                f"{self.base_url}{path} redirects to {error.headers.get('Location', '')[:200]!r} ({error.code}). That "
+                "is not followed: set the address of the server itself."
+            )
+        return ValueError(f"{self.base_url}{path} refused the request ({error.code}): {_said(error)}")
 
-    def _open(self, path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        return urlopen(Request(self.base_url + path, data=data, headers=self._headers), timeout=self._timeout)
+
+def _check_address(base_url: str) -> None:
+    if not base_url.startswith(("http://", "https://")):
+        raise ValueError(f"The address of a server begins with http:// or https://, got {base_url!r}.")
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not (parts.query or parts.fragment)
+    except ValueError:  # of a port
+        usable = False
+    if not usable or not base_url.isprintable() or " " in base_url:
+        raise ValueError(f"The address of a server is like http://localhost:8000, got {base_url!r}.")
+
+
+def _choice(max_tokens: int, streamed: bool = False) -> Check:
+    """A continuation of a server; where it is streamed, a part of one."""
+    token_ids = or_null(list_of(TOKEN_ID, most=max_tokens))
+    optional = {"token_ids": token_ids}
+    if streamed:
+        return fields(optional, finish_reason=or_null(string(100)))
+    return fields(optional, index=integer(0), finish_reason=or_null(string(100)))
+
+
+def _in_one_line(error: Exception) -> str:
+    return for_terminal(f"{type(error).__name__}: {error}", one_line=True)
 
 
 def completion_body(
@@ -245,25 +283,27 @@ def completion_body(
 
 
 def _said(error: HTTPError) -> str:
-    """What a server says about its refusal."""
+    """What a server says about its refusal, in one line that a terminal can show."""
+    said = str(error.reason)
     try:
-        text = error.read().decode(errors="replace")
-        answer = json.loads(text)
-        return str((answer.get("error") or answer).get("message", text))[:500]
-    except (OSError, HTTPException, ValueError, AttributeError):
-        return str(error.reason)
+        said = error.read(_LONGEST_REFUSAL).decode(errors="replace")
+        answer = json.loads(said)
+        said = str((answer.get("error") or answer).get("message", said))
+    except (OSError, HTTPException, ValueError, AttributeError, RecursionError):
+        pass
+    return for_terminal(said[:500], one_line=True)
 
 
 def _retry_after(error: HTTPError) -> float:
     """Seconds that a server asks to wait, by a number or by a date; 0 if it does not."""
     value = error.headers.get("Retry-After", "")
     try:
-        return max(float(value), 0.0)
+        return max(0.0, float(value))  # in this order 0 for NaN
     except ValueError:
         pass
     try:
         return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 

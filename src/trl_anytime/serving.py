@@ -5,11 +5,12 @@ Only vLLM's are tested here, against the real server; those of the others are wr
 """
 
 import json
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from .budgets import check_budgets
 from .contract import AnytimeContract
+from .display import for_shell, for_terminal
 from .inference import rollout_settings
 from .server import completion_body
 
@@ -47,27 +48,38 @@ class Deployment:
             What starts it.
         requests (`list[Request]`):
             Requests to it.
+        base_url (`str`):
+            Where it listens.
         notes (`list[str]`):
             What to know.
     """
 
     command: list[str]
     requests: list[Request]
+    base_url: str
     notes: list[str]
 
     def command_line(self) -> str:
         """The command as a line for a shell."""
-        return " ".join(map(shlex.quote, self.command))
+        return " ".join(map(for_shell, self.command))
 
     def text(self) -> str:
-        """All of it for a terminal: notes are comments, the rest can be pasted."""
+        """All of it for a shell: every word is quoted, and what is not a command is a comment."""
         parts = [self.command_line()]
-        parts += [
-            f"# {request.purpose}\n# POST {request.path}\n{json.dumps(request.body, indent=2, ensure_ascii=False)}"
-            for request in self.requests
-        ]
-        parts += [f"# {note}" for note in self.notes]
+        parts += [f"{_comment(request.purpose)}\n{self._curl(request)}" for request in self.requests]
+        parts += map(_comment, self.notes)
         return "\n\n".join(parts)
+
+    def _curl(self, request: Request) -> str:
+        body = json.dumps(request.body, indent=2, ensure_ascii=False)
+        if for_terminal(body) != body:  # JSON can write those characters out, too
+            body = for_terminal(json.dumps(request.body, indent=2))
+        words = ["curl", self.base_url + request.path, "-H", "Content-Type: application/json", "-d", body]
+        return " ".join(map(for_shell, words))
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}" for line in for_terminal(text).split("\n"))
 
 
 def deployment(server: str, model: str, contract: AnytimeContract, budget: int) -> Deployment:
@@ -85,8 +97,9 @@ def deployment(server: str, model: str, contract: AnytimeContract, budget: int) 
             Budget in thinking tokens of the requests.
 
     Raises:
-        `ValueError`: For another server.
+        `ValueError`: For another server, or a budget that is not a positive int.
     """
+    check_budgets([budget], "budget")
     make = {"vllm": _vllm, "sglang": _sglang, "llama.cpp": _llama_cpp}.get(server)
     if make is None:
         raise ValueError(f"The server must be one of {', '.join(SERVERS)}, got {server!r}.")
@@ -111,11 +124,11 @@ def _vllm(model: str, contract: AnytimeContract, budget: int) -> Deployment:
         "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
         "vLLM's own thinking_token_budget is not the same: no answer bridge follows a thinking that ended by itself, "
         "and the end of such a thinking is overlooked if --reasoning-config forces more than the end marker.",
-        f"Check it: trl-anytime probe {shlex.quote(model)} --base-url http://localhost:8000 "
+        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000 "
         "--budget-field vllm_xargs.thinking_budget",
     ]
     one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
-    return Deployment(command, [one, *_by_token_ids(model, contract, budget)], notes)
+    return Deployment(command, [one, *_by_token_ids(model, contract, budget)], "http://localhost:8000", notes)
 
 
 def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Request]:
@@ -153,12 +166,13 @@ def _sglang(model: str, contract: AnytimeContract, budget: int) -> Deployment:
         "marker alone, without the trained bridges; `thinking_budget` in chat_template_kwargs is ignored by templates "
         "that do not know it.",
     ]
-    return Deployment(["python", "-m", "sglang.launch_server", "--model-path", model], requests, notes)
+    command = ["python", "-m", "sglang.launch_server", "--model-path", model]
+    return Deployment(command, requests, "http://localhost:30000", notes)
 
 
 def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment:
     markers, sampling = contract.markers, contract.sampling
-    before, after = markers.truncation_bridge.split(markers.think_end)
+    before = markers.truncation_bridge.partition(markers.think_end)[0]
     common = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -174,9 +188,8 @@ def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment
         "Not run here: written by llama.cpp's documentation. The model has to be converted to GGUF first.",
         f"The end of thinking, {list(markers.think_end_ids)}, is not among the tokens of a thinking that ended by "
         "itself: put it before the bridge.",
-        f"--reasoning-budget holds for the whole server. It inserts its message and {markers.think_end!r}, but "
-        f"neither {after!r} nor the answer bridge {markers.answer_bridge!r}: only the two requests by token ids are "
-        "what training spliced.",
+        "--reasoning-budget holds for the whole server. It inserts its message and the end of thinking, but not the "
+        "answer bridge: only the two requests by token ids are what training spliced.",
     ]
     return Deployment(
         [
@@ -187,5 +200,6 @@ def _llama_cpp(model: str, contract: AnytimeContract, budget: int) -> Deployment
             Request("1. Think, up to the budget; the tokens are in `tokens`", "/completion", think),
             Request(_answer_behind(contract), "/completion", answer),
         ],
+        "http://localhost:8080",
         notes,
     )

@@ -15,6 +15,7 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
+from .display import for_markdown
 from .history import evaluated_set, evaluations
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _markdown(table: Mapping[str, Any]) -> str:
     lines = [
         f"{min(len(rows), _TABLE_ROWS)} of {len(rows)} rows",
         "",
-        _row(columns),
+        _row(map(for_markdown, columns)),
         _row("---" for _ in columns),
         *(_row(map(_cell, row)) for row in rows[:_TABLE_ROWS]),
     ]
@@ -136,5 +137,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list):  # a conversation
-        value = "\n".join(message["content"] for message in value)
-    return str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
+        value = "\n".join(str(message.get("content", "")) for message in value)
+    return for_markdown(str(value))

@@ -5,17 +5,16 @@ Both work on the [`~trl.generation.vllm_generation.VLLMGeneration`] that TRL has
 its sampling settings.
 """
 
-import json
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import torch
 from accelerate import PartialState
@@ -27,6 +26,8 @@ from .brpo_config import BRPOConfig
 from .generation import Generation, RolloutSettings, Sampler
 from .markers import ThinkingMarkers
 from .rollout import Rollout, Thinking
+from .transport import get_json
+from .validation import boolean, fields, integer, list_of, or_null, string
 
 if is_vllm_available():
     from vllm import SamplingParams
@@ -443,7 +444,7 @@ def check_server(args: BRPOConfig, model_name: str) -> int:
     if PartialState().is_main_process:
         try:
             outcome = [_check_server(args, model_name)]
-        except (ConnectionError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             outcome = [error]
     broadcast_object_list(outcome)
     if isinstance(outcome[0], Exception):
@@ -451,14 +452,23 @@ def check_server(args: BRPOConfig, model_name: str) -> int:
     return outcome[0]
 
 
+_MODELS = fields(data=list_of(fields(id=string(1000), root=string(10_000), max_model_len=integer(1)), least=1))
+_SERVER_INFO = fields(
+    vllm_config=fields(
+        weight_transfer_config=lambda value, name: value,  # whether there is one
+        cache_config=fields(enable_prefix_caching=or_null(boolean)),
+    )
+)
+
+
 def _check_server(args: BRPOConfig, model_name: str) -> int:
     url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
     deadline = time.monotonic() + args.vllm_server_timeout
     while True:
         try:
-            served = _get_json(f"{url}/v1/models")["data"][0]
+            served = get_json(f"{url}/v1/models", _MODELS)["data"][0]
             break
-        except OSError as error:  # refused, timed out, or an HTTP status while it starts
+        except (OSError, HTTPException) as error:  # refused, timed out, or an HTTP status while it starts
             if time.monotonic() >= deadline:
                 raise ConnectionError(
                     f"The vLLM server at {url} did not answer within `vllm_server_timeout={args.vllm_server_timeout}` "
@@ -466,7 +476,7 @@ def _check_server(args: BRPOConfig, model_name: str) -> int:
                 ) from error
         time.sleep(min(2.0, args.vllm_server_timeout / 10))
 
-    names = {served["id"], served.get("root")}
+    names = {served["id"], served["root"]}
     if model_name and model_name not in names and Path(model_name).resolve() != Path(served["root"]).resolve():
         raise ValueError(
             f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. "
@@ -474,7 +484,7 @@ def _check_server(args: BRPOConfig, model_name: str) -> int:
             f"`--served-model-name {model_name}`."
         )
     try:
-        config = _get_json(f"{url}/server_info?config_format=json")["vllm_config"]
+        config = get_json(f"{url}/server_info?config_format=json", _SERVER_INFO)["vllm_config"]
     except HTTPError as error:
         raise ValueError(
             f"The vLLM server at {url} does not offer its development endpoints ({error}), by which TRL sends it the "
@@ -491,11 +501,6 @@ def _check_server(args: BRPOConfig, model_name: str) -> int:
             "restart it with `--enable-prefix-caching`."
         )
     return served["max_model_len"]
-
-
-def _get_json(url: str) -> dict[str, Any]:
-    with urlopen(url, timeout=10) as response:
-        return json.load(response)
 
 
 class _PatientClient:

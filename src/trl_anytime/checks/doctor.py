@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -22,6 +21,7 @@ from ..attention import enable_tree_attention
 from ..brpo_config import BRPOConfig
 from ..markers import ThinkingMarkers, find_markers, render_prompt
 from ..rewards import MathReward
+from ..validation import Unfit, fields, integer, or_null, read_yaml, string
 from ..vllm_generation import check_server
 from .batch_arithmetic import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
@@ -72,6 +72,15 @@ class Examination:
         return all(finding.level != ERROR for finding in self.findings)
 
 
+_LAUNCH = fields(
+    {
+        "num_processes": or_null(integer(1, 1_000_000)),
+        "deepspeed_config": or_null(fields({"zero_stage": or_null(integer(0, 3))})),
+    },
+    distributed_type=string(100),
+)
+
+
 def read_launch(accelerate_config: Path | None, num_processes: int | None, sharding: str | None) -> Launch:
     """
     How a run is spread over GPUs.
@@ -90,11 +99,10 @@ def read_launch(accelerate_config: Path | None, num_processes: int | None, shard
     config: Any = {}
     if accelerate_config is not None:
         try:
-            config = yaml.safe_load(accelerate_config.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"{accelerate_config} cannot be read: {error}") from error
-        if not isinstance(config, dict) or "distributed_type" not in config:
-            raise ValueError(f"{accelerate_config} is no configuration of accelerate: it has no `distributed_type`.")
+            config = read_yaml(accelerate_config)
+            _LAUNCH(config, "")
+        except (OSError, Unfit) as error:
+            raise ValueError(f"{accelerate_config} is not a configuration of accelerate: {error}") from error
     stage = (config.get("deepspeed_config") or {}).get("zero_stage")
     found = "fsdp" if config.get("distributed_type") == "FSDP" else f"zero{stage}" if stage in (2, 3) else "none"
     count = num_processes or config.get("num_processes") or max(torch.cuda.device_count(), 1)

@@ -6,13 +6,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import yaml
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from ..brpo_config import BRPOConfig
+from ..problems import check_rows
 from ..rewards import MathReward
+from ..validation import Unfit, read_yaml
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -63,6 +64,7 @@ def read_rows(name: str, config: str | None, split: str, data_args: DataArgument
     if is_file(name):
         if not Path(name).is_file() or not Path(name).stat().st_size:
             raise ValueError(f"{name} is {'empty' if Path(name).is_file() else 'not there'}.")
+        check_rows(Path(name))
         # A file is one split, which `datasets` calls "train"
         dataset = load_dataset(FILE_FORMATS[Path(name).suffix], data_files=name, split="train")
     else:
@@ -146,11 +148,11 @@ def read_recipe(
         `ValueError`: If a setting does not fit the method or another setting; the message says what to set.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
     except OSError as error:
         raise UnreadableRecipe(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UnreadableRecipe(f"{path} is no YAML: {error}") from error
+    except Unfit as error:
+        raise UnreadableRecipe(str(error)) from error
     if not isinstance(content, dict):
         raise UnreadableRecipe(
             f"{path} holds {type(content).__name__} instead of settings: write one `name: value` in each line."

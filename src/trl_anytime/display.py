@@ -1,0 +1,78 @@
+"""Escapes text of models, servers and files for what shows it: a terminal, a shell, a picture, Markdown."""
+
+import re
+import shlex
+import unicodedata
+
+# Cc: control characters, which begin a terminal's commands. Cf: characters without a shape, which change the order of
+# those around them or hide among them. Zl, Zp: line breaks that few programs know. Cs: halves of pairs, which cannot
+# be written.
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
+# These two join letters and emoji, without which some languages cannot be written
+_JOINERS = "\u200c\u200d"
+_LONGEST_LABEL = 80
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
+
+
+def for_terminal(text: str, one_line: bool = False) -> str:
+    r"""
+    Return text whose control characters are written out, such as `\u001b` for ESC.
+
+    Args:
+        text (`str`):
+            Any text.
+        one_line (`bool`, *optional*, defaults to `False`):
+            Write out line breaks and tabs, too.
+    """
+    if text.isascii() and text.isprintable():  # most text
+        return text
+    kept = _JOINERS if one_line else _JOINERS + "\n\t"
+    return "".join(
+        character if character in kept or unicodedata.category(character) not in _UNSEEN else _written_out(character)
+        for character in text.replace("\r\n", "\n")
+    )
+
+
+def _written_out(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
+
+
+def for_shell(text: str) -> str:
+    r"""
+    Return a text as one word of a shell's command line.
+
+    Control characters would reach the terminal when the line is pasted, quoted or not: a text with any is written in
+    the form `$'…'`, which bash, zsh and ksh read. Line breaks can stay.
+    """
+    if "\t" not in text and for_terminal(text) == text:
+        return shlex.quote(text)
+    return "$'" + "".join(map(_byte, text.encode(errors="surrogateescape"))) + "'"
+
+
+def _byte(byte: int) -> str:
+    return chr(byte) if 32 <= byte < 127 and chr(byte) not in "'\\!" else f"\\x{byte:02x}"
+
+
+def for_plot(text: str) -> str:
+    r"""
+    Return a text as matplotlib's label: in one line, short, and with `$` as the character it is.
+
+    A label that begins with `_` would be left out of the legend, so a space goes before it.
+    """
+    text = for_terminal(text, one_line=True)
+    if len(text) > _LONGEST_LABEL:
+        text = f"{text[:_LONGEST_LABEL]} […]"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def for_markdown(text: str) -> str:
+    """
+    Return a text that Markdown and HTML show as it is, as a cell of a table: no link, no image, no tag.
+
+    Punctuation becomes HTML entities, which no dialect of Markdown reads as its own. Line breaks become `<br>`.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "<br>".join(
+        _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", for_terminal(line, one_line=True)) for line in lines
+    )
