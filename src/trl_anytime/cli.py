@@ -348,10 +348,11 @@ def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> A
         check_folder(Path(model))
     try:
         return load(model, **kwargs)
-    except (OSError, ValueError):
+    except ConnectionError:
         raise
     except Exception as error:  # a damaged file ends in any error of those who read it
-        raise ValueError(f"The {what} of {model} cannot be loaded: {type(error).__name__}: {error}") from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"The {what} of {model} cannot be loaded: {said[:500]}") from error
 
 
 def _doctor(options: argparse.Namespace) -> int:

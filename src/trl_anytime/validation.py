@@ -184,11 +184,12 @@ def check_file(path: Path, most_bytes: int) -> None:
         raise Unfit(f"{path} has {found.st_size} bytes, and {most_bytes} are the most that are read.")
 
 
-def check_folder(path: Path, most_bytes: int = 2**50) -> None:
-    """Refuse a folder that holds anything but folders and files that [`check_file`] accepts."""
+def check_folder(path: Path) -> None:
+    """Refuse a model's folder that holds anything but folders and files that [`check_file`] accepts."""
     for entry in path.iterdir():
         if entry.exists() and not entry.is_dir():
-            check_file(entry, most_bytes)
+            # Tokenizers come to tens of MiB, weights to any size
+            check_file(entry, 2**60 if entry.suffix in (".safetensors", ".bin", ".gguf") else 1024 * MEBIBYTE)
 
 
 def read_text(path: Path, most_bytes: int) -> str:
@@ -286,4 +287,4 @@ def read_yaml(path: Path, most_bytes: int = MEBIBYTE) -> Any:
     except RecursionError:
         raise Unfit(f"{path} is nested too deep.") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter for dates and keys
-        raise Unfit(f"{path} is not YAML: {error}") from error
+        raise Unfit(f"{path} is not YAML: {' '.join(str(error).split())}") from error
