@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tiny_contract import make_contract
 
-from trl_anytime.inference.serving import SERVERS, deployment
+from trl_anytime.inference.serving import deployment
 
 HOSTILE = [
     "$(touch ran)",
@@ -26,45 +26,30 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_requests_carry_the_contract(server):
+def test_requests_carry_the_contract():
     contract = replace(make_contract(), max_summary_length=7)
-    found = deployment(server, "some/model", contract, budget=100)
-    assert any("some/model" in word for word in found.command)
-    *_, think, answer = found.requests
-    text = found.text()
-    assert "[9, 5, 8]" in text and "[8]" in text  # both bridges, as ids
-    assert "100" in json.dumps(think.body) and "7" in json.dumps(answer.body)
-    assert "stop" in json.dumps(think.body)
-    assert ("Not run here" in text) == (server != "vllm")
-
-
-def test_vllm():
-    found = deployment("vllm", "some/model", make_contract(), budget=100)
+    found = deployment("some/model", contract, budget=100)
+    assert found.command[:3] == ["vllm", "serve", "some/model"]
     assert found.command[-2:] == ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
     chat, think, answer = (request.body for request in found.requests)
     assert (think["max_tokens"], think["stop_token_ids"]) == (100, [2, 5])
-    assert (answer["max_tokens"], answer["stop_token_ids"]) == (4, [2])
+    assert (answer["max_tokens"], answer["stop_token_ids"]) == (7, [2])
     assert chat["vllm_xargs"] == {"thinking_budget": 100} and chat["temperature"] == 0
-    assert chat["max_tokens"] == 100 + 3 + 4 + 1
-
-
-def test_an_unknown_server():
-    with pytest.raises(ValueError, match="must be one of vllm, sglang, llama.cpp, got 'ollama'"):
-        deployment("ollama", "some/model", make_contract(), budget=100)
+    assert chat["max_tokens"] == 100 + 3 + 7 + 1
+    text = found.text()
+    assert "[9, 5, 8]" in text and "[8]" in text  # both bridges, as ids
 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
-@pytest.mark.parametrize("server", SERVERS)
-def test_what_is_pasted_runs_nothing_but_the_commands(server, hostile, tmp_path):
+def test_what_is_pasted_runs_nothing_but_the_commands(hostile, tmp_path):
     """All that is printed goes through a real shell, in which the commands only say what they were given."""
     contract = make_contract()
     end = contract.markers.think_end
     markers = replace(contract.markers, truncation_bridge=f"{hostile}{end}{hostile}", answer_bridge=hostile)
     contract = replace(contract, markers=markers, chat_template_kwargs={hostile: hostile})
-    found = deployment(server, f"model{hostile}", contract, budget=7)
+    found = deployment(f"model{hostile}", contract, budget=7)
     (tmp_path / "bin").mkdir()
-    for name in ("vllm", "python", "llama-server", "curl"):
+    for name in ("vllm", "curl"):
         command = tmp_path / "bin" / name
         command.write_text('#!/bin/sh\nprintf "%s\\0" "$0" "$@" >> "$CALLS"\nprintf "\\1" >> "$CALLS"\n')
         command.chmod(0o755)
@@ -85,11 +70,11 @@ def test_what_is_pasted_runs_nothing_but_the_commands(server, hostile, tmp_path)
 
 
 def test_a_usual_command_line_is_plain():
-    found = deployment("vllm", "some/model", make_contract(), budget=100)
+    found = deployment("some/model", make_contract(), budget=100)
     assert shlex.split(found.command_line()) == found.command
 
 
 @pytest.mark.parametrize("budget", [0, -1, True, 2.5])
 def test_a_budget_that_is_none(budget):
     with pytest.raises(ValueError, match="`budget`"):
-        deployment("vllm", "some/model", make_contract(), budget=budget)
+        deployment("some/model", make_contract(), budget=budget)

@@ -184,10 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         "serve-command",
         _serve_command,
         "print how to serve a model as it was trained",
-        "  trl-anytime serve-command outputs/model\n  trl-anytime serve-command outputs/model --server llama.cpp",
+        "  trl-anytime serve-command outputs/model",
     )
     _add_model(serve, with_backend=False, with_server=False)
-    serve.add_argument("--server", choices=["vllm", "sglang", "llama.cpp"], default="vllm")
     serve.add_argument("--budget", type=int, metavar="TOKENS", help="of the requests (default: the largest trained)")
 
     plot = add(
@@ -510,7 +509,7 @@ def _serve_command(options: argparse.Namespace) -> int:
 
     _, contract = _contract(options)
     budget = contract.budgets[-1] if options.budget is None else options.budget
-    _print(deployment(options.server, options.model, contract, budget).text())
+    _print(deployment(options.model, contract, budget).text())
     return 0
 
 

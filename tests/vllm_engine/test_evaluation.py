@@ -81,7 +81,7 @@ def llm(folder):
 @pytest.fixture(scope="module")
 def server(folder, contract, tmp_path_factory):
     """What `serve-command` prints, with what a CPU and a test need."""
-    command = deployment("vllm", str(folder), contract, budget=8).command
+    command = deployment(str(folder), contract, budget=8).command
     assert command[:3] == ["vllm", "serve", str(folder)]
     arguments = ["--model", *command[2:], "--max-model-len", "1024"]
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from ..brpo_config import BRPOConfig
+from ..tables import aligned
 from ..training.checkpoint import generate_every
-from .finding import ERROR, WARNING, Finding, aligned
+from .finding import ERROR, WARNING, Finding
 
 # Optimiser steps on one generation batch beyond which it is worth a word: twice as many as in the paper's recipes
 _MOST_UPDATES = 4

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from ..tables import aligned
+
 OK, WARNING, ERROR = "OK", "WARNING", "ERROR"
 
 
@@ -38,35 +40,19 @@ class Finding:
 
 def report(findings: Sequence[Finding], tables: Sequence[str]) -> str:
     """Findings and tables as text for a terminal."""
-    width = max(len(finding.check) for finding in findings)
-    lines = []
+    room = 119 - sum(max(map(len, column)) + 2 for column in zip(*((f.level, f.check) for f in findings), strict=True))
+    rows = []
     for finding in findings:
-        lead = f"{finding.level:<8} {finding.check:<{width}}  "
+        lines = textwrap.wrap(finding.found, room, break_on_hyphens=False)
         lines += textwrap.wrap(
-            finding.found, 119, initial_indent=lead, subsequent_indent=" " * len(lead), break_on_hyphens=False
+            finding.change, room, initial_indent="-> ", subsequent_indent="   ", break_on_hyphens=False
         )
-        if finding.change:
-            lines += textwrap.wrap(
-                finding.change,
-                119,
-                initial_indent=f"{' ' * len(lead)}-> ",
-                subsequent_indent=" " * (len(lead) + 3),
-                break_on_hyphens=False,
-            )
+        rows += [[finding.level, finding.check, lines[0]], *(["", "", line] for line in lines[1:])]
     counts = {level: sum(finding.level == level for finding in findings) for level in (ERROR, WARNING)}
     summary = f"Errors: {counts[ERROR]}. Warnings: {counts[WARNING]}."
-    return "\n\n".join(["\n".join(lines), *tables, summary])
+    return "\n\n".join([aligned(rows, left=range(3)), *tables, summary])
 
 
 def as_json(findings: Sequence[Finding], tables: Sequence[str]) -> str:
     """The same as JSON."""
     return json.dumps({"findings": [asdict(finding) for finding in findings], "tables": list(tables)}, indent=1)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table: the first column to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    )

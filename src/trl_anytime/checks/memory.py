@@ -23,8 +23,9 @@ from ..brpo_config import BRPOConfig
 from ..method.packing import PackedRollouts
 from ..modeling.support import structural_objection
 from ..modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
+from ..tables import aligned
 from .batch_sizes import most_tokens
-from .finding import OK, WARNING, Finding, aligned
+from .finding import OK, WARNING, Finding
 
 _GIB = 2**30
 # Logits are computed in tiles of at most so many tokens, and so many words (TRL's fused LM head)

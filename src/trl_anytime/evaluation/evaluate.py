@@ -43,6 +43,7 @@ from ..outside.validation import (
 from ..rewards import AnswerReward, FormatReward, MathReward
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
+from ..tables import aligned
 from ..training.reward_guard import checked_rewards, failure_text
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
@@ -683,8 +684,4 @@ def table(results: dict[str, Any]) -> str:
                 ),
             ]
         )
-    widths = [max(len(row[i]) for row in rows if len(row) > i and len(row) > 1) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) if len(row) > 1 else row[0]
-        for row in rows
-    )
+    return aligned(rows, left=())

@@ -9,6 +9,7 @@ from ..outside.display import for_terminal
 from ..outside.validation import fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
+from ..tables import aligned
 from .anytime_config import TOKEN_ID, AnytimeContract, check_context
 
 QUESTION = (
@@ -221,5 +222,4 @@ def report(findings: list[Finding]) -> str:
         ]
         for finding in findings
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
+    return aligned(rows, left=(4,))

@@ -1,8 +1,10 @@
 """Escapes text of models, servers and files for what shows it: a terminal, a shell, a picture, Markdown."""
 
+import json
 import re
 import shlex
 import unicodedata
+from typing import Any
 
 # Cc: control characters, which begin a terminal's commands. Cf: characters without a shape, which change the order of
 # those around them or hide among them. Zl, Zp: line breaks that few programs know. Cs: halves of pairs, which cannot
@@ -36,6 +38,21 @@ def for_terminal(text: str, one_line: bool = False) -> str:
 def _written_out(character: str) -> str:
     code = ord(character)
     return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"
+
+
+def for_json(value: Any, indent: int | None = None) -> str:
+    """
+    Return a value as JSON in which characters that are not seen are written out, and all others stand as they are.
+
+    Args:
+        value (`Any`):
+            Text, or lists and dictionaries of it.
+        indent (`int`, *optional*):
+            Spaces for each level of an indented form.
+    """
+    written = json.dumps(value, ensure_ascii=False, indent=indent)
+    # By JSON's own escapes, which for_terminal's are not beyond 16 bits; they leave DEL
+    return written if for_terminal(written) == written else for_terminal(json.dumps(value, indent=indent))
 
 
 def for_shell(text: str) -> str:

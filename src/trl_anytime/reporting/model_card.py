@@ -5,19 +5,17 @@ A function of facts: nothing here asks the Hub, a trainer or a model. `facts.py`
 """
 
 import importlib.util
-import json
 import re
-import shlex
 import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from ..inference.anytime_config import CONTRACT_NAME
 from ..inference.serving import deployment
+from ..outside.display import for_json, for_shell, for_terminal
 from .card_facts import CardFacts
 from .learning_curves import Curve, training_curves
 
@@ -25,8 +23,6 @@ CARD, BUDGET_PICTURE, TRAINING_PICTURE = "README.md", "anytime_curve.png", "trai
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _EVAL_RESULTS = ".eval_results"
 _FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.yaml")  # of a card, as patterns
-# Control characters but the line feed, and what UTF-8 cannot write
-_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 # Files
@@ -145,7 +141,7 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
     )
     contract = facts.contract
     served = "merged" if facts.adapter else facts.location
-    server = deployment("vllm", served, contract, contract.budgets[-1])
+    server = deployment(served, contract, contract.budgets[-1])
     *most, last = map(str, contract.budgets)
     return ModelCard.from_template(
         data,
@@ -160,12 +156,12 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
         training_picture=TRAINING_PICTURE if TRAINING_PICTURE in pictures else None,
         served=served,
         server=server,
-        request=_literal({**server.requests[0].body, "messages": facts.question}, indent=2),
+        request=for_json({**server.requests[0].body, "messages": facts.question}, indent=2),
         evaluated_budgets=_evaluated_budgets,
         text=_text,
         code=_code,
-        literal=_literal,
-        shell_word=shlex.quote,
+        literal=for_json,
+        shell_word=for_shell,
     )
 
 
@@ -198,21 +194,15 @@ def _evaluated_budgets(curves: Mapping[str, Curve]) -> list[int]:
 
 def _text(text: str) -> str:
     """Return text as one line of prose, in which nothing acts as Markdown, HTML or a formula."""
-    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", _UNPRINTABLE.sub("\ufffd", " ".join(text.split())))
+    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", for_terminal(" ".join(text.split()), one_line=True))
 
 
 def _code(text: str) -> str:
     """Return text as a code span, between more backticks than there are in it."""
-    line = _UNPRINTABLE.sub("\ufffd", text.replace("\n", " "))
+    line = for_terminal(text.replace("\n", " "), one_line=True)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{space}{line}{space}{fence}"
-
-
-def _literal(value: Any, indent: int | None = None) -> str:
-    """Return text, or lists and dictionaries of it, as Python and JSON both write it."""
-    written = json.dumps(value, ensure_ascii=False, indent=indent)
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", written)
 
 
 def _slug(name: str) -> str:
