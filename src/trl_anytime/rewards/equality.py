@@ -116,12 +116,21 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
     claimed = read(normal_answer)
     alternatives = [part for part in normal_gold.split(r"\approx") if part.strip()]
     verdict = _any(_equal(read(part), claimed, comparison) for part in alternatives)
-    if verdict is False and bool(groups := digit_groups(normal_gold)) != bool(claims := digit_groups(normal_answer)):
-        # `100,200` is a number, and the list that is written `100, 200`
-        return _any([_equal(groups or read(normal_gold), claims or claimed, comparison)])
+    if verdict is False and (pair := _as_lists(normal_gold, read(normal_gold), normal_answer, claimed)):
+        return _equal(*pair, comparison)
     if verdict is False and (_ALGEBRA.search(normal_gold) or _ALGEBRA.search(normal_answer)):
         return comparison.equal(normal_gold, normal_answer)
     return verdict
+
+
+def _as_lists(gold_text: str, gold: Form, answer_text: str, answer: Form) -> tuple[Form, Form] | None:
+    """The two in order, if one is a list and the other a number such as `100,200` that may be one, too."""
+    groups, claims = digit_groups(gold_text), digit_groups(answer_text)
+    if groups and not claims and isinstance(answer, Collection) and answer.kind == "":
+        return groups, answer
+    if claims and not groups and isinstance(gold, Collection) and gold.kind == "":
+        return gold, claims
+    return None
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:
@@ -148,7 +157,9 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
         return _equal_relations(gold, answer, comparison)
     if isinstance(gold, Named):
         # `x+y=1` is more than 1, `\text{Area}=1` is not.
-        return not {"+", "-"} & set(gold.name.split()) and _equal(gold.value, answer, comparison)
+        return not {"+", "-"} & set(gold.name.replace("{ - 1 }", "").split()) and _equal(
+            gold.value, answer, comparison
+        )
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
@@ -297,6 +308,8 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
             renamed = _renamed(answer.value, calls[1][2], calls[0][2])
             return renamed is not None and _equal(gold.value, renamed, comparison)
+        if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
+            return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
             return False
     a, b = _as_relation(gold), _as_relation(answer)
@@ -344,8 +357,10 @@ def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 def _equal_chains(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     """Whether two chains of inequalities say the same, link by link, or in the other direction: `-3<-x<-1`."""
-    if isinstance(gold, Formula) and isinstance(answer, Chain) and set(answer.operators) == {"="}:
+    if isinstance(answer, Chain) and set(answer.operators) == {"="} and not isinstance(gold, Chain | Named | Relation):
         return _all(_equal(gold, read(side), comparison) for side in answer.sides)
+    if isinstance(gold, Chain) and set(gold.operators) == {"="} and not isinstance(answer, Chain | Named | Relation):
+        return _all(_equal(read(side), answer, comparison) for side in gold.sides)
     a, b = _sides(gold), _sides(answer)
     if a is None or b is None or len(a[1]) != len(b[1]):
         return False
