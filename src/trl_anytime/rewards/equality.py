@@ -90,8 +90,15 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
             How formulas are compared.
 
     Returns:
-        `bool` or `None`: None if the comparison cannot tell.
+        `bool` or `None`: None if the comparison cannot tell, or if the answer is nested too deeply to be looked at.
     """
+    try:
+        return _answers_equal(gold, answer, comparison)
+    except RecursionError:
+        return None
+
+
+def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
     normal_answer, normal_gold = normalize(answer), normalize(gold)
     if not normal_answer or not normal_gold:
         return False
@@ -130,8 +137,9 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
-        # `\frac34 = 0.75`: right if both sides are.
-        return _all(_equal(gold, read(side), comparison) for side in (answer.left, answer.right))
+        # `\frac34 = 0.75`: right if both sides are. A side that is an equation again is not read on and on.
+        sides = [read(side) for side in (answer.left, answer.right)]
+        return _all(not isinstance(side, Relation) and _equal(gold, side, comparison) for side in sides)
     if isinstance(gold, Words | Choice) or isinstance(answer, Words | Choice):
         return _letters(gold) == _letters(answer) != ""
     if isinstance(gold, Formula) and isinstance(answer, Formula):
