@@ -12,6 +12,7 @@ process; `symbolic.Symbolic`, with sympy, runs in the workers.
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -43,6 +44,12 @@ class FormulaComparison(Protocol):
 _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
+
+_FUNCTION_HEAD = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")  # as a name's tokens are joined
+_WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
+_FUNCTION_WORDS = frozenset(
+    ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
+)
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
@@ -243,6 +250,7 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
+        answer = _with_variables_of(gold, answer)
         if gold.name == answer.name:
             return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
@@ -253,6 +261,26 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
     return comparison.proportional(
         f"({a.left})-({a.right})", f"({b.left})-({b.right})", a.operator not in ("=", "\\ne")
     )
+
+
+def _with_variables_of(gold: Named, answer: Named) -> Named:
+    """`f(t)=t^2` as `f(x)=x^2` if the gold defines f(x); the answer itself if that cannot be."""
+    heads = _FUNCTION_HEAD.fullmatch(gold.name), _FUNCTION_HEAD.fullmatch(answer.name)
+    if not (heads[0] and heads[1] and heads[0][1] == heads[1][1] and isinstance(answer.value, Formula)):
+        return answer
+    wanted, given = heads[0][2].split(" , "), heads[1][2].split(" , ")
+    text = answer.value.text
+    captured = {letter for word in _WORD.findall(text) for letter in _variables(word)} & set(wanted) - set(given)
+    if len(wanted) != len(given) or len(set(given)) != len(given) or captured:
+        return answer
+    letters = dict(zip(given, wanted, strict=True))
+    text = _WORD.sub(lambda word: "".join(letters.get(letter, letter) for letter in _variables(word[0])), text)
+    return Named(gold.name, replace(answer.value, text=text))
+
+
+def _variables(word: str) -> list[str]:
+    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)
 
 
 def _as_relation(form: Named | Relation) -> Relation | None:

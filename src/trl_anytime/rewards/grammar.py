@@ -338,7 +338,10 @@ class _Reader:
         if token[0] == "\\" and (name in _FUNCTIONS or name in _LOGARITHMS):
             return self.function(name)
         if token in _ACCENTS:
-            return Symbol(token + " ".join(self.raw_group()))
+            name = " ".join(self.raw_group())
+            if name[:1].isdigit():  # digits that repeat
+                raise Unreadable(token)
+            return Symbol(token + name)
         if (token.isalpha() and token.isascii()) or token in _GREEK or token in _CONSTANTS:
             return self.symbol(token, script)
         raise Unreadable(token)
