@@ -142,8 +142,13 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
     """
     if left.is_opaque and left.expr == right.expr:
         return True
-    if not left.letters | right.letters:
-        return _equal_numbers(left.expr, right.expr, decimals)
+    with mpmath.workdps(_DIGITS):
+        if not left.letters | right.letters:
+            return _equal_numbers(left.expr, right.expr, decimals)
+        return _equal_at_points(left, right)
+
+
+def _equal_at_points(left: Formula, right: Formula) -> bool:
     for real in (True, False):
         if real and (left.is_complex or right.is_complex):
             continue
@@ -168,6 +173,11 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
 
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
     """Whether one formula is a constant multiple of the other, by a positive constant if so asked."""
+    with mpmath.workdps(_DIGITS):
+        return _proportional_at_points(left, right, positive)
+
+
+def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bool:
     for real in (True, False):
         if real and (left.is_complex or right.is_complex):
             continue
