@@ -32,7 +32,7 @@ from .forms import (
     read,
     with_letter_as_unit,
 )
-from .latex import TOKEN, normalize, tokens
+from .latex import normalize, tokens
 from .real_sets import equal_sets
 
 Verdict = bool | None
@@ -50,9 +50,14 @@ _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 # Digits with a base within a formula. The value is not computed: digits and bases must be the same.
 _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
-_CALL = re.compile(r"([A-Za-z]) \( ([A-Za-z]) \)")
 _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
+
+_FUNCTION_HEAD = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")  # as a name's tokens are joined
+_WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
+_FUNCTION_WORDS = frozenset(
+    ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
+)
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
@@ -100,8 +105,15 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
             How formulas are compared.
 
     Returns:
-        `bool` or `None`: None if the comparison cannot tell.
+        `bool` or `None`: None if the comparison cannot tell, or if the answer is nested too deeply to be looked at.
     """
+    try:
+        return _answers_equal(gold, answer, comparison)
+    except RecursionError:
+        return None
+
+
+def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
     normal_answer, normal_gold = normalize(answer), normalize(gold)
     if not normal_answer or not normal_gold:
         return False
@@ -111,8 +123,8 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
     if answer_domain and gold_domain:
         if answer_domain[2] and gold_domain[2] and answer_domain[2] != gold_domain[2]:
             return False
-        if answer_domain[1] and gold_domain[1] and answer_domain[1] not in tokens(normal_gold):
-            normal_answer = _renamed_text(normal_answer, answer_domain[1], gold_domain[1])
+        if answer_domain[1] and gold_domain[1] and gold_domain[1] not in tokens(normal_answer):
+            normal_answer = _renamed_text(normal_answer, {answer_domain[1]: gold_domain[1]})
     claimed = read(normal_answer)
     alternatives = [part for part in normal_gold.split(r"\approx") if part.strip()]
     verdict = _any(_equal(read(part), claimed, comparison) for part in alternatives)
@@ -163,8 +175,9 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
-        # `\frac34 = 0.75`: right if both sides are.
-        return _all(_equal(gold, read(side), comparison) for side in (answer.left, answer.right))
+        # `\frac34 = 0.75`: right if both sides are. A side that is an equation again is not read on and on.
+        sides = [read(side) for side in (answer.left, answer.right)]
+        return _all(not isinstance(side, Relation) and _equal(gold, side, comparison) for side in sides)
     if isinstance(gold, Words | Choice) or isinstance(answer, Words | Choice):
         return _letters(gold) == _letters(answer) != ""
     if isinstance(gold, Formula) and isinstance(answer, Formula):
@@ -232,8 +245,12 @@ def _equal_collections(gold: Collection, answer: Collection, comparison: Formula
     kinds = {gold.kind, answer.kind}
     if kinds & {"cup", "minus", "cap"}:
         verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
-        if verdict is not None:
-            return verdict
+        return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
+    return _equal_items(gold, answer, comparison)
+
+
+def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
+    kinds = {gold.kind, answer.kind}
     if kinds == {"quantity"}:
         pairs = list(zip(gold.items, answer.items, strict=False))
         same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)
@@ -302,13 +319,12 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
+        answer = _with_variables_of(gold, answer)
         if gold.name == answer.name:
             return _equal(gold.value, answer.value, comparison)
-        calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
-        if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
-            renamed = _renamed(answer.value, calls[1][2], calls[0][2])
-            return renamed is not None and _equal(gold.value, renamed, comparison)
-        if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
+        if {"y"} < {gold.name, answer.name} and any(
+            map(_FUNCTION_HEAD.fullmatch, (gold.name, answer.name))
+        ):  # `y=x^2` and `f(x)=x^2`
             return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
             return False
@@ -320,6 +336,42 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
     return comparison.proportional(
         f"({a.left})-({a.right})", f"({b.left})-({b.right})", a.operator not in ("=", "\\ne")
     )
+
+
+def _with_variables_of(gold: Named, answer: Named) -> Named:
+    """`f(t)=t^2` as `f(x)=x^2` if the gold defines f(x); the answer itself if that cannot be."""
+    heads = _FUNCTION_HEAD.fullmatch(gold.name), _FUNCTION_HEAD.fullmatch(answer.name)
+    if not heads[0] or not heads[1] or heads[0][1] != heads[1][1]:
+        return answer
+    wanted, given = heads[0][2].split(" , "), heads[1][2].split(" , ")
+    if len(wanted) != len(given) or len(set(given)) != len(given):
+        return answer
+    value = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
+    return answer if value is None else Named(gold.name, value)
+
+
+def _renamed(form: Form, names: dict[str, str]) -> Form | None:
+    """A form with variables renamed; `None` if a new name is in it already, or a part of it is not plain."""
+    if isinstance(form, Formula):
+        used = {letter for word in _WORD.findall(form.text) for letter in _variables(word)}
+        taken = used & set(names.values()) - set(names)
+        return None if taken else replace(form, text=_renamed_text(form.text, names))
+    if isinstance(form, Collection):
+        items = [_renamed(item, names) for item in form.items]
+        return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
+    if isinstance(form, Named):
+        value = _renamed(form.value, names)
+        return None if value is None else Named(_renamed_text(form.name, names), value)
+    return None
+
+
+def _renamed_text(text: str, names: dict[str, str]) -> str:
+    return _WORD.sub(lambda word: "".join(names.get(letter, letter) for letter in _variables(word[0])), text)
+
+
+def _variables(word: str) -> list[str]:
+    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)
 
 
 def _as_relation(form: Named | Relation) -> Relation | None:
@@ -389,21 +441,3 @@ def _with_name(form: Form, other: Form) -> Form:
     sides = (other.left, other.right) if isinstance(other, Relation) else other.sides
     letters = {token for side in sides for token in tokens(side) if len(token) == 1 and token.isalpha()}
     return Named(letters.pop(), form) if len(letters) == 1 else form
-
-
-def _renamed(form: Form, name: str, new_name: str) -> Form | None:
-    """A form with one variable renamed; `None` if the new name is in it already, or the form is not that plain."""
-    if isinstance(form, Formula):
-        taken = new_name != name and new_name in tokens(form.text)
-        return None if taken else replace(form, text=_renamed_text(form.text, name, new_name))
-    if isinstance(form, Collection):
-        items = [_renamed(item, name, new_name) for item in form.items]
-        return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
-    if isinstance(form, Named):
-        value = _renamed(form.value, name, new_name)
-        return None if value is None else Named(_renamed_text(form.name, name, new_name), value)
-    return None
-
-
-def _renamed_text(text: str, name: str, new_name: str) -> str:
-    return TOKEN.sub(lambda match: new_name if match[0] == name else match[0], text)

@@ -266,7 +266,10 @@ def normalize(text: str) -> str:
     text = text.strip()
     if PLAIN.fullmatch(text):
         return text
-    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    text = text.translate(_UNICODE)
+    compatible = unicodedata.normalize("NFKC", text)
+    if len(compatible) <= 2 * len(text):  # some characters stand for a sentence of 18: a long row of them is no answer
+        text = compatible.translate(_UNICODE)
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # `\\\\frac`: a formula that was escaped twice
     text = _unwrap(text)
