@@ -37,6 +37,19 @@ def test_different(family):
     assert [pair for pair, score in scores(pairs).items() if score != 0.0] == []
 
 
+# Pairs with an outcome beyond doubt, from bug reports and from what other graders are tested with.
+OUTSIDE = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").read_text().splitlines()]
+
+
+def test_pairs_from_outside():
+    scores = grade_answers([pair["answer"] for pair in OUTSIDE], [pair["gold"] for pair in OUTSIDE])
+    wrong = [
+        (pair["gold"], pair["answer"]) for pair, score in zip(OUTSIDE, scores, strict=True) if score != pair["equal"]
+    ]
+    assert len(OUTSIDE) == 253
+    assert wrong == []
+
+
 def test_symmetric_where_it_should_be():
     # Not where an answer claims more than a gold asks for: `m+n=17` answers 17, but 17 does not say that m+n is 17;
     # and not where a gold offers two values, of which an answer may claim one.

@@ -23,7 +23,10 @@ EVERY_CLASS = [MathReward, ExactMatch, MultipleChoice, NumericClose, FormatRewar
         (r"\boxed{2}", "2"),
         (r"so \boxed {2}.", "2"),
         (r"\boxed{1} and \boxed{2}", "2"),
-        (r"\boxed{2} and \boxed{3", "2"),  # the last complete one
+        (r"\boxed{2} and \boxed{3", None),  # the last one counts, and is cut off
+        (r"\boxed{2} and \boxed{3} and \boxed", None),
+        (r"\boxed{1} \boxed{\frac{2}{3}", None),
+        (r"\boxed{ \boxed{2}", "2"),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),

@@ -13,9 +13,9 @@ from .golds import bad_gold_message, check_golds, find_column, gold_alternatives
 class AnswerReward:
     r"""Base of the rewards that compare an answer in a `\boxed{}` with a gold answer.
 
-    With [`BRPOTrainer`] the completion is a summary, and the answer is the last complete `\boxed{}` in the first
+    With [`BRPOTrainer`] the completion is a summary, and the answer is the last `\boxed{}` in the first
     paragraph of `answer_bridge + summary` that starts with the final-answer text. In a plain `GRPOTrainer` the
-    completion is everything the model wrote, and the answer is the last complete `\boxed{}` behind the thinking.
+    completion is everything the model wrote, and the answer is the last `\boxed{}` behind the thinking.
 
     On every call it logs every counter in `COUNTERS` as `rewards/<class name>/<counter>`: numbers of completions, 0
     included, so that the keys are the same on every rank and at every step.

@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from .forms import (
+    Chain,
     Choice,
     Collection,
     Form,
@@ -27,9 +28,12 @@ from .forms import (
     Words,
     as_fraction,
     decimal_places,
+    digit_groups,
     read,
+    with_letter_as_unit,
 )
 from .latex import normalize, tokens
+from .real_sets import equal_sets
 
 Verdict = bool | None
 
@@ -43,9 +47,13 @@ class FormulaComparison(Protocol):
 # Sets and matrices that may have to be computed: `\mathbb{R}\setminus\{0\}` is a union, `2A` a matrix.
 _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 
+# Digits with a base within a formula. The value is not computed: digits and bases must be the same.
+_BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
+_DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
+_CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
+_SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
 
-_FUNCTION_HEAD = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")  # as a name's tokens are joined
 _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
 _FUNCTION_WORDS = frozenset(
     ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
@@ -111,12 +119,30 @@ def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Ver
         return False
     if tokens(normal_answer) == tokens(normal_gold):
         return True
+    answer_domain, gold_domain = _DOMAIN.search(normal_answer), _DOMAIN.search(normal_gold)
+    if answer_domain and gold_domain:
+        if answer_domain[2] and gold_domain[2] and answer_domain[2] != gold_domain[2]:
+            return False
+        if answer_domain[1] and gold_domain[1] and answer_domain[1] not in tokens(normal_gold):
+            normal_answer = _renamed_text(normal_answer, {answer_domain[1]: gold_domain[1]})
     claimed = read(normal_answer)
     alternatives = [part for part in normal_gold.split(r"\approx") if part.strip()]
     verdict = _any(_equal(read(part), claimed, comparison) for part in alternatives)
+    if verdict is False and (pair := _as_lists(normal_gold, read(normal_gold), normal_answer, claimed)):
+        return _equal(*pair, comparison)
     if verdict is False and (_ALGEBRA.search(normal_gold) or _ALGEBRA.search(normal_answer)):
         return comparison.equal(normal_gold, normal_answer)
     return verdict
+
+
+def _as_lists(gold_text: str, gold: Form, answer_text: str, answer: Form) -> tuple[Form, Form] | None:
+    """The two in order, if one is a list and the other a number such as `100,200` that may be one, too."""
+    groups, claims = digit_groups(gold_text), digit_groups(answer_text)
+    if groups and not claims and isinstance(answer, Collection) and answer.kind == "":
+        return groups, answer
+    if claims and not groups and isinstance(gold, Collection) and gold.kind == "":
+        return gold, claims
+    return None
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:
@@ -136,11 +162,16 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
 def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if gold == answer:
         return True
+    gold, answer = _with_name(gold, answer), _with_name(answer, gold)
+    if isinstance(gold, Chain) or isinstance(answer, Chain):
+        return _equal_chains(gold, answer, comparison)
     if isinstance(gold, Named | Relation) and isinstance(answer, Named | Relation):
         return _equal_relations(gold, answer, comparison)
     if isinstance(gold, Named):
         # `x+y=1` is more than 1, `\text{Area}=1` is not.
-        return not {"+", "-"} & set(gold.name.split()) and _equal(gold.value, answer, comparison)
+        return not {"+", "-"} & set(gold.name.replace("{ - 1 }", "").split()) and _equal(
+            gold.value, answer, comparison
+        )
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
@@ -161,10 +192,6 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
             for row_a, row_b in zip(gold.rows, answer.rows, strict=True)
             for a, b in zip(row_a, row_b, strict=True)
         )
-    if isinstance(gold, Formula) and isinstance(answer, Collection):
-        return _equal_digit_groups(gold, answer)
-    if isinstance(gold, Collection) and isinstance(answer, Formula):
-        return _equal_digit_groups(answer, gold)
     return False
 
 
@@ -179,9 +206,18 @@ def _letters(form: Form) -> str:
     return ""
 
 
+def _same_degrees(a: str, b: str) -> bool:
+    """Whether one of two units of temperature says no more than `degrees`."""
+    return {a, b} in ({"degree", "celsius"}, {"degree", "fahrenheit"})
+
+
 def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaComparison) -> Verdict:
-    if gold.unit and answer.unit and gold.unit != answer.unit:
+    if gold.unit and answer.unit and gold.unit != answer.unit and not _same_degrees(gold.unit, answer.unit):
         return False
+    if _BASED_DIGITS.search(gold.text) or _BASED_DIGITS.search(answer.text):
+        return tokens(gold.text) == tokens(answer.text)
+    if as_fraction(gold.text) is not None and (with_unit := with_letter_as_unit(answer)):
+        return _equal_formulas(gold, with_unit, comparison)
     if ":" in gold.text or ":" in answer.text:
         return _equal_ratios(gold.text, answer.text, comparison)
     verdict = comparison.equal(gold.text, answer.text)
@@ -205,32 +241,61 @@ def _equal_ratios(gold: str, answer: str, comparison: FormulaComparison) -> Verd
     return comparison.equal(*quotients)
 
 
-def _equal_digit_groups(number: Formula, items: Collection) -> bool:
-    """Whether a list such as `100, 200` is the digits of 100200: both are written `100,200`."""
-    groups = [item.text for item in items.items if isinstance(item, Formula)]
-    return (
-        items.kind == ""
-        and len(groups) == len(items.items)
-        and all(group.isdecimal() and len(group) == 3 for group in groups[1:])
-        and "".join(groups) == number.text
-    )
-
-
 def _equal_collections(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
-    if gold.kind == answer.kind or {gold.kind, answer.kind} == {"", "{}"}:
-        ordered = gold.kind not in ("", "{}", "cup")
-    elif {gold.kind, answer.kind} == {"", "()"}:
+    kinds = {gold.kind, answer.kind}
+    if kinds & {"cup", "minus", "cap"}:
+        verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
+        if verdict is not None:
+            return verdict
+    if kinds == {"quantity"}:
+        pairs = list(zip(gold.items, answer.items, strict=False))
+        same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)
+        return same and _all(_equal(a, b, comparison) for a, b in pairs)
+    if gold.kind == answer.kind or kinds == {"", "{}"}:
+        ordered = gold.kind not in ("", "{}", "cup", "or", "cases")
+    elif kinds == {"", "()"}:
         ordered = True  # a tuple without its brackets
+    elif "or" in kinds and kinds <= {"", "{}", "cup", "or"}:
+        ordered = False
     else:
         return False
     a, b = gold.items, answer.items
-    if "{}" in (gold.kind, answer.kind):
+    if "{}" in kinds:
         a, b = tuple(dict.fromkeys(a)), tuple(dict.fromkeys(b))
     if len(a) != len(b):
         return False
-    if ordered:
+    if ordered or _has_ellipsis(a) or _values_in_order(a, b) or _values_in_order(b, a):
         return _all(_equal(x, y, comparison) for x, y in zip(a, b, strict=True))
     return _equal_in_any_order(a, list(b), comparison)
+
+
+def _unit_of(form: Form) -> str | None:
+    return form.unit if isinstance(form, Formula) else None
+
+
+def _has_ellipsis(items: tuple[Form, ...]) -> bool:
+    r"""Whether a list goes on, as in `1, 3, \ldots`: its order is what it says."""
+    return any(isinstance(item, Formula) and item.text == r"\ldots" for item in items)
+
+
+def _values_in_order(named: tuple[Form, ...], others: tuple[Form, ...]) -> bool:
+    """Whether `4, 7` stands for `x=4, y=7`: which value is whose, its order says. `x_1=4, x_2=7` are just two."""
+    names = [_SUBSCRIPT.sub("", item.name) for item in named if isinstance(item, Named)]
+    return len(set(names)) == len(named) > 1 and not all(isinstance(item, Named) for item in others)
+
+
+def _order(a: str, b: str, comparison: FormulaComparison) -> int | None:
+    """-1, 0 or 1 as a formula is less than, equal to or greater than another; `None` if that cannot be told."""
+    left, right = as_fraction(a), as_fraction(b)
+    if left is not None and right is not None:
+        return (left > right) - (left < right)
+    equal = comparison.equal(a, b)
+    if equal is not False:
+        return None if equal is None else 0
+    for sign, (low, high) in ((-1, (a, b)), (1, (b, a))):
+        if comparison.proportional(f"({high})-({low})", "1", True):
+            return sign
+    return None
 
 
 def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: FormulaComparison) -> Verdict:
@@ -250,40 +315,116 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
-        answer = _with_variables_of(gold, answer)
         if gold.name == answer.name:
+            return _equal(gold.value, answer.value, comparison)
+        calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
+        if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
+            given, wanted = calls[1][2].split(" , "), calls[0][2].split(" , ")
+            if len(given) != len(wanted) or len(set(given)) != len(given):
+                return False
+            renamed = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
+            return renamed is not None and _equal(gold.value, renamed, comparison)
+        if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
             return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
             return False
     a, b = _as_relation(gold), _as_relation(answer)
     if a is None or b is None or a.operator != b.operator:
         return False
+    if not a.left or not b.left:
+        return a.left == b.left and _equal(read(a.right), read(b.right), comparison)
     return comparison.proportional(
         f"({a.left})-({a.right})", f"({b.left})-({b.right})", a.operator not in ("=", "\\ne")
     )
 
 
-def _with_variables_of(gold: Named, answer: Named) -> Named:
-    """`f(t)=t^2` as `f(x)=x^2` if the gold defines f(x); the answer itself if that cannot be."""
-    heads = _FUNCTION_HEAD.fullmatch(gold.name), _FUNCTION_HEAD.fullmatch(answer.name)
-    if not (heads[0] and heads[1] and heads[0][1] == heads[1][1] and isinstance(answer.value, Formula)):
-        return answer
-    wanted, given = heads[0][2].split(" , "), heads[1][2].split(" , ")
-    text = answer.value.text
-    captured = {letter for word in _WORD.findall(text) for letter in _variables(word)} & set(wanted) - set(given)
-    if len(wanted) != len(given) or len(set(given)) != len(given) or captured:
-        return answer
-    letters = dict(zip(given, wanted, strict=True))
-    text = _WORD.sub(lambda word: "".join(letters.get(letter, letter) for letter in _variables(word[0])), text)
-    return Named(gold.name, replace(answer.value, text=text))
-
-
-def _variables(word: str) -> list[str]:
-    """Letters of a word; a control word, or the name of a function, is kept whole."""
-    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)
-
-
 def _as_relation(form: Named | Relation) -> Relation | None:
     if isinstance(form, Relation):
         return form
-    return Relation(form.name, "=", form.value.text) if isinstance(form.value, Formula) else None
+    value = form.value
+    if isinstance(value, Formula):
+        return Relation(form.name, "=", value.text)
+    sides = _sides(form)
+    if sides and len(sides[1]) == 1:
+        return Relation(sides[0][0], sides[1][0], sides[0][1])
+    if isinstance(value, Collection) and value.kind == "minus" and isinstance(value.items[1], Collection):
+        points = value.items[1].items
+        if _sides(Named(form.name, value.items[0])) == ((form.name,), ()) and len(points) == 1:
+            return Relation(form.name, r"\ne", points[0].text) if isinstance(points[0], Formula) else None
+    return None
+
+
+def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Sides and operators of a chain, or of an interval with a name; `None` for any other form."""
+    if isinstance(form, Chain):
+        return form.sides, form.operators
+    if not isinstance(form, Named) or not isinstance(form.value, Collection) or len(form.value.items) != 2:
+        return None
+    kind, (low, high) = form.value.kind, form.value.items
+    if kind not in ("()", "(]", "[)", "[]") or not isinstance(low, Formula) or not isinstance(high, Formula):
+        return None
+    sides, operators = [form.name], []
+    if low.text != r"-\infty":
+        sides, operators = [low.text, *sides], ["<" if kind[0] == "(" else r"\le"]
+    if high.text != r"\infty":
+        sides, operators = [*sides, high.text], [*operators, "<" if kind[1] == ")" else r"\le"]
+    return tuple(sides), tuple(operators)
+
+
+def _equal_chains(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
+    """Whether two chains of inequalities say the same, link by link, or in the other direction: `-3<-x<-1`."""
+    if isinstance(answer, Chain) and set(answer.operators) == {"="} and not isinstance(gold, Chain | Named | Relation):
+        return _all(_equal(gold, read(side), comparison) for side in answer.sides)
+    if isinstance(gold, Chain) and set(gold.operators) == {"="} and not isinstance(answer, Chain | Named | Relation):
+        return _all(_equal(read(side), answer, comparison) for side in gold.sides)
+    a, b = _sides(gold), _sides(answer)
+    if a is None or b is None or len(a[1]) != len(b[1]):
+        return False
+    links = [list(zip(sides, operators, sides[1:], strict=False)) for sides, operators in (a, b)]
+    return _any(
+        _all(map(_equal_links, links[0], other, [comparison] * len(other))) for other in (links[1], links[1][::-1])
+    )
+
+
+def _equal_links(a: tuple[str, str, str], b: tuple[str, str, str], comparison: FormulaComparison) -> Verdict:
+    if a[1] != b[1]:
+        return False
+    same = _all(comparison.equal(x, y) for x, y in ((a[0], b[0]), (a[2], b[2])))
+    if same is True:
+        return True
+    scaled = comparison.proportional(f"({a[0]})-({a[2]})", f"({b[0]})-({b[2]})", a[1] != "=")
+    # Links between numbers are all true, and so proportional: what stands there must be the same.
+    letters = any(character.isalpha() for character in re.sub(r"\\[A-Za-z]+", "", a[0] + a[2]))
+    return _any([same, scaled]) if letters else same
+
+
+def _with_name(form: Form, other: Form) -> Form:
+    r"""A set with the name of the one variable that an inequality is about: `(-\infty,3)` beside `2x<6`."""
+    if not isinstance(form, Collection) or not isinstance(other, Relation | Chain):
+        return form
+    sides = (other.left, other.right) if isinstance(other, Relation) else other.sides
+    letters = {token for side in sides for token in tokens(side) if len(token) == 1 and token.isalpha()}
+    return Named(letters.pop(), form) if len(letters) == 1 else form
+
+
+def _renamed(form: Form, names: dict[str, str]) -> Form | None:
+    """A form with variables renamed; `None` if a new name is in it already, or the form is not that plain."""
+    if isinstance(form, Formula):
+        taken = {letter for word in _WORD.findall(form.text) for letter in _letters_of(word)} - set(names)
+        return None if taken & set(names.values()) else replace(form, text=_renamed_text(form.text, names))
+    if isinstance(form, Collection):
+        items = [_renamed(item, names) for item in form.items]
+        return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
+    if isinstance(form, Named):
+        value = _renamed(form.value, names)
+        return None if value is None else Named(_renamed_text(form.name, names), value)
+    return None
+
+
+def _renamed_text(text: str, names: dict[str, str]) -> str:
+    return _WORD.sub(lambda word: "".join(names.get(letter, letter) for letter in _letters_of(word[0])), text)
+
+
+def _letters_of(word: str) -> list[str]:
+    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 # Braces as TeX counts them: an escaped character (`\{`, `\\`) is none, `\boxed{` opens a box, others open a group.
-_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"(?P<box>\\boxed(?![A-Za-z])\s*(?P<open>\{)?)|\\.|[{}]", re.DOTALL)
 _BLANK_LINES = re.compile(r"\n[ \t\r]*\n")
 
 
@@ -27,21 +27,23 @@ def completion_text(completion: Any) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}`, `None` without one. Linear in the length of the text."""
+    r"""Content of the last `\boxed{...}`, `None` without one or if it is not complete. Linear in the length."""
     if "\\boxed" not in text:
         return None
     open_groups: list[int | None] = []  # start of the content for a box, None for any other group
-    best: tuple[int, int] | None = None
+    last: tuple[int, int | None] | None = None
     for match in _BRACES.finditer(text):
         if match["box"]:
-            open_groups.append(match.end())
+            last = match.end(), None
+            if match["open"]:
+                open_groups.append(match.end())
         elif match[0] == "{":
             open_groups.append(None)
         elif match[0] == "}" and open_groups:
             start = open_groups.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = (start, match.start())
-    return None if best is None else text[best[0] : best[1]]
+            if last is not None and start == last[0]:
+                last = last[0], match.start()
+    return None if last is None or last[1] is None else text[last[0] : last[1]]
 
 
 def answer_paragraph(summary: str, answer_bridge: str) -> str:

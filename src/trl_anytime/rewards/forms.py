@@ -5,7 +5,7 @@ fractions (`as_fraction`) or, in a worker process, by sympy.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -51,8 +51,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Collection:
-    r"""Several answers: `kind` is the pair of brackets for tuples and intervals (`"()"`, `"[)"`, …), `"{}"` for sets,
-    `""` for a bare list, `"cup"` for a union. The order counts for pairs of brackets alone."""
+    r"""Several answers. The order counts for pairs of brackets, quantities and lists with an ellipsis alone.
+
+    `kind` is the pair of brackets for tuples and intervals (`"()"`, `"[)"`, …), `"{}"` for sets, `""` for a bare list,
+    `"cup"`, `"cap"` and `"minus"` for unions, intersections and differences, `"or"` for what may be a list of points
+    or a union of intervals, `"cases"` for a function by cases (tuples of value and condition), `"quantity"` for
+    `4 hours 10 minutes`.
+    """
 
     kind: str
     items: tuple["Form", ...]
@@ -68,14 +73,25 @@ class Named:
 
 @dataclass(frozen=True)
 class Relation:
-    r"""Any other equation or inequality, turned so that `operator` is `=`, `<`, `\le` or `\ne`."""
+    r"""Any other equation or inequality, turned so that `operator` is `=`, `<`, `\le` or `\ne`.
+
+    One without a left side, such as `\ne 5`, keeps it empty.
+    """
 
     left: str
     operator: str
     right: str
 
 
-Form = Formula | Words | Choice | BasedNumber | Matrix | Collection | Named | Relation
+@dataclass(frozen=True)
+class Chain:
+    r"""Any other chain of inequalities, turned so that its operators are `<`, `\le` or `=`."""
+
+    sides: tuple[str, ...]
+    operators: tuple[str, ...]
+
+
+Form = Formula | Words | Choice | BasedNumber | Matrix | Collection | Named | Relation | Chain
 
 # Units that are told apart: `10 cm` is not `10 m`. Other words behind a number say what was counted and are dropped.
 _UNITS = {
@@ -91,6 +107,7 @@ _UNITS = {
         "yd": "yd, yard",
         "mi": "mi, mile",
         "s": "s, sec, second",
+        "ms": "ms, millisecond",
         "min": "min, minute",
         "h": "h, hr, hour",
         "day": "day",
@@ -105,14 +122,26 @@ _UNITS = {
         "ml": "ml, milliliter, millilitre",
         "l": "l, liter, litre",
         "gal": "gal, gallon",
-        "mph": "mph, mi/h, miles/hour, miles per hour",
-        "km/h": "km/h, kmh, kph, km/hr, kilometers per hour",
-        "m/s": "m/s, meters per second",
+        "mol": "mol, mole",
+        "n": "newton",
+        "j": "joule",
+        "w": "watt",
+        "v": "volt",
+        "a": "ampere, amp",
+        "k": "kelvin",
+        "hz": "hz, hertz",
+        "pa": "pa, pascal",
+        "h^-1 mi": "mph",
+        "h^-1 km": "kmh, kph",
         "degree": "deg, degree",
+        "celsius": "celsius, degrees celsius, degree celsius",
+        "fahrenheit": "fahrenheit, degrees fahrenheit, degree fahrenheit",
         "radian": "rad, radian",
         "dollar": "dollar, usd",
         "cent": "cent",
-        "euro": "euro",
+        "euro": "euro, eur",
+        "yen": "yen",
+        "rupee": "rupee, rs, rs., inr",
         "am": "am, a.m",
         "pm": "pm, p.m",
     }.items()
@@ -122,37 +151,91 @@ _UNITS = {
 _NO_UNITS = re.compile(
     r"\b(?:or|and|more|less|fewer|least|most|not|than|over|under|plus|minus|times|half|dozen|mod|base|to|only)\b"
 )
+_FAMILIES = (
+    ("year", "month", "week", "day", "h", "min", "s"),
+    ("mi", "yd", "ft", "in"),
+    ("km", "m", "cm", "mm"),
+    ("lb", "oz"),
+    ("kg", "g"),
+    ("dollar", "cent"),
+)
+_CONTINUATION = re.compile(r"\s*(?:[=<>]|\\[lg]e(?![A-Za-z]))")
+_CONDITION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|text)(?![A-Za-z])|\b(?:if|otherwise|when|for|even|odd)\b")
+_CONDITION_WORDS = re.compile(r"\\text\s*\{[\s,]*(?:if|when|for|where|is)\s*\}|\b(?:if|when|for|where)\b")
 _BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _MAX_DEPTH = 20  # of brackets in brackets: no answer comes near, Python's recursion limit stays far
 
 _OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
+_LIST_BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
 _RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne"}
 _MATRIX = re.compile(
-    r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(.*)\\end\s*\{\1\}(\^\s*\{?\s*(?:T|\\top)\s*\}?)?"
+    r"\\begin\s*\{([pbB]?(?:small)?matrix|array)\}((?:(?!\\end\s*\{(?:\1)\}).)*)\\end\s*\{\1\}(\^\s*\{?\s*(?:T|\\top)\s*\}?)?"
 )
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,\s])[1-9]\d{0,2}(?: \d{3})+(?! ?\d)")
-_BASED = re.compile(
-    r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base[\s-]*)?\}?\s*(\d{1,2}|[a-z]+)[\s}]*"
+_LINES = re.compile(
+    r"(?:\\\{\s*)?\\begin\s*\{(cases|dcases|rcases|aligned|align\*?|gathered|split|array)\}(.*)\\end\s*\{\1\}"
 )
+_BASED = re.compile(
+    r"\(?\s*([-+]?\s*[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*\)?\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base[\s-]*)?\}?\s*(\d{1,2}|[a-z]+)[\s}]*"
+)
+# Words of up to three letters that are answers; other short ones are products unless they look like a syllable.
+_SHORT_WORDS = re.compile(
+    "yes|no|on|off|up|odd|one|two|six|ten|all|any|day|dry|sky|sea|tie|win|add|end|arc|pie|egg|ice|dne|jan|"
+    "feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun|asa|sas|aas|ssa|sss|ada|ali|"
+    "amy|ann|ari|ava|ben|eli|eva|eve|ian|ida|ira|ivy|jay|joe|joy|kai|kay|lea|lee|leo|lou|mia|noa|roy|ray|"
+    "sue|una|zoe"
+)
+_FUNCTIONS = re.compile("log|ln|exp|abs|cbrt|floor|ceil|sinh|cosh|tanh|gcd|lcm|max|min|mod|det|arg|sec|csc|cot")
+_VOWEL = re.compile("[aeiouy]")
+_SYLLABLE = re.compile("[^aeiou][aeiou][^aeiou]")
 _TEXT_PIECE = re.compile(r"\\text\s*\{([^{}]*)\}")
 _TEXT_WITH_NUMBER = re.compile(r"\\text\s*\{\s*([-+]?\d[^{}]*)\}")
 _BARE_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9'’.:\- ]*")
-_TEXT_UNIT = re.compile(r"(.*[^\s+\-*/^=,(\[{])\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?")
-_BARE_UNIT = re.compile(r"(.*[\d})])\s*(?<![A-Za-z\\])([A-Za-z][A-Za-z/. ]+?)\s*(?:\^\s*\{?\s*(\d)\s*\}?)?")
+_POWER_OF_UNIT = r"\s*(?:\^\s*(?:\{\s*[-+]?\d\s*\}|[-+]?\d))?"
+_TEXT_ATOM = r"\\text\s*\{[^{}]*\}" + _POWER_OF_UNIT
+_TEXT_UNIT = re.compile(
+    rf"(.*?[^\s+\-*/^=,(\[{{])\s*({_TEXT_ATOM}(?:\s*[/*]\s*(?:{_TEXT_ATOM}|[A-Za-z]+{_POWER_OF_UNIT})|\s*{_TEXT_ATOM})*)"
+)
+_BARE_ATOM = r"[A-Za-z][A-Za-z. ]*" + _POWER_OF_UNIT
+_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:[/*]\s*{_BARE_ATOM})*)")
+_BARE_WORD_UNITS = re.compile(r"[A-Za-z][A-Za-z/. ]{3,}")
+_SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms])")
 _COUNT = re.compile(r"[-+]?[\d., ]*\d|[-+]?\\frac\{\d+\}\{\d+\}|\d+/\d+")
-_CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound)(?![A-Za-z])\s*(.+)")
-_CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound)")
-_DEGREES = re.compile(r"(.+?)\s*\^\s*\\circ(?:\s*\\text\s*\{\s*[CF]\s*\}|\s*[CF])?")
+_CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound|yen|rupee)(?![A-Za-z])\s*(.+)")
+_CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound|yen|rupee)")
+_DEGREES = re.compile(r"(.+?)\s*\^\s*\\circ(?:\s*\\text\s*\{\s*([CF])[a-z]*\s*\}|\s*([CF]))?")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\\text\s*\{\s*([A-Za-z]+)[\s,]*(?:and)?\s*\}|([A-Za-z]+))[\s,]*")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _SIMPLE_NAME = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[^{}]*\}|\w))?'*(?:\([A-Za-z, ]*\))?")
+_ABSOLUTE_VALUE = re.compile(r"\|\s*([A-Za-z])\s*\|")
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+_CONGRUENCE = re.compile(
+    r"(.+?)\\equiv\s*(.+?)\s*[,(]*\s*(?:\\p?mod|\\bmod|\\text\s*\{\s*mod\s*\}|mod)(?![A-Za-z])\s*\{?\s*([^{}()]+?)\s*\}?[\s)]*"
+)
+_OUTWARD = re.compile(r"([\[\]])([^\[\]]*)([\[\]])")
+_LETTER = re.compile("[A-Za-z]")
+_ARITHMETIC = re.compile(r"(?:[\d\s.+\-*/^(){}!]|\\(?:frac|sqrt|pi|binom)(?![A-Za-z]))+")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
-_FUNCTION_CALL = re.compile(r"[A-Za-z]\s*\(.*\)")
+_FUNCTION_CALL = re.compile(r"[A-Za-z]\s*(?:\^\s*\{\s*-1\s*\}|'+)?\s*\(.*\)")
 
 
-_NAMED_SETS = {
-    r"\mathbb{R}": Collection("()", (Formula(r"-\infty"), Formula(r"\infty"))),
-    r"\emptyset": Collection("{}", ()),
+_REALS = Collection("()", (Formula(r"-\infty"), Formula(r"\infty")))
+_EMPTY_SET = Collection("{}", ())
+_POSITIVE = Collection("()", (Formula("0"), Formula(r"\infty")))
+_NAMED_SETS: dict[str, "Form"] = {
+    r"\mathbb{R}": _REALS,
+    r"\emptyset": _EMPTY_SET,
+    **dict.fromkeys((rf"\mathbb{{R}}{mark}" for mark in ("^+", "^{+}", "_+", "_{+}", "_{>0}")), _POSITIVE),
+    **dict.fromkeys(
+        (rf"\mathbb{{Z}}{mark}" for mark in ("^+", "^{+}", "_+", "_{+}", "_{>0}")), Formula(r"\mathbb{N}")
+    ),
 }
+_SETS_IN_WORDS: tuple[tuple[re.Pattern[str], "Form"], ...] = (
+    (re.compile(r"(?:x is |the set of )?(?:all|any) (?:the )?reals?(?: numbers?)?(?: x)?"), _REALS),
+    (re.compile(r"(?:the set of )?all (?:the )?integers"), Formula(r"\mathbb{Z}")),
+    (re.compile(r"(?:the set of )?all (?:the )?(?:positive integers|natural numbers)"), Formula(r"\mathbb{N}")),
+    (re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set"), _EMPTY_SET),
+)
 
 
 @lru_cache(maxsize=512)  # as for `normalize`
@@ -175,37 +258,234 @@ def _read(text: str, depth: int) -> Form:
     if r"\approx" in text:  # `\frac23 \approx 0.67` claims its first value
         text = next((part for part, _ in _split(text, {r"\approx"}) if part), text)
     if (words := _as_words(text)) is not None:
-        return Words(words)
+        return _read_words(words)
     if match := re.fullmatch(r"\(\s*([A-Za-z])\s*\)|([A-Z])\s*\)", text):
         return Choice((match[1] or match[2]).upper())
+    if (match := _OUTWARD.fullmatch(text)) and (match[1] == "]" or match[3] == "["):  # `]1,2]` is `(1,2]`
+        text = ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
+    if match := _CONGRUENCE.fullmatch(text):
+        return _read_congruence(match)
     if match := _MATRIX.fullmatch(text):
         return _read_matrix(match, depth)
+    if (match := _LINES.fullmatch(text)) and (lines := _read_lines(match[2], depth)) is not None:
+        return lines
     if match := _BASED.fullmatch(text):
+        digits = match[1].replace(" ", "").removeprefix("+")
         base = int(match[2]) if match[2].isdigit() else _BASE_WORDS.get(match[2], 0)
-        if base == 10:
-            return Formula(match[1])
-        if match[1][0].isdigit() and 2 <= base <= 36:
-            return BasedNumber(match[1].upper(), base)
-    text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text) if depth == 0 else text
+        if digits.lstrip("-")[0].isdigit() and 2 <= base <= 36:
+            return Formula(digits) if base == 10 else BasedNumber(digits.upper(), base)
+    text = _join_thousands(text) if depth == 0 else text
     for separators in ({";"}, {",", r"\lor"}):
-        parts = _split(text, separators)
+        parts = [part for part in _split(text, separators) if part[0] and not part[0].startswith(r"\forall")]
         if len(parts) > 1:
-            items = _read_items([item for item, _ in parts], depth)
-            either = r"\lor" in {separator for _, separator in parts}
-            return Collection("cup" if either and all(map(_is_interval, items)) else "", items)
+            return _read_list(text, parts, depth)
+        text = parts[0][0] if parts else text
+    if quantity := _read_quantity(text):
+        return quantity
     relation = _read_relation(text, depth)
     if relation is not None:
         return relation
-    parts = _split(text, {r"\cup"})
-    if len(parts) > 1:
-        return Collection("cup", tuple(_read(part, depth + 1) for part, _ in parts))
-    if text in _NAMED_SETS:
-        return _NAMED_SETS[text]
+    for separator, kind in ((r"\cup", "cup"), (r"\setminus", "minus"), (r"\cap", "cap")):
+        parts = _split(text, {separator})
+        if len(parts) > 1 and (kind != "minus" or len(parts) == 2):
+            return Collection(kind, tuple(_read(part, depth + 1) for part, _ in parts))
+    if (named_set := _NAMED_SETS.get(text.replace(" ", ""))) is not None:
+        return named_set
     if brackets := _outer_brackets(text):
         return _read_brackets(text, brackets, depth)
-    if r"\pm" in text or r"\mp" in text:
+    if _PLUS_MINUS.search(text):
         return Collection("", _read_items([text], depth))
     return _read_formula(text)
+
+
+def _read_congruence(match: re.Match[str]) -> Form:
+    r"""`x \equiv 10 \pmod 7` as the value 3 of what is named `x` and `7`."""
+    name, value, modulus = _name(match[1]), match[2].strip(), match[3]
+    if re.fullmatch(r"-?\d{1,99}", value) and re.fullmatch(r"[1-9]\d{0,98}", modulus):
+        value = str(int(value) % int(modulus))
+    return Named(rf"{name} \equiv {_name(modulus)}", Formula(value))
+
+
+def _read_words(words: str) -> Form:
+    """Words, several of them, or a set that they describe."""
+    for pattern, form in _SETS_IN_WORDS:
+        if pattern.fullmatch(words):
+            return form
+    several = [part for part in re.split(r"\s*,\s*(?:and\s+)?|\s+and\s+", words) if part]
+    return Words(words) if len(several) < 2 else Collection("", tuple(map(Words, several)))
+
+
+def _join_thousands(text: str) -> str:
+    """Join digits across commas or spaces; in brackets, where a comma may stand between coordinates, only if others
+    have a space behind them."""
+    out = []
+    level = start = 0
+    for match in TOKEN.finditer(text):
+        if match[0] in _LIST_BRACKETS:
+            if level == 0:
+                out.append(_THOUSANDS.sub(_without_separators, text[start : match.start()]))
+                start = match.start()
+            level += 1
+        elif match[0] in _LIST_BRACKETS.values() and level:
+            level -= 1
+            if level == 0:
+                part = text[start : match.end()]
+                out.append(_THOUSANDS.sub(_without_separators, part) if re.search(r"[,;] ", part) else part)
+                start = match.end()
+    rest = text[start:]
+    return "".join(out) + (_THOUSANDS.sub(_without_separators, rest) if level == 0 else rest)
+
+
+def _without_separators(match: re.Match[str]) -> str:
+    return re.sub("[, ]", "", match[0])
+
+
+def digit_groups(text: str) -> Collection | None:
+    """The values, in this order, that `100,200` has if it is not the number 100200; `None` for any other text."""
+    if not re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+", text):
+        return None
+    return Collection("()", tuple(Formula(group) for group in text.split(",")))
+
+
+def _read_list(text: str, parts: list[tuple[str, str]], depth: int) -> Form:
+    """A list, or what its items are together: a union, an intersection, a quantity, several assignments."""
+    separators = {separator for _, separator in parts[:-1]}
+    if separators == {",", r"\lor"}:  # `x>0, x<2 \lor x>5`
+        options = [_read(part, depth + 1) for part, _ in _split(text, {r"\lor"})]
+        if all(map(_is_set, options)):
+            return _union(options) or Collection("", tuple(options))
+    items = _read_items([item for item, _ in parts], depth)
+    if r"\lor" in separators:
+        return _union(items) or Collection("or" if all(map(_is_set, items)) else "", _assignments(items))
+    return _intersection(items) or _quantity(items) or Collection("", _assignments(items))
+
+
+def _union(items: Iterable[Form]) -> Form | None:
+    """The union of intervals and points in one variable; `None` if there are none, or all may be points."""
+    found = list(items)
+    names = {item.name for item in found if isinstance(item, Named)}
+    sets = [item.value if isinstance(item, Named) else item for item in found]
+    if len(names) > 1 or not any(
+        _is_set(item) and (isinstance(item, Named) or not _may_be_point(value))
+        for item, value in zip(found, sets, strict=True)
+    ):
+        return None
+    values = tuple(Collection("{}", (value,)) if isinstance(value, Formula) else value for value in sets)
+    if not all(map(_is_set, values)):
+        return None
+    union = Collection("cup", values)
+    return Named(names.pop(), union) if names else union
+
+
+def _intersection(items: tuple[Form, ...]) -> Form | None:
+    r"""What `x>0, x<2` or `x>0, x \ne 3` say together of one variable; `None` for other lists."""
+    points: list[Form] = []
+    rest: list[Form] = []
+    for item in items:
+        excluded = _excluded(item)
+        if excluded is not None:
+            points += excluded
+        elif points and isinstance(item, Formula) and not rest:  # `x \ne 1, 2`
+            points.append(item)
+        else:
+            rest.append(item)
+    names = {item.name for item in items if isinstance(item, Named)}
+    values = [item.value for item in rest if isinstance(item, Named)]
+    if len(names) != 1 or len(values) != len(rest) or not all(_is_interval(value) for value in values):
+        return None
+    whole: Form | None = _REALS if not values else values[0] if len(values) == 1 else None
+    if len(values) == 2:
+        whole = _meet(*values) or _meet(*reversed(values))
+    if whole is None or (not points and len(values) < 2):
+        return None
+    return Named(names.pop(), Collection("minus", (whole, Collection("{}", tuple(points)))) if points else whole)
+
+
+def _excluded(form: Form) -> tuple[Form, ...] | None:
+    r"""The points that `x \ne a` takes out, `None` for any other form."""
+    if isinstance(form, Named) and isinstance(form.value, Collection) and form.value.kind == "minus":
+        whole, points = form.value.items
+        if whole == _REALS and isinstance(points, Collection) and points.kind == "{}":
+            return points.items
+    return None
+
+
+def _meet(below: Form, above: Form) -> Form | None:
+    r"""The interval of `x>a` and `x<b`, in this order; `None` if they are not of this kind or certainly empty."""
+    assert isinstance(below, Collection) and isinstance(above, Collection)
+    if below.items[1] != Formula(r"\infty") or above.items[0] != Formula(r"-\infty"):
+        return None
+    ends = [as_fraction(end.text) for end in (below.items[0], above.items[1]) if isinstance(end, Formula)]
+    if len(ends) == 2 and ends[0] is not None and ends[1] is not None and ends[0] > ends[1]:
+        return None
+    return Collection(below.kind[0] + above.kind[1], (below.items[0], above.items[1]))
+
+
+def _assignments(items: tuple[Form, ...]) -> tuple[Form, ...]:
+    """Items, but `p=5, q=2, p=7, q=2` as two lists: the same names again and again are several solutions."""
+    names = [item.name if isinstance(item, Named) else None for item in items]
+    period = len(set(names))
+    if None in names or not 1 < period < len(items) or names != names[:period] * (len(items) // period):
+        return items
+    return tuple(Collection("", items[start : start + period]) for start in range(0, len(items), period))
+
+
+def _quantity(items: tuple[Form, ...]) -> Form | None:
+    """`4 hours, 10 minutes`: units of one kind, from the largest to the smallest."""
+    units = [item.unit if isinstance(item, Formula) else None for item in items]
+    if any(_in_order(units, family) for family in _FAMILIES):
+        return Collection("quantity", items)
+    return None
+
+
+def _in_order(units: list[str | None], family: tuple[str, ...]) -> bool:
+    places = [family.index(unit) for unit in units if unit in family]
+    return len(places) == len(units) and places == sorted(set(places))
+
+
+def _read_quantity(text: str) -> Form | None:
+    """`4 hours 10 minutes`, without a comma."""
+    items = []
+    position = 0
+    while match := _QUANTITY.match(text, position):
+        items.append(Formula(match[1], _unit(match[2] or match[3])))
+        position = match.end()
+    return _quantity(tuple(items)) if position == len(text) and len(items) > 1 else None
+
+
+def _is_set(form: Form) -> bool:
+    """Whether a form may be a set of real numbers."""
+    value = form.value if isinstance(form, Named) else form
+    return isinstance(value, Collection) and (value.kind in ("cup", "cap", "minus", "or", "{}") or _is_interval(value))
+
+
+def _may_be_point(form: Form) -> bool:
+    """Whether an interval may also be a point of a plane, or several."""
+    if not isinstance(form, Collection):
+        return False
+    if form.kind == "or":
+        return all(map(_may_be_point, form.items))
+    return form.kind == "()" and not any(isinstance(item, Formula) and r"\infty" in item.text for item in form.items)
+
+
+def _read_lines(body: str, depth: int) -> Form | None:
+    """The lines of `cases` or `aligned`: a function by cases, or equations that hold together."""
+    body = re.sub(r"^\s*\{[lcr|\s]*\}", "", body)
+    rows: list[list[str]] = []
+    for row, _ in _split(body, {r"\cr"}):
+        cells = [cell for cell, _ in _split(row, {"&"})]
+        if len(cells) > 1 and any(cells) and cells[0] == "" and rows and _CONTINUATION.match(cells[1]):
+            rows[-1].append("".join(cells))
+        elif any(cells):
+            rows.append(cells)
+    if rows and all(len(row) == 2 and _CONDITION.search(row[1]) and not _CONTINUATION.match(row[1]) for row in rows):
+        branches = [(row[0].strip(" ,"), _CONDITION_WORDS.sub(" ", row[1]).strip(" ,.")) for row in rows]
+        return Collection(
+            "cases",
+            tuple(Collection("()", tuple(_read(part, depth + 1) for part in branch)) for branch in branches),
+        )
+    lines = ["".join(row) for row in rows]
+    return _read_list(", ".join(lines), [(line, ",") for line in lines], depth) if lines else None
 
 
 def _is_interval(form: Form) -> bool:
@@ -217,11 +497,11 @@ def _top_level(text: str) -> Iterator[re.Match[str]]:
     """Tokens outside all brackets and braces, an opening bracket counted in, its closing one not."""
     level = 0
     for match in TOKEN.finditer(text):
-        if match[0] in _CLOSING:
+        if match[0] in _CLOSING or match[0] == r"\end":
             level -= 1
         elif level == 0:
             yield match
-        if match[0] in _OPENING:
+        if match[0] in _OPENING or match[0] == r"\begin":
             level += 1
 
 
@@ -259,8 +539,9 @@ def _read_brackets(text: str, brackets: tuple[str, str], depth: int) -> Form:
     if brackets == ("{", "}"):
         return _read(inner, depth + 1)
     if brackets == (r"\{", r"\}"):
-        if any(token[0] in {"|", r"\mid", ":"} for token in _top_level(inner)):
-            return Formula(text)  # a set given by a condition
+        bar = next((token for token in _top_level(inner) if token[0] in {"|", r"\mid", ":"}), None)
+        if bar is not None:
+            return _read_condition(inner[: bar.start()], inner[bar.end() :], depth) or Formula(text)
         items = [item for item, _ in _split(inner, {",", ";"})]
         return Collection("{}", _read_items(items, depth) if inner else ())
     items = [item for item, _ in _split(inner, {",", ";"})]
@@ -271,13 +552,23 @@ def _read_brackets(text: str, brackets: tuple[str, str], depth: int) -> Form:
     return _read_formula(text)
 
 
+def _read_condition(variable: str, condition: str, depth: int) -> Form | None:
+    r"""The set of `\{x \mid condition\}`; `None` if it is not one of real numbers that the condition names."""
+    match = re.fullmatch(r"\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?,?\s*", variable)
+    form = _read(condition, depth + 1)
+    if match and isinstance(form, Named) and form.name == match[1] and _is_set(form):
+        return form.value
+    return None
+
+
 def _read_items(items: list[str], depth: int) -> tuple[Form, ...]:
     r"""Items of a list or set: empty ones dropped, `a \pm b` as two."""
     forms = []
     for item in items:
-        if item and (r"\pm" in item or r"\mp" in item):
-            forms.append(_read(item.replace(r"\pm", "+").replace(r"\mp", "-"), depth + 1))
-            forms.append(_read(item.replace(r"\pm", "-").replace(r"\mp", "+"), depth + 1))
+        if _PLUS_MINUS.search(item):
+            for plus, minus in (("+", "-"), ("-", "+")):
+                signed = re.sub(r"\\pm(?![A-Za-z])", plus, re.sub(r"\\mp(?![A-Za-z])", minus, item))
+                forms.append(_read(signed, depth + 1))
         elif item:
             forms.append(_read(item, depth + 1))
     return tuple(forms)
@@ -287,48 +578,113 @@ def _read_matrix(match: re.Match[str], depth: int) -> Form:
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", match[2]).replace(r"\hline", "")
     rows = [row for row, _ in _split(body, {r"\cr"}) if row]
     cells = [tuple(_read(cell, depth + 1) for cell, _ in _split(row, {"&"})) for row in rows]
+    if all(len(row) == 1 and isinstance(row[0], Named | Relation) for row in cells):  # a system of equations
+        return Collection("", tuple(row[0] for row in cells))
     if match[3] and len({len(row) for row in cells}) == 1:
         cells = list(zip(*cells, strict=True))
     return Matrix(tuple(cells))
 
 
 def _read_relation(text: str, depth: int) -> Form | None:
-    parts = _split(text, _RELATIONS | {r"\in"})
+    parts = _split(text, _RELATIONS | {r"\in", r"\notin"})
+    if len(parts) == 2 and parts[0] == ("", r"\ne") and parts[1][0]:
+        return Relation("", r"\ne", parts[1][0])
     if len(parts) == 1 or not all(part for part, _ in parts):
         return None
     sides = [part for part, _ in parts]
     operators = [operator for _, operator in parts[:-1]]
     if operators == [r"\in"]:
         return Named(_name(sides[0]), _read(sides[1], depth + 1))
+    if operators in ([r"\ne"], [r"\notin"]) and _SIMPLE_NAME.fullmatch(sides[0]):
+        excluded = _read_excluded(sides[1], depth)
+        if excluded is not None:
+            return Named(_name(sides[0]), Collection("minus", (_REALS, excluded)))
     if set(operators) == {"="}:
+        value = _read(sides[-1], depth + 1)
+        names = _names_of_tuple(sides[0])
+        if names and isinstance(value, Collection) and value.kind == "()" and len(names) == len(value.items):
+            return Collection("", tuple(map(Named, names, value.items)))  # `(x,y)=(1,2)`
+        if len(sides) > 2 and len(set(sides[:-1])) == len(sides) - 1 and all(map(_LETTER.fullmatch, sides[:-1])):
+            return Collection("", tuple(Named(side, value) for side in sides[:-1]))  # `x=y=2`
         if _is_name(sides[0]):
-            return Named(_name(sides[0]), _read(sides[-1], depth + 1))
+            # `x = 2+3 = 5` is right if all of it is; what has letters, as a rule that is applied, is taken on trust.
+            steps = tuple(side for side in sides[1:-1] if _ARITHMETIC.fullmatch(side))
+            return Named(_name(sides[0]), Chain((*steps, sides[-1]), ("=",) * len(steps)) if steps else value)
         if len(sides) == 2 and _SIMPLE_NAME.fullmatch(sides[1]):
             return Named(_name(sides[1]), _read(sides[0], depth + 1))
-        return Relation(sides[0], "=", sides[-1])
-    if set(operators) <= {">", r"\ge"}:
+        return Relation(sides[0], "=", sides[-1]) if len(sides) == 2 else Chain(tuple(sides), tuple(operators))
+    if set(operators) <= {">", r"\ge", "="}:
         sides.reverse()
-        operators = [{">": "<", r"\ge": r"\le"}[operator] for operator in reversed(operators)]
+        operators = [{">": "<", r"\ge": r"\le", "=": "="}[operator] for operator in reversed(operators)]
     if set(operators) <= {"<", r"\le"}:
         interval = _as_interval(sides, operators, depth)
         if interval is not None:
             return interval
     if len(sides) == 2 and operators[0] in {"<", r"\le", r"\ne"}:
         return Relation(sides[0], operators[0], sides[1])
-    return Formula(text)
+    return Chain(tuple(sides), tuple(operators)) if set(operators) <= {"<", r"\le", "="} else Formula(text)
+
+
+def _read_excluded(text: str, depth: int) -> Collection | None:
+    r"""The set of points behind `x \ne` or `x \notin`; `None` where another variable stands there."""
+    if _SIMPLE_NAME.fullmatch(text) and not text.startswith("\\pi"):
+        return None
+    value = _read(text, depth + 1)
+    if isinstance(value, Formula):
+        return Collection("{}", (value,))
+    if isinstance(value, Collection) and value.kind in ("", "{}"):
+        return Collection("{}", value.items)
+    return None
+
+
+def _names_of_tuple(text: str) -> list[str]:
+    """Names in `(x,y)`, an empty list if it is anything else."""
+    if _outer_brackets(text) != ("(", ")"):
+        return []
+    parts = [part for part, _ in _split(text[1:-1], {","})]
+    return [_name(part) for part in parts] if all(map(_SIMPLE_NAME.fullmatch, parts)) else []
 
 
 def _as_interval(sides: list[str], operators: list[str], depth: int) -> Named | None:
-    r"""`a < x \le b`, `a < x` and `x \le b` as an interval named x."""
+    r"""`a < x \le b`, `a < x` and `x \le b` as an interval named x; the same of `|x|` as what it says of x."""
     if len(sides) == 2:
-        if _SIMPLE_NAME.fullmatch(sides[0]) and not _SIMPLE_NAME.fullmatch(sides[1]):
+        if _is_variable(sides[0]) and not _is_variable(sides[1]):
             sides, operators = [r"-\infty", *sides], ["<", *operators]
-        elif _SIMPLE_NAME.fullmatch(sides[1]) and not _SIMPLE_NAME.fullmatch(sides[0]):
+        elif _is_variable(sides[1]) and not _is_variable(sides[0]):
             sides, operators = [*sides, r"\infty"], [*operators, "<"]
-    if len(sides) != 3 or not _SIMPLE_NAME.fullmatch(sides[1]):
+    if len(sides) != 3 or not _is_variable(sides[1]):
         return None
     kind = ("(" if operators[0] == "<" else "[") + (")" if operators[1] == "<" else "]")
-    return Named(_name(sides[1]), Collection(kind, (_read(sides[0], depth + 1), _read(sides[2], depth + 1))))
+    ends = (_read(sides[0], depth + 1), _read(sides[2], depth + 1))
+    if match := _ABSOLUTE_VALUE.fullmatch(sides[1]):
+        return _mirrored(_name(match[1]), kind, *ends)
+    return Named(_name(sides[1]), Collection(kind, ends))
+
+
+def _is_variable(text: str) -> bool:
+    return bool(_SIMPLE_NAME.fullmatch(text) or _ABSOLUTE_VALUE.fullmatch(text))
+
+
+def _mirrored(name: str, kind: str, low: Form, high: Form) -> Named | None:
+    """The set of numbers with an absolute value between two numbers of at least 0."""
+    if not isinstance(low, Formula) or not isinstance(high, Formula):
+        return None
+    infinite = Formula(r"\infty")
+    smallest, largest = as_fraction(low.text), as_fraction(high.text)
+    if (largest is None or largest < 0) and high != infinite:
+        return None
+    if low == Formula(r"-\infty"):
+        opening = "(" if kind[1] == ")" else "["
+        return Named(name, Collection(opening + kind[1], (_negative(high), high)))
+    if smallest is None or smallest < 0:
+        return None
+    left = ("(" if kind[1] == ")" else "[") + (")" if kind[0] == "(" else "]")
+    below = Collection(left, (_negative(high), _negative(low)))
+    return Named(name, Collection("cup", (below, Collection(kind, (low, high)))))
+
+
+def _negative(form: Formula) -> Formula:
+    return Formula(f"-{form.text}")
 
 
 def _name(text: str) -> str:
@@ -346,7 +702,7 @@ def _is_name(text: str) -> bool:
 
 
 def _as_words(text: str) -> str | None:
-    r"""Text in lower case if it is words: all of it in `\text`, or bare words with one of four letters or more."""
+    r"""Text in lower case if it is words: all of it in `\text`, or bare and read as words rather than as a product."""
     if not text or not any(character.isalpha() for character in text):
         return None
     plain = _TEXT_PIECE.sub(r" \1 ", text)
@@ -357,24 +713,72 @@ def _as_words(text: str) -> str | None:
         return None
     marked = "\\text" in text and not _TEXT_PIECE.sub("", text).strip(" .,;:!")
     if not marked:
-        long_word = any(len(word) >= 4 and word.isalpha() for word in plain.split())
-        if not (_BARE_WORDS.fullmatch(plain) and long_word):
+        words = plain.split()
+        if not _BARE_WORDS.fullmatch(plain) or not any(map(_is_word, words)):
+            return None
+        if len(words) > 1 and _FUNCTIONS.fullmatch(words[0].lower()):
             return None
     return plain.casefold()
 
 
-def _unit(words: str, power: str | None) -> str | None:
-    """Unit with its power as in `cm^2`; `None` for words that are not in the table."""
-    words = " ".join(words.lower().replace("per", " per ").split()).strip(" .")
-    exponent = power or "1"
-    for pattern, value in ((r"(?:square|sq\.?) (.*)|(.*) squared", "2"), (r"(?:cubic|cu\.?) (.*)|(.*) cubed", "3")):
+def _is_word(text: str) -> bool:
+    """Whether bare letters are a word, so that their order counts and their case does not, or else a product.
+
+    A word is a known short one, or has a vowel: between two consonants if it has three letters. Capitals that repeat,
+    as in `ASA` or `HHT`, are no product either.
+    """
+    if not text.isalpha():
+        return False
+    lower = text.casefold()
+    if _SHORT_WORDS.fullmatch(lower):
+        return True
+    if text.isupper() and len(text) > 2 and len(set(text)) < len(text):
+        return True
+    if set(lower) <= set("abcdxyz") or not _VOWEL.search(lower):
+        return False
+    if len(lower) == 3:
+        return (text.islower() or text.istitle()) and bool(_SYLLABLE.fullmatch(lower))
+    return len(lower) > 3
+
+
+def _unit(words: str) -> str | None:
+    """Unit in one spelling, as in `cm^2` or `h^-1 km`; `None` for words that are not in the table."""
+    words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", words).lower().replace("^ \\circ", "").replace("^\\circ", "")
+    words = " ".join(re.sub(r"[{}]", "", words).split()).strip(" .")
+    if words in ("c", "f"):
+        return None
+    over, *under = re.split(r"\s*/\s*|\s*\bper\b\s*", words)
+    powers: dict[str, int] = {}
+    for part, sign in ((over, 1), *((part, -1) for part in under)):
+        found = _unit_factors(part)
+        if found is None:
+            return None
+        for name, power in found:
+            powers[name] = powers.get(name, 0) + sign * power
+    return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power)
+
+
+def _unit_factors(words: str) -> list[tuple[str, int]] | None:
+    """Units and powers of a product such as `kg m^2`, `square inches` or `cm squared`."""
+    power = 1
+    for pattern, value in ((r"(?:square|sq\.?) (.*)|(.*) squared", 2), (r"(?:cubic|cu\.?) (.*)|(.*) cubed", 3)):
         if match := re.fullmatch(pattern, words):
-            words, exponent = (match[1] or match[2]), value
-    if match := re.fullmatch(r"(.*?)\s*\^\s*\{?(\d)\}?", words):
-        words, exponent = match[1], match[2]
-    for candidate in (words, words.removesuffix("s"), words.removesuffix("es")):
+            words, power = (match[1] or match[2]), value
+    if (name := _known_unit(words)) is not None:
+        return [(factor, int(exponent or 1) * power) for factor, exponent in _UNIT_POWER.findall(name)]
+    found = []
+    for factor in re.split(r"\s*\*\s*|\s+(?!\^)", words):
+        match = re.fullmatch(r"([a-z.]+)\s*(?:\^?\s*([-+]?\d))?", factor)
+        if match is None or (name := _known_unit(match[1])) is None:
+            return None
+        found += [(base, int(e or 1) * int(match[2] or 1) * power) for base, e in _UNIT_POWER.findall(name)]
+    return found
+
+
+def _known_unit(word: str) -> str | None:
+    for candidate in (word, word.removesuffix("s"), word.removesuffix("es")):
         if candidate in _UNITS:
-            return _UNITS[candidate] + ("" if exponent == "1" else f"^{exponent}")
+            return _UNITS[candidate]
     return None
 
 
@@ -389,11 +793,17 @@ def _read_formula(text: str) -> Formula:
         elif text.endswith("%") and len(text) > 1:
             text, percent = text[:-1].strip(), True
         elif (match := _TEXT_UNIT.fullmatch(text)) and not _NO_UNITS.search(match[2].lower()):
-            text, unit = match[1], _unit(match[2], match[3])
+            text, unit = match[1], _unit(match[2])
         elif (match := _DEGREES.fullmatch(text)) and not _TRIGONOMETRIC.search(match[1]):
-            text, unit = match[1], "degree"
-        elif ((match := _BARE_UNIT.fullmatch(text)) and not _NO_UNITS.search(match[2].lower())) and (
-            (found := _unit(match[2], match[3])) or (_COUNT.fullmatch(match[1]) and len(match[2]) >= 4)
+            text, unit = match[1], {"C": "celsius", "F": "fahrenheit"}.get(match[2] or match[3], "degree")
+        elif (
+            (match := _BARE_UNIT.fullmatch(text))
+            and len(match[2].strip()) > 1
+            and not _NO_UNITS.search(match[2].lower())
+            and (
+                (found := _unit(match[2]))
+                or (_COUNT.fullmatch(match[1]) and _BARE_WORD_UNITS.fullmatch(match[2].strip()))
+            )
         ):
             text, unit = match[1], found
         else:
@@ -402,6 +812,15 @@ def _read_formula(text: str) -> Formula:
     if _outer_brackets(text) in {("(", ")"), ("{", "}")}:
         text = text[1:-1].strip()
     return Formula(text, unit, percent)
+
+
+def with_letter_as_unit(form: Formula) -> Formula | None:
+    """What `5 m` is if its last letter, behind a space, is a unit; `None` for any other formula."""
+    match = _SPACED_LETTER.fullmatch(form.text)
+    if match is None or form.unit:
+        return None
+    names = {"A": "a", "J": "j", "K": "k", "N": "n", "V": "v", "W": "w"}
+    return Formula(match[1], names.get(match[2], match[2].lower()), form.percent)
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
@@ -419,6 +838,8 @@ _RATIONAL = re.compile(
     re.VERBOSE,
 )
 _DECIMAL = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?")
+_UNIT_POWER = re.compile(r"([^\s^]+)(?:\^(-?\d+))?")
 _MAX_EXPONENT = 1000  # beyond it a power of ten stays a formula
 
 
@@ -463,10 +884,7 @@ def _rational_value(found: dict[str, str]) -> Fraction | None:
     return Fraction(found["start"].rstrip(".")) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**shift)
 
 
-_DECIMAL_PLACES = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))?")
-
-
 def decimal_places(text: str) -> int:
-    """Digits behind the point of a decimal (in scientific notation: once written out), 0 for any other formula."""
-    match = _DECIMAL_PLACES.fullmatch(text.strip())
-    return max(0, len(match[1]) - int(match[2] or match[3] or 0)) if match else 0
+    """Digits behind the point of a plain decimal or one in scientific notation, 0 for any other formula."""
+    match = _SHOWN_DECIMAL.fullmatch(text.strip())
+    return max(0, len(match[1]) - int(match[2] or 0)) if match else 0

@@ -45,7 +45,10 @@ _UNICODE = str.maketrans(
         **{"∞": r"\infty ", "°": r"^\circ ", "√": " sqrt", "±": r"\pm ", "∓": r"\mp ", "÷": "/", "⁄": "/", "∕": "/"},
         **{"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx "},
         **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∖": r"\setminus "},
+        **{"∠": r"\angle ", "△": r"\triangle ", "∀": r"\forall ", "…": r"\ldots ", "⋯": r"\ldots "},
+        **{"∧": r"\land ", "∨": r"\lor ", "∉": r"\notin ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}"},
         **{"⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "＄": "$", "€": r"\euro ", "£": r"\pound "},
+        **{"¥": r"\yen ", "₹": r"\rupee ", "¢": r"\text{ cents}"},
     }
 )
 
@@ -55,13 +58,85 @@ _GAP = (
     r"(?:\\[ ,;:!]|[\s,]){0,4}"  # a comma and spaces before `and`; bounded, or a thousand commas take quadratic time
 )
 
+_FOR = (
+    r"(?:for\s+(?:all|any|every|each|some|integers?|real|(?:an?|the)\s+integer)"
+    r"|(?:for|where|with)\s*\}?\s*[A-Za-z]\s*(?:\\in|(?:\\text\s*\{\s*)?is\s+an?y?\s))"
+)
+_LETTER_UNITS = {
+    **{"A": "ampere", "J": "joule", "K": "kelvin", "L": "liter", "N": "newton", "V": "volt", "W": "watt"},
+    **{"g": "gram", "h": "hour", "l": "liter", "m": "meter", "s": "second"},
+}
+_TH = "(?:st|nd|rd|th)"
+# Letters of Chinese, Japanese and Korean, which behind a number are its unit, but for those that change the number.
+_CJK = "(?:(?![万亿億千百十半以余多少第])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
+
+# What is said of a variable behind an answer: `for all x`, `where n is an integer`, `for n \in \mathbb{Z}`.
+_QUANTIFIER = re.compile(
+    rf"{_GAP}\(?\s*(?:\\forall{_END}|(?:\\text\s*\{{[\s,;(]*|(?<![A-Za-z\\])){_FOR})(?P<rest>.*)$", re.DOTALL
+)
+_DOMAINS = tuple(
+    (re.compile(pattern), domain)
+    for pattern, domain in (
+        (r"non-?\s?negative integer|\\mathbb\{Z\}\s*_\s*\{?\s*\\ge\s*0", r"\mathbb{Z}_0"),
+        (
+            r"positive integer|natural|\\mathbb\{N\}|\\mathbb\{Z\}\s*(?:\^\s*\{?\s*\+|_\s*\{?\s*(?:\+|>\s*0|\\ge ?1))",
+            r"\mathbb{N}",
+        ),
+        (r"integer|\\mathbb\{Z\}", r"\mathbb{Z}"),
+        (r"\brational|\\mathbb\{Q\}", r"\mathbb{Q}"),
+        (r"\breal|\\mathbb\{R\}", r"\mathbb{R}"),
+    )
+)
+
+
+def _write_quantifier(match: re.Match[str]) -> str:
+    r"""Write `\forall`, the variable and its domain (each may be missing) for what is said of a variable."""
+    said = match[0]
+    rest = re.sub(r"_\s*\{[^{}]*\}", "", match["rest"])
+    if re.search(r"[=<>\d]|\\(?:le|ge|ne)(?![A-Za-z])", rest):  # a condition on values stays
+        return said
+    domain = next((name for pattern, name in _DOMAINS if pattern.search(said)), "")
+    words = re.sub(r"\\[A-Za-z]+\s*(?:\{[A-Z]\})?|[a-z]{2,}", " ", said)
+    variable = re.search(r"[A-Za-z]", words)
+    return rf", \forall {variable[0] if variable else ''} {domain}"
+
+
+_MEMBERSHIP = re.compile(
+    rf"(?:{_GAP}(?<=[\s,;(])|(?:\\[ ,;:!]|\s){{0,4}}\()\s*(?P<variable>[A-Za-z])\s*\\in\s*\\mathbb\{{[ZNQR]\}}"
+    r"(?:\s*[_^]\s*(?:\{[^{}]*\}|\S))?\s*\)?(?=\s*(?:$|[,;.]|\\lor))"
+)
+
+
+def _write_membership(match: re.Match[str]) -> str:
+    r"""The same for `, n \in \mathbb{Z}` behind an answer in n, unless it says which values the answer means."""
+    head = re.sub(r"\\(?!le|ge|ne)[A-Za-z]+", " ", match.string[: match.start()])
+    domain = next((name for pattern, name in _DOMAINS if pattern.search(match[0])), "")
+    if match["variable"] not in head or (domain != r"\mathbb{R}" and re.search(r"[<>]|\\(?:le|ge|ne)", head)):
+        return match[0]
+    return rf", \forall {match['variable']} {domain}"
+
+
+_EXCEPTION = re.compile(r"(?<![A-Za-z\\])(?:for|[a-z]\s*=)|\\text\s*\{|[{}](?<!\\.)")
+
+
+def _repeating(decimal: str) -> str | None:
+    r"""`0.1\overline{6}` for `0.1666`, of which it is said that it goes on; `None` if no period is seen."""
+    whole, _, digits = decimal.partition(".")
+    for length in range(1, len(digits) // 2 + 1):
+        period = digits[-length:]
+        times = 3 if length == 1 or digits != 2 * period else 2
+        if digits.endswith(times * period):
+            return rf"{whole}.{digits[: -times * length]}\overline{{{period}}}"
+    return None
+
+
 # Order matters: each step sees what the ones above it left.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"[\x00-\x08\x0e-\x1f\x7f]", " "),
         (r"\\\\(?:\[[^\[\]]*\])?", r"\\cr "),  # a line break of a matrix
-        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + _END + r"\s*\.?", ""),
+        (r"\\(?:m?left|m?right|middle|[bB]igg?[lrm]?)" + _END + r"\s*\.?", ""),
         (
             r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|mathstrut|strut|centering)" + _END,
             " ",
@@ -72,7 +147,9 @@ _REWRITES = [
         (r"\\[dt]binom" + _END, r"\\binom"),
         (r"\\(?:leq|leqslant|leqq)" + _END, r"\\le "),
         (r"\\(?:geq|geqslant|geqq)" + _END, r"\\ge "),
-        (r"\\neq" + _END, r"\\ne "),
+        (r"\\neq" + _END + r"|\\not\s*(?:=|\{\s*=\s*\})", r"\\ne "),
+        (r"\\not\s*\\in" + _END, r"\\notin "),
+        (r"(?<![\d)!])!=|(?<=\s)!=", r"\\ne "),  # behind a digit, as in `5!=120`, it is a factorial
         (r"\\lt" + _END, "<"),
         (r"\\gt" + _END, ">"),
         (r"<=", r"\\le "),
@@ -85,6 +162,13 @@ _REWRITES = [
         (r"\\(?:rparen|rangle)" + _END, ")"),
         (r"\\(?:lvert|rvert|vert)" + _END, "|"),
         (r"\\(?:simeq|thickapprox)" + _END, r"\\approx "),
+        (r"\\(?:backslash|smallsetminus)" + _END, r"\\setminus "),
+        (r"(\\mathbb\s*\{?\s*[RQZNC]\s*\}?|\\reals|\\\}|[)\]])\s*-\s*(?=\\\{)", r"\1\\setminus "),
+        (r"\\(?:[ld]dots|dots[cbmio]|cdots|dots)" + _END + r"|\.\.\.+", r"\\ldots "),
+        (r"\\colon" + _END, ":"),
+        (r"\\(?:wedge|land)" + _END, r"\\land "),
+        (r"\\(?:hat|vec|widehat)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z]))", r" \1\2"),  # unit vectors
+        (r"\\vec\s*(?:\{\s*([A-Za-z])\s*\}|([A-Za-z])(?![A-Za-z]))", r" \1\2"),
         (r"\\(?:varnothing|empty)" + _END, r"\\emptyset "),
         (r"\\(?:degrees?|textdegree)" + _END, r"^\\circ "),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
@@ -92,22 +176,47 @@ _REWRITES = [
         (r"\\reals" + _END, r"\\mathbb{R}"),
         (r"\\operatorname\*?\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\s*\}", r"\\\1\2 "),
         (r"\\(?:mathrm|text)\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infinity)\s*\}", r"\\\1\2 "),
+        # One letter in upright type behind a number is a unit.
+        (
+            r"(?<=[\d}])((?:\\[ ,;:!]|[\s~])*)\\(?:mathrm|text|textrm|rm)\s*\{[\s~]*([AJKLNVWghlms])[\s~]*\}",
+            lambda match: f"{match[1]}\\text{{ {_LETTER_UNITS[match[2]]}}}",
+        ),
+        (
+            r"\\frac\s*\{\s*\\(?:mathrm|text)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:mathrm|text)\s*\{([^{}]*)\}"
+            r"(\s*\^\s*(?:\{\s*\d\s*\}|\d))?\s*\}",
+            r"\\text{ \1/\2\3}",
+        ),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|mathcal)\s*\{\s*([A-Za-z0-9])\s*\}", r" \1"),
         (r"\\(?:boldsymbol|bm|mathbf|underline|fbox|boxed|ensuremath)\s*(?=\{)", " "),
         (
             r"\\(?:text(?:bf|it|rm|sf|tt|normal|sc|up|md)|mbox|hbox|math(?:rm|bf|it|sf|tt)|emph|operatorname\*?)\s*\{",
             r"\\text{",
         ),
+        (
+            rf"(?<=\d)(?:\^\s*\{{\s*(?:\\text\s*\{{\s*{_TH}\s*\}}|{_TH})\s*\}}|\^?\s*\\text\s*\{{\s*{_TH}\s*\}}|{_TH}{_END})",
+            "",
+        ),
+        (rf"(?<=[\d}})])\s*(?:\\text\s*\{{\s*{_CJK}+\s*\}}|{_CJK}+)(?=\s*[.。]?\s*$)", ""),
+        (_QUANTIFIER, _write_quantifier),
+        *((r"(\\text\s*\{[^{}]*\^)\s*\{\s*([-+]?\d)\s*\}", r"\1\2"),) * 3,  # powers of units, one at a time
         # Inside \text{}, a number, a choice, a variable (no unit: m, g, s, h, l) or nothing is what it is without.
         (r"\\text\s*\{\s*((?:\(\s*[A-Za-z]\s*\))|[A-Z][.)]?|[a-fi-knopqrt-z]|[-+\d., ]*\d|)\s*\}", r" \1 "),
+        (r"\\text\s*\{\s*([-+]?\d[\d.,]*\s*(?:hundred|thousand|million|billion|trillion))\s*\}", r" \1 "),
+        (r"(?<![A-Za-z\\])(?:\\text\s*\{\s*Rs\.?\s*\}|Rs\.?)(?=(?:\\[ ,;:!]|\s)*\d)", r"\\rupee "),
         (r"\\text\s*\{\s*(?:approximately|approx\.?|about|roughly)\s*\}", r"\\approx "),
         (rf"(?<![A-Za-z\\{{])(?:approximately|about|roughly){_END}", r"\\approx "),
         (rf"{_GAP}(?:\\text\s*\{{[\s,;]*or[\s,]*\}}|(?<![A-Za-z\\{{])or{_END}|\\(?:lor|vee){_END})", r"\\lor "),
-        (rf"{_GAP}(?:\\text\s*\{{[\s,;]*and[\s,]*\}}|(?<![A-Za-z\\{{])and{_END})", ","),
+        (rf"{_GAP}(?:\\text\s*\{{[\s,;]*and[\s,]*\}}|(?<![A-Za-z\\{{])and{_END}|\\land{_END})", ","),
+        (_MEMBERSHIP, _write_membership),
         # Thousands: {,} and thin spaces between digits; `,\!` as the MATH data set writes it.
         (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\[!,;:]|\\[!,;:>])\s*(?:\\[!,;:]\s*)*(?=\d{3}(?!\d))", ""),
         (r"\\[,;:!> \n\t]|~|\\(?:quad|qquad|space|enspace|thinspace|nobreakspace)" + _END, " "),
-        (r"\\(?:percent)" + _END + r"|\\%|\bper\s?cent\b|\\text\s*\{\s*(?:%|percent)\s*\}", "%"),
+        (
+            r"\\(?:percent)"
+            + _END
+            + r"|\\%|\b(?:per\s?cent|pct\b\.?|percentage)(?![A-Za-z])|\\text\s*\{\s*(?:%|per\s?cent|pct\.?)\s*\}",
+            "%",
+        ),
         (r"\\\$|\\text\s*\{\s*\$\s*\}", r"\\dollar "),
         (r"\$", " "),
         (r"\\(?:times|cdot|ast)" + _END, "*"),
@@ -123,8 +232,15 @@ _REWRITES = [
         (r"\\infinity" + _END, r"\\infty "),
         (r"(?<![A-Za-z\\])inf(?![A-Za-z])", r"\\infty "),
         (r"(?<!\\)\{\s*\}", ""),
+        (r"(\d\.)\((\d+)\)", r"\1\\overline{\2}"),
         (r"(?<![\d.])\.(?=\d|\\overline)", "0."),
         (r"(?<=\d)\.(?!\d)(?!\s*\\(?:overline|dot|bar))", ""),
+        (r"(\d*\.\d+)\s*\\ldots(?![A-Za-z])", lambda match: _repeating(match[1]) or match[0]),
+        (
+            r"(?:\\text\s*\{\s*)?all\s+real(?:\s+numbers?|s)(?:\s+x)?\s*,?\s+(?:except|excluding|other\s+than|but)\b(.+)$",
+            lambda match: rf"\mathbb{{R}}\setminus \{{{_EXCEPTION.sub(' ', match[1]).strip(' .,')}\}}",
+        ),
+        (r"\\\s*$", ""),
         (r"\s+", " "),
     ]
 ]
@@ -166,9 +282,10 @@ def normalize(text: str) -> str:
 def _unwrap(text: str) -> str:
     r"""Strip Markdown's bold and the math delimiters `$`, `\(`, `\[` around a whole answer."""
     text = text.strip()
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-            text = text[len(opening) : -len(closing)].strip()
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`")):
+        bare = text.rstrip(" .,;")
+        if text.startswith(opening) and bare.endswith(closing) and len(bare) > len(opening + closing):
+            text = bare[len(opening) : -len(closing)].strip()
     return text
 
 
