@@ -50,10 +50,10 @@ _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 # Digits with a base within a formula. The value is not computed: digits and bases must be the same.
 _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
+_CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
 _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
 
-_FUNCTION_HEAD = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")  # as a name's tokens are joined
 _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
 _FUNCTION_WORDS = frozenset(
     ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
@@ -319,12 +319,16 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
-        answer = _with_variables_of(gold, answer)
         if gold.name == answer.name:
             return _equal(gold.value, answer.value, comparison)
-        if {"y"} < {gold.name, answer.name} and any(
-            map(_FUNCTION_HEAD.fullmatch, (gold.name, answer.name))
-        ):  # `y=x^2` and `f(x)=x^2`
+        calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
+        if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
+            given, wanted = calls[1][2].split(" , "), calls[0][2].split(" , ")
+            if len(given) != len(wanted) or len(set(given)) != len(given):
+                return False
+            renamed = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
+            return renamed is not None and _equal(gold.value, renamed, comparison)
+        if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
             return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
             return False
@@ -336,42 +340,6 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
     return comparison.proportional(
         f"({a.left})-({a.right})", f"({b.left})-({b.right})", a.operator not in ("=", "\\ne")
     )
-
-
-def _with_variables_of(gold: Named, answer: Named) -> Named:
-    """`f(t)=t^2` as `f(x)=x^2` if the gold defines f(x); the answer itself if that cannot be."""
-    heads = _FUNCTION_HEAD.fullmatch(gold.name), _FUNCTION_HEAD.fullmatch(answer.name)
-    if not heads[0] or not heads[1] or heads[0][1] != heads[1][1]:
-        return answer
-    wanted, given = heads[0][2].split(" , "), heads[1][2].split(" , ")
-    if len(wanted) != len(given) or len(set(given)) != len(given):
-        return answer
-    value = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
-    return answer if value is None else Named(gold.name, value)
-
-
-def _renamed(form: Form, names: dict[str, str]) -> Form | None:
-    """A form with variables renamed; `None` if a new name is in it already, or a part of it is not plain."""
-    if isinstance(form, Formula):
-        used = {letter for word in _WORD.findall(form.text) for letter in _variables(word)}
-        taken = used & set(names.values()) - set(names)
-        return None if taken else replace(form, text=_renamed_text(form.text, names))
-    if isinstance(form, Collection):
-        items = [_renamed(item, names) for item in form.items]
-        return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
-    if isinstance(form, Named):
-        value = _renamed(form.value, names)
-        return None if value is None else Named(_renamed_text(form.name, names), value)
-    return None
-
-
-def _renamed_text(text: str, names: dict[str, str]) -> str:
-    return _WORD.sub(lambda word: "".join(names.get(letter, letter) for letter in _variables(word[0])), text)
-
-
-def _variables(word: str) -> list[str]:
-    """Letters of a word; a control word, or the name of a function, is kept whole."""
-    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)
 
 
 def _as_relation(form: Named | Relation) -> Relation | None:
@@ -441,3 +409,26 @@ def _with_name(form: Form, other: Form) -> Form:
     sides = (other.left, other.right) if isinstance(other, Relation) else other.sides
     letters = {token for side in sides for token in tokens(side) if len(token) == 1 and token.isalpha()}
     return Named(letters.pop(), form) if len(letters) == 1 else form
+
+
+def _renamed(form: Form, names: dict[str, str]) -> Form | None:
+    """A form with variables renamed; `None` if a new name is in it already, or the form is not that plain."""
+    if isinstance(form, Formula):
+        taken = {letter for word in _WORD.findall(form.text) for letter in _letters_of(word)} - set(names)
+        return None if taken & set(names.values()) else replace(form, text=_renamed_text(form.text, names))
+    if isinstance(form, Collection):
+        items = [_renamed(item, names) for item in form.items]
+        return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
+    if isinstance(form, Named):
+        value = _renamed(form.value, names)
+        return None if value is None else Named(_renamed_text(form.name, names), value)
+    return None
+
+
+def _renamed_text(text: str, names: dict[str, str]) -> str:
+    return _WORD.sub(lambda word: "".join(names.get(letter, letter) for letter in _letters_of(word[0])), text)
+
+
+def _letters_of(word: str) -> list[str]:
+    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)

@@ -887,10 +887,10 @@ def _rational_value(found: dict[str, str]) -> Fraction | None:
     return Fraction(found["start"].rstrip(".")) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**shift)
 
 
-_DECIMAL_PLACES = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))?")
+_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))?")
 
 
 def decimal_places(text: str) -> int:
     """Digits behind the point of a decimal (in scientific notation: once written out), 0 for any other formula."""
-    match = _DECIMAL_PLACES.fullmatch(text.strip())
+    match = _SHOWN_DECIMAL.fullmatch(text.strip())
     return max(0, len(match[1]) - int(match[2] or match[3] or 0)) if match else 0
