@@ -32,7 +32,7 @@ from .forms import (
     read,
     with_letter_as_unit,
 )
-from .latex import TOKEN, normalize, tokens
+from .latex import normalize, tokens
 from .real_sets import equal_sets
 
 Verdict = bool | None
@@ -50,9 +50,14 @@ _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 # Digits with a base within a formula. The value is not computed: digits and bases must be the same.
 _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
-_CALL = re.compile(r"([A-Za-z]) \( ([A-Za-z]) \)")
+_CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
 _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
+
+_WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
+_FUNCTION_WORDS = frozenset(
+    ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
+)
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
@@ -100,8 +105,15 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
             How formulas are compared.
 
     Returns:
-        `bool` or `None`: None if the comparison cannot tell.
+        `bool` or `None`: None if the comparison cannot tell, or if the answer is nested too deeply to be looked at.
     """
+    try:
+        return _answers_equal(gold, answer, comparison)
+    except RecursionError:
+        return None
+
+
+def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
     normal_answer, normal_gold = normalize(answer), normalize(gold)
     if not normal_answer or not normal_gold:
         return False
@@ -111,17 +123,26 @@ def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verd
     if answer_domain and gold_domain:
         if answer_domain[2] and gold_domain[2] and answer_domain[2] != gold_domain[2]:
             return False
-        if answer_domain[1] and gold_domain[1] and answer_domain[1] not in tokens(normal_gold):
-            normal_answer = _renamed_text(normal_answer, answer_domain[1], gold_domain[1])
+        if answer_domain[1] and gold_domain[1] and gold_domain[1] not in tokens(normal_answer):
+            normal_answer = _renamed_text(normal_answer, {answer_domain[1]: gold_domain[1]})
     claimed = read(normal_answer)
     alternatives = [part for part in normal_gold.split(r"\approx") if part.strip()]
     verdict = _any(_equal(read(part), claimed, comparison) for part in alternatives)
-    if verdict is False and bool(groups := digit_groups(normal_gold)) != bool(claims := digit_groups(normal_answer)):
-        # `100,200` is a number, and the list that is written `100, 200`
-        return _any([_equal(groups or read(normal_gold), claims or claimed, comparison)])
+    if verdict is False and (pair := _as_lists(normal_gold, read(normal_gold), normal_answer, claimed)):
+        return _equal(*pair, comparison)
     if verdict is False and (_ALGEBRA.search(normal_gold) or _ALGEBRA.search(normal_answer)):
         return comparison.equal(normal_gold, normal_answer)
     return verdict
+
+
+def _as_lists(gold_text: str, gold: Form, answer_text: str, answer: Form) -> tuple[Form, Form] | None:
+    """The two in order, if one is a list and the other a number such as `100,200` that may be one, too."""
+    groups, claims = digit_groups(gold_text), digit_groups(answer_text)
+    if groups and not claims and isinstance(answer, Collection) and answer.kind == "":
+        return groups, answer
+    if claims and not groups and isinstance(gold, Collection) and gold.kind == "":
+        return gold, claims
+    return None
 
 
 def _any(verdicts: Iterable[Verdict]) -> Verdict:
@@ -148,12 +169,15 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
         return _equal_relations(gold, answer, comparison)
     if isinstance(gold, Named):
         # `x+y=1` is more than 1, `\text{Area}=1` is not.
-        return not {"+", "-"} & set(gold.name.split()) and _equal(gold.value, answer, comparison)
+        return not {"+", "-"} & set(gold.name.replace("{ - 1 }", "").split()) and _equal(
+            gold.value, answer, comparison
+        )
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
-        # `\frac34 = 0.75`: right if both sides are.
-        return _all(_equal(gold, read(side), comparison) for side in (answer.left, answer.right))
+        # `\frac34 = 0.75`: right if both sides are. A side that is an equation again is not read on and on.
+        sides = [read(side) for side in (answer.left, answer.right)]
+        return _all(not isinstance(side, Relation) and _equal(gold, side, comparison) for side in sides)
     if isinstance(gold, Words | Choice) or isinstance(answer, Words | Choice):
         return _letters(gold) == _letters(answer) != ""
     if isinstance(gold, Formula) and isinstance(answer, Formula):
@@ -221,8 +245,12 @@ def _equal_collections(gold: Collection, answer: Collection, comparison: Formula
     kinds = {gold.kind, answer.kind}
     if kinds & {"cup", "minus", "cap"}:
         verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
-        if verdict is not None:
-            return verdict
+        return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
+    return _equal_items(gold, answer, comparison)
+
+
+def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
+    kinds = {gold.kind, answer.kind}
     if kinds == {"quantity"}:
         pairs = list(zip(gold.items, answer.items, strict=False))
         same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)
@@ -295,8 +323,13 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
             return _equal(gold.value, answer.value, comparison)
         calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
-            renamed = _renamed(answer.value, calls[1][2], calls[0][2])
+            given, wanted = calls[1][2].split(" , "), calls[0][2].split(" , ")
+            if len(given) != len(wanted) or len(set(given)) != len(given):
+                return False
+            renamed = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
             return renamed is not None and _equal(gold.value, renamed, comparison)
+        if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
+            return _equal(gold.value, answer.value, comparison)
         if not (isinstance(gold.value, Formula) and isinstance(answer.value, Formula)):
             return False
     a, b = _as_relation(gold), _as_relation(answer)
@@ -344,8 +377,10 @@ def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 def _equal_chains(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     """Whether two chains of inequalities say the same, link by link, or in the other direction: `-3<-x<-1`."""
-    if isinstance(gold, Formula) and isinstance(answer, Chain) and set(answer.operators) == {"="}:
+    if isinstance(answer, Chain) and set(answer.operators) == {"="} and not isinstance(gold, Chain | Named | Relation):
         return _all(_equal(gold, read(side), comparison) for side in answer.sides)
+    if isinstance(gold, Chain) and set(gold.operators) == {"="} and not isinstance(answer, Chain | Named | Relation):
+        return _all(_equal(read(side), answer, comparison) for side in gold.sides)
     a, b = _sides(gold), _sides(answer)
     if a is None or b is None or len(a[1]) != len(b[1]):
         return False
@@ -376,19 +411,24 @@ def _with_name(form: Form, other: Form) -> Form:
     return Named(letters.pop(), form) if len(letters) == 1 else form
 
 
-def _renamed(form: Form, name: str, new_name: str) -> Form | None:
-    """A form with one variable renamed; `None` if the new name is in it already, or the form is not that plain."""
+def _renamed(form: Form, names: dict[str, str]) -> Form | None:
+    """A form with variables renamed; `None` if a new name is in it already, or the form is not that plain."""
     if isinstance(form, Formula):
-        taken = new_name != name and new_name in tokens(form.text)
-        return None if taken else replace(form, text=_renamed_text(form.text, name, new_name))
+        taken = {letter for word in _WORD.findall(form.text) for letter in _letters_of(word)} - set(names)
+        return None if taken & set(names.values()) else replace(form, text=_renamed_text(form.text, names))
     if isinstance(form, Collection):
-        items = [_renamed(item, name, new_name) for item in form.items]
+        items = [_renamed(item, names) for item in form.items]
         return None if None in items else replace(form, items=tuple(item for item in items if item is not None))
     if isinstance(form, Named):
-        value = _renamed(form.value, name, new_name)
-        return None if value is None else Named(_renamed_text(form.name, name, new_name), value)
+        value = _renamed(form.value, names)
+        return None if value is None else Named(_renamed_text(form.name, names), value)
     return None
 
 
-def _renamed_text(text: str, name: str, new_name: str) -> str:
-    return TOKEN.sub(lambda match: new_name if match[0] == name else match[0], text)
+def _renamed_text(text: str, names: dict[str, str]) -> str:
+    return _WORD.sub(lambda word: "".join(names.get(letter, letter) for letter in _letters_of(word[0])), text)
+
+
+def _letters_of(word: str) -> list[str]:
+    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)

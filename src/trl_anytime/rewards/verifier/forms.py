@@ -1,7 +1,11 @@
 r"""What an answer is: a number, words, a choice, a list, an interval, a matrix, an equation, or any other formula.
 
 `read` turns an answer into one of the small dataclasses below. Formulas stay strings: they are compared as exact
-fractions (`as_fraction`) or, in a worker process, by sympy.
+fractions (`as_fraction`) or, in a worker process, by value.
+
+This stage is ours because libraries read formulas, not answers. Their parsers drop units, take words for products of
+letters, keep one equation of several, join coordinates to thousands, and tell neither a choice from a variable nor a
+number's base from an index. It runs in the training process, and is linear in the length but for lists in any order.
 """
 
 import re
@@ -139,7 +143,9 @@ _UNITS = {
         "radian": "rad, radian",
         "dollar": "dollar, usd",
         "cent": "cent",
-        "euro": "euro",
+        "euro": "euro, eur",
+        "yen": "yen",
+        "rupee": "rupee, rs, rs., inr",
         "am": "am, a.m",
         "pm": "pm, p.m",
     }.items()
@@ -189,32 +195,49 @@ _SYLLABLE = re.compile("[^aeiou][aeiou][^aeiou]")
 _TEXT_PIECE = re.compile(r"\\text\s*\{([^{}]*)\}")
 _TEXT_WITH_NUMBER = re.compile(r"\\text\s*\{\s*([-+]?\d[^{}]*)\}")
 _BARE_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9'’.:\- ]*")
-_POWER_OF_UNIT = r"\s*(?:\^\s*(?:\{\s*[-+]?\d\s*\}|[-+]?\d))?"
+_POWER_OF_UNIT = r"(?:\s*\^\s*(?:\{\s*[-+]?\d\s*\}|[-+]?\d))?"
 _TEXT_ATOM = r"\\text\s*\{[^{}]*\}" + _POWER_OF_UNIT
 _TEXT_UNIT = re.compile(
     rf"(.*?[^\s+\-*/^=,(\[{{])\s*({_TEXT_ATOM}(?:\s*[/*]\s*(?:{_TEXT_ATOM}|[A-Za-z]+{_POWER_OF_UNIT})|\s*{_TEXT_ATOM})*)"
 )
-_BARE_ATOM = r"[A-Za-z][A-Za-z. ]*" + _POWER_OF_UNIT
-_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:[/*]\s*{_BARE_ATOM})*)")
+_BARE_ATOM = r"[A-Za-z](?:[A-Za-z. ]*[A-Za-z.])?" + _POWER_OF_UNIT
+_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:\s*[/*]\s*{_BARE_ATOM})*)")
 _BARE_WORD_UNITS = re.compile(r"[A-Za-z][A-Za-z/. ]{3,}")
 _SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms])")
 _COUNT = re.compile(r"[-+]?[\d., ]*\d|[-+]?\\frac\{\d+\}\{\d+\}|\d+/\d+")
-_CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound)(?![A-Za-z])\s*(.+)")
-_CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound)")
+_CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound|yen|rupee)(?![A-Za-z])\s*(.+)")
+_CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound|yen|rupee)")
 _DEGREES = re.compile(r"(.+?)\s*\^\s*\\circ(?:\s*\\text\s*\{\s*([CF])[a-z]*\s*\}|\s*([CF]))?")
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\\text\s*\{\s*([A-Za-z]+)[\s,]*(?:and)?\s*\}|([A-Za-z]+))[\s,]*")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _SIMPLE_NAME = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?:_(?:\{[^{}]*\}|\w))?'*(?:\([A-Za-z, ]*\))?")
 _ABSOLUTE_VALUE = re.compile(r"\|\s*([A-Za-z])\s*\|")
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+_CONGRUENCE = re.compile(
+    r"(.+?)\\equiv\s*(.+?)\s*[,(]*\s*(?:\\p?mod|\\bmod|\\text\s*\{\s*mod\s*\}|mod)(?![A-Za-z])\s*\{?\s*([^{}()]+?)\s*\}?[\s)]*"
+)
+_OUTWARD = re.compile(r"([\[\]])([^\[\]]*)([\[\]])")
+_LETTER = re.compile("[A-Za-z]")
+_ARITHMETIC = re.compile(r"(?:[\d\s.+\-*/^(){}!]|\\(?:frac|sqrt|pi|binom)(?![A-Za-z]))+")
 _SUBSCRIPT = re.compile(r"_\s*(?:\{[^{}]*\}|\w)")
-_FUNCTION_CALL = re.compile(r"[A-Za-z]\s*\(.*\)")
+_FUNCTION_CALL = re.compile(r"[A-Za-z]\s*(?:\^\s*\{\s*-1\s*\}|'+)?\s*\(.*\)")
 
 
 _REALS = Collection("()", (Formula(r"-\infty"), Formula(r"\infty")))
 _EMPTY_SET = Collection("{}", ())
-_NAMED_SETS = {r"\mathbb{R}": _REALS, r"\emptyset": _EMPTY_SET}
-_SETS_IN_WORDS = (
+_POSITIVE = Collection("()", (Formula("0"), Formula(r"\infty")))
+_NAMED_SETS: dict[str, "Form"] = {
+    r"\mathbb{R}": _REALS,
+    r"\emptyset": _EMPTY_SET,
+    **dict.fromkeys((rf"\mathbb{{R}}{mark}" for mark in ("^+", "^{+}", "_+", "_{+}", "_{>0}")), _POSITIVE),
+    **dict.fromkeys(
+        (rf"\mathbb{{Z}}{mark}" for mark in ("^+", "^{+}", "_+", "_{+}", "_{>0}")), Formula(r"\mathbb{N}")
+    ),
+}
+_SETS_IN_WORDS: tuple[tuple[re.Pattern[str], "Form"], ...] = (
     (re.compile(r"(?:x is |the set of )?(?:all|any) (?:the )?reals?(?: numbers?)?(?: x)?"), _REALS),
+    (re.compile(r"(?:the set of )?all (?:the )?integers"), Formula(r"\mathbb{Z}")),
+    (re.compile(r"(?:the set of )?all (?:the )?(?:positive integers|natural numbers)"), Formula(r"\mathbb{N}")),
     (re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set"), _EMPTY_SET),
 )
 
@@ -242,6 +265,10 @@ def _read(text: str, depth: int) -> Form:
         return _read_words(words)
     if match := re.fullmatch(r"\(\s*([A-Za-z])\s*\)|([A-Z])\s*\)", text):
         return Choice((match[1] or match[2]).upper())
+    if (match := _OUTWARD.fullmatch(text)) and (match[1] == "]" or match[3] == "["):  # `]1,2]` is `(1,2]`
+        text = ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
+    if r"\equiv" in text and (match := _CONGRUENCE.fullmatch(text)):
+        return _read_congruence(match)
     if match := _MATRIX.fullmatch(text):
         return _read_matrix(match, depth)
     if (match := _LINES.fullmatch(text)) and (lines := _read_lines(match[2], depth)) is not None:
@@ -266,13 +293,21 @@ def _read(text: str, depth: int) -> Form:
         parts = _split(text, {separator})
         if len(parts) > 1 and (kind != "minus" or len(parts) == 2):
             return Collection(kind, tuple(_read(part, depth + 1) for part, _ in parts))
-    if text in _NAMED_SETS:
-        return _NAMED_SETS[text]
+    if (named_set := _NAMED_SETS.get(text.replace(" ", ""))) is not None:
+        return named_set
     if brackets := _outer_brackets(text):
         return _read_brackets(text, brackets, depth)
-    if r"\pm" in text or r"\mp" in text:
+    if _PLUS_MINUS.search(text):
         return Collection("", _read_items([text], depth))
     return _read_formula(text)
+
+
+def _read_congruence(match: re.Match[str]) -> Form:
+    r"""`x \equiv 10 \pmod 7` as the value 3 of what is named `x` and `7`."""
+    name, value, modulus = _name(match[1]), match[2].strip(), match[3]
+    if re.fullmatch(r"-?\d{1,99}", value) and re.fullmatch(r"[1-9]\d{0,98}", modulus):
+        value = str(int(value) % int(modulus))
+    return Named(rf"{name} \equiv {_name(modulus)}", Formula(value))
 
 
 def _read_words(words: str) -> Form:
@@ -325,7 +360,7 @@ def _read_list(text: str, parts: list[tuple[str, str]], depth: int) -> Form:
             return _union(options) or Collection("", tuple(options))
     items = _read_items([item for item, _ in parts], depth)
     if r"\lor" in separators:
-        return _union(items) or Collection("or" if all(map(_is_set, items)) else "", items)
+        return _union(items) or Collection("or" if all(map(_is_set, items)) else "", _assignments(items))
     return _intersection(items) or _quantity(items) or Collection("", _assignments(items))
 
 
@@ -534,9 +569,10 @@ def _read_items(items: list[str], depth: int) -> tuple[Form, ...]:
     r"""Items of a list or set: empty ones dropped, `a \pm b` as two."""
     forms = []
     for item in items:
-        if item and (r"\pm" in item or r"\mp" in item):
-            forms.append(_read(item.replace(r"\pm", "+").replace(r"\mp", "-"), depth + 1))
-            forms.append(_read(item.replace(r"\pm", "-").replace(r"\mp", "+"), depth + 1))
+        if _PLUS_MINUS.search(item):
+            for plus, minus in (("+", "-"), ("-", "+")):
+                signed = re.sub(r"\\pm(?![A-Za-z])", plus, re.sub(r"\\mp(?![A-Za-z])", minus, item))
+                forms.append(_read(signed, depth + 1))
         elif item:
             forms.append(_read(item, depth + 1))
     return tuple(forms)
@@ -546,6 +582,8 @@ def _read_matrix(match: re.Match[str], depth: int) -> Form:
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", match[2]).replace(r"\hline", "")
     rows = [row for row, _ in _split(body, {r"\cr"}) if row]
     cells = [tuple(_read(cell, depth + 1) for cell, _ in _split(row, {"&"})) for row in rows]
+    if all(len(row) == 1 and isinstance(row[0], Named | Relation) for row in cells):  # a system of equations
+        return Collection("", tuple(row[0] for row in cells))
     if match[3] and len({len(row) for row in cells}) == 1:
         cells = list(zip(*cells, strict=True))
     return Matrix(tuple(cells))
@@ -570,8 +608,12 @@ def _read_relation(text: str, depth: int) -> Form | None:
         names = _names_of_tuple(sides[0])
         if names and isinstance(value, Collection) and value.kind == "()" and len(names) == len(value.items):
             return Collection("", tuple(map(Named, names, value.items)))  # `(x,y)=(1,2)`
+        if len(sides) > 2 and len(set(sides[:-1])) == len(sides) - 1 and all(map(_LETTER.fullmatch, sides[:-1])):
+            return Collection("", tuple(Named(side, value) for side in sides[:-1]))  # `x=y=2`
         if _is_name(sides[0]):
-            return Named(_name(sides[0]), value)
+            # `x = 2+3 = 5` is right if all of it is; what has letters, as a rule that is applied, is taken on trust.
+            steps = tuple(side for side in sides[1:-1] if _ARITHMETIC.fullmatch(side))
+            return Named(_name(sides[0]), Chain((*steps, sides[-1]), ("=",) * len(steps)) if steps else value)
         if len(sides) == 2 and _SIMPLE_NAME.fullmatch(sides[1]):
             return Named(_name(sides[1]), _read(sides[0], depth + 1))
         return Relation(sides[0], "=", sides[-1]) if len(sides) == 2 else Chain(tuple(sides), tuple(operators))
@@ -800,7 +842,6 @@ _RATIONAL = re.compile(
     re.VERBOSE,
 )
 _DECIMAL = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
-_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?")
 _UNIT_POWER = re.compile(r"([^\s^]+)(?:\^(-?\d+))?")
 _MAX_EXPONENT = 1000  # beyond it a power of ten stays a formula
 
@@ -846,7 +887,10 @@ def _rational_value(found: dict[str, str]) -> Fraction | None:
     return Fraction(found["start"].rstrip(".")) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**shift)
 
 
+_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))?")
+
+
 def decimal_places(text: str) -> int:
-    """Digits behind the point of a plain decimal or one in scientific notation, 0 for any other formula."""
+    """Digits behind the point of a decimal (in scientific notation: once written out), 0 for any other formula."""
     match = _SHOWN_DECIMAL.fullmatch(text.strip())
-    return max(0, len(match[1]) - int(match[2] or 0)) if match else 0
+    return max(0, len(match[1]) - int(match[2] or match[3] or 0)) if match else 0

@@ -1,7 +1,7 @@
 r"""Reads a formula into a sympy tree, unevaluated: numbers, letters, powers, fractions, roots, functions, sums.
 
-This reader is ours because the library's grammar reads common answers wrongly and without an error: `\cos t \cdot 2` as
-cos(2t), `2(3)` as 5, `dp` as a differential, `log(5)` as a product of three letters. What is not arithmetic
+This reader is ours because the library's grammar reads common answers wrongly and without an error: `\cos t \cdot 2`
+as cos(2t), `2(3)` as 5, `dp` as a differential, `log(5)` as a product of three letters. What is not arithmetic
 (integrals, limits, matrices, sets) is left to the library, see `symbolic.py`.
 
 The reader never evaluates, takes time linear in the length, and bounds the nesting. Formulas are normalised ones, see
@@ -120,49 +120,13 @@ _CALLS: dict[str, Any] = {
     "cbrt": lambda value, evaluate: Pow(value, Rational(1, 3), evaluate=evaluate),
 }
 _NAMES = {*_FUNCTIONS, *_LOGARITHMS, *_CALLS}
-_GREEK = {
-    rf"\{letter}"
-    for letter in [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "varrho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-    ]
-}
+_GREEK = set(
+    re.findall(
+        r"\\\w+",
+        r"\alpha\beta\gamma\delta\epsilon\varepsilon\zeta\eta\theta\vartheta\iota\kappa\lambda\mu\nu\xi\rho\varrho"
+        r"\sigma\tau\upsilon\phi\varphi\chi\psi\omega\Gamma\Delta\Theta\Lambda\Xi\Sigma\Upsilon\Phi\Psi\Omega\ell\hbar",
+    )
+)
 _ACCENTS = {r"\vec", r"\hat", r"\widehat", r"\bar", r"\overline", r"\overrightarrow", r"\tilde", r"\mathbf"}
 _CONSTANTS = {r"\pi": pi, r"\infty": oo, "e": E}
 _PAIRS = {"(": ")", "{": "}", "[": "]", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
@@ -374,7 +338,10 @@ class _Reader:
         if token[0] == "\\" and (name in _FUNCTIONS or name in _LOGARITHMS):
             return self.function(name)
         if token in _ACCENTS:
-            return Symbol(token + " ".join(self.raw_group()))
+            name = " ".join(self.raw_group())
+            if name[:1].isdigit():  # digits that repeat
+                raise Unreadable(token)
+            return Symbol(token + name)
         if (token.isalpha() and token.isascii()) or token in _GREEK or token in _CONSTANTS:
             return self.symbol(token, script)
         raise Unreadable(token)

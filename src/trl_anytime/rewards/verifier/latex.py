@@ -2,6 +2,9 @@ r"""One spelling for each answer: clean up LaTeX as models and data sets write i
 
 `normalize` maps the many spellings of one formula to one; `tokens` compares formulas without their white space. Both
 are plain string functions, make a fixed number of passes, and never raise.
+
+This stage is ours because a library's normalisation belongs to its own parser: it drops text and units, which
+`forms.py` reads, and it does not know the spellings of data sets (`1,\!000`, `{1 \over 2}`, `x \in \Bbb R`).
 """
 
 import re
@@ -48,6 +51,7 @@ _UNICODE = str.maketrans(
         **{"∠": r"\angle ", "△": r"\triangle ", "∀": r"\forall ", "…": r"\ldots ", "⋯": r"\ldots "},
         **{"∧": r"\land ", "∨": r"\lor ", "∉": r"\notin ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}"},
         **{"⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "＄": "$", "€": r"\euro ", "£": r"\pound "},
+        **{"¥": r"\yen ", "₹": r"\rupee ", "¢": r"\text{ cents}"},
     }
 )
 
@@ -101,7 +105,7 @@ def _write_quantifier(match: re.Match[str]) -> str:
 
 
 _MEMBERSHIP = re.compile(
-    rf"(?:{_GAP}(?<=[\s,;(])|\s*\()\s*(?P<variable>[A-Za-z])\s*\\in\s*\\mathbb\{{[ZNQR]\}}"
+    rf"(?:{_GAP}(?<=[\s,;(])|(?:\\[ ,;:!]|\s){{0,4}}\()\s*(?P<variable>[A-Za-z])\s*\\in\s*\\mathbb\{{[ZNQR]\}}"
     r"(?:\s*[_^]\s*(?:\{[^{}]*\}|\S))?\s*\)?(?=\s*(?:$|[,;.]|\\lor))"
 )
 
@@ -113,6 +117,20 @@ def _write_membership(match: re.Match[str]) -> str:
     if match["variable"] not in head or (domain != r"\mathbb{R}" and re.search(r"[<>]|\\(?:le|ge|ne)", head)):
         return match[0]
     return rf", \forall {match['variable']} {domain}"
+
+
+_EXCEPTION = re.compile(r"(?<![A-Za-z\\])(?:for|[a-z]\s*=)|\\text\s*\{|[{}](?<!\\.)")
+
+
+def _repeating(decimal: str) -> str | None:
+    r"""`0.1\overline{6}` for `0.1666`, of which it is said that it goes on; `None` if no period is seen."""
+    whole, _, digits = decimal.partition(".")
+    for length in range(1, len(digits) // 2 + 1):
+        period = digits[-length:]
+        times = 3 if length == 1 or digits != 2 * period else 2
+        if digits.endswith(times * period):
+            return rf"{whole}.{digits[: -times * length]}\overline{{{period}}}"
+    return None
 
 
 # Order matters: each step sees what the ones above it left.
@@ -166,6 +184,11 @@ _REWRITES = [
             r"(?<=[\d}])((?:\\[ ,;:!]|[\s~])*)\\(?:mathrm|text|textrm|rm)\s*\{[\s~]*([AJKLNVWghlms])[\s~]*\}",
             lambda match: f"{match[1]}\\text{{ {_LETTER_UNITS[match[2]]}}}",
         ),
+        (
+            r"\\frac\s*\{\s*\\(?:mathrm|text)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:mathrm|text)\s*\{([^{}]*)\}"
+            r"(\s*\^\s*(?:\{\s*\d\s*\}|\d))?\s*\}",
+            r"\\text{ \1/\2\3}",
+        ),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|mathcal)\s*\{\s*([A-Za-z0-9])\s*\}", r" \1"),
         (r"\\(?:boldsymbol|bm|mathbf|underline|fbox|boxed|ensuremath)\s*(?=\{)", " "),
         (
@@ -178,8 +201,11 @@ _REWRITES = [
         ),
         (rf"(?<=[\d}})])\s*(?:\\text\s*\{{\s*{_CJK}+\s*\}}|{_CJK}+)(?=\s*[.。]?\s*$)", ""),
         (_QUANTIFIER, _write_quantifier),
+        *((r"(\\text\s*\{[^{}]*\^)\s*\{\s*([-+]?\d)\s*\}", r"\1\2"),) * 3,  # powers of units, one at a time
         # Inside \text{}, a number, a choice, a variable (no unit: m, g, s, h, l) or nothing is what it is without.
         (r"\\text\s*\{\s*((?:\(\s*[A-Za-z]\s*\))|[A-Z][.)]?|[a-fi-knopqrt-z]|[-+\d., ]*\d|)\s*\}", r" \1 "),
+        (r"\\text\s*\{\s*([-+]?\d[\d.,]*\s*(?:hundred|thousand|million|billion|trillion))\s*\}", r" \1 "),
+        (r"(?<![A-Za-z\\])(?:\\text\s*\{\s*Rs\.?\s*\}|Rs\.?)(?=(?:\\[ ,;:!]|\s)*\d)", r"\\rupee "),
         (r"\\text\s*\{\s*(?:approximately|approx\.?|about|roughly)\s*\}", r"\\approx "),
         (rf"(?<![A-Za-z\\{{])(?:approximately|about|roughly){_END}", r"\\approx "),
         (rf"{_GAP}(?:\\text\s*\{{[\s,;]*or[\s,]*\}}|(?<![A-Za-z\\{{])or{_END}|\\(?:lor|vee){_END})", r"\\lor "),
@@ -209,8 +235,15 @@ _REWRITES = [
         (r"\\infinity" + _END, r"\\infty "),
         (r"(?<![A-Za-z\\])inf(?![A-Za-z])", r"\\infty "),
         (r"(?<!\\)\{\s*\}", ""),
+        (r"(\d\.)\((\d+)\)", r"\1\\overline{\2}"),
         (r"(?<![\d.])\.(?=\d|\\overline)", "0."),
         (r"(?<=\d)\.(?!\d)(?!\s*\\(?:overline|dot|bar))", ""),
+        (r"(\d*\.\d+)\s*\\ldots(?![A-Za-z])", lambda match: _repeating(match[1]) or match[0]),
+        (
+            r"(?:\\text\s*\{\s*)?all\s+real(?:\s+numbers?|s)(?:\s+x)?\s*,?\s+(?:except|excluding|other\s+than|but)\b(.+)$",
+            lambda match: rf"\mathbb{{R}}\setminus \{{{_EXCEPTION.sub(' ', match[1]).strip(' .,')}\}}",
+        ),
+        (r"\\\s*$", ""),
         (r"\s+", " "),
     ]
 ]
@@ -236,7 +269,10 @@ def normalize(text: str) -> str:
     text = text.strip()
     if PLAIN.fullmatch(text):
         return text
-    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    text = text.translate(_UNICODE)
+    compatible = unicodedata.normalize("NFKC", text)
+    if len(compatible) <= 2 * len(text):  # some characters stand for a sentence of 18: a long row of them is no answer
+        text = compatible.translate(_UNICODE)
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # `\\\\frac`: a formula that was escaped twice
     text = _unwrap(text)
@@ -249,9 +285,10 @@ def normalize(text: str) -> str:
 def _unwrap(text: str) -> str:
     r"""Strip Markdown's bold and the math delimiters `$`, `\(`, `\[` around a whole answer."""
     text = text.strip()
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-            text = text[len(opening) : -len(closing)].strip()
+    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`")):
+        bare = text.rstrip(" .,;")
+        if text.startswith(opening) and bare.endswith(closing) and len(bare) > len(opening + closing):
+            text = bare[len(opening) : -len(closing)].strip()
     return text
 
 

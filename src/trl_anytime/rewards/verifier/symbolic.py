@@ -11,7 +11,7 @@ from typing import Any
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
-from sympy import Expr, Float, Limit, MatrixBase, MatrixExpr, Rational, Set, UnevaluatedExpr
+from sympy import Basic, Expr, Float, Limit, MatrixBase, MatrixExpr, Pow, Rational, Set, UnevaluatedExpr
 from sympy.core.function import Derivative
 
 from .equality import MIN_DECIMALS, Exact, Verdict
@@ -23,7 +23,7 @@ from .values import Formula, equal_values, proportional_values
 _LIBRARY = re.compile(r"\\(?:int|lim|frac\{(?:d|\\partial)\}|setminus|cap|cup|mathbb|\{)|matrix\}")
 # The library would read these wrongly: `f'` as f, `2 3` as 5, `5!!` as (5!)!.
 _REFUSED = re.compile(r"'|!!|\d\s+\d|\\text|\\[lc]?dots|\\euro|\\dollar|\\pound|[^\x20-\x7e]|[`\"#@?;]")
-_ALGEBRAIC = (MatrixBase, MatrixExpr, Set)
+_MAX_MATRIX_POWER = 1000
 _MAX_NESTING = 20  # for the library, whose parser takes a second for twice as much
 
 __all__ = ["Symbolic", "TooLarge"]
@@ -43,7 +43,13 @@ class Symbolic:
         left, right = self._formula(a), self._formula(b)
         if isinstance(left, Formula) and isinstance(right, Formula):
             return equal_values(left, right, _decimals_shown(a, b))
-        if isinstance(left, _ALGEBRAIC) and isinstance(right, _ALGEBRAIC):
+        if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):
+            return _equal_matrices(left, right)
+        if isinstance(left, Set) or isinstance(right, Set):  # `[0,5]\cap[2,9]` and `[2,5]`: the second is no formula
+            left, right = (
+                _parse_by_library(text) if found is None else found for text, found in ((a, left), (b, right))
+            )
+        if isinstance(left, Set) and isinstance(right, Set):
             return verify(left, right, timeout_seconds=None)
         return False
 
@@ -71,7 +77,14 @@ def _decimals_shown(a: str, b: str) -> int:
     return max(shown) if min(shown) == 0 and max(shown) >= MIN_DECIMALS else 0
 
 
+def _equal_matrices(left: MatrixBase, right: MatrixBase) -> bool:
+    return left.shape == right.shape and all(
+        equal_values(Formula(a), Formula(b)) for a, b in zip(left.flat(), right.flat(), strict=True)
+    )
+
+
 def _parse_by_library(formula: str) -> Any:
+    """A `Formula`, a matrix or a set of sympy, or `None`."""
     formula = formula.replace("*", r"\cdot ").replace(r"\cr ", "\\\\")
     if _REFUSED.search(formula):
         return None
@@ -88,12 +101,15 @@ def _parse_by_library(formula: str) -> Any:
         raise
     except Exception:  # the parser raises plain Exceptions for what it does not understand
         return None
-    if not isinstance(parsed, Expr) or isinstance(parsed, MatrixExpr):
-        return parsed
+    if not isinstance(parsed, Basic | MatrixBase):
+        return None
     parsed = parsed.xreplace({number: Rational(str(number)) for number in parsed.atoms(Float)})
-    if parsed.has(Limit, Derivative, UnevaluatedExpr):
+    if isinstance(parsed, Pow) and isinstance(parsed.base, MatrixBase):
+        power = parsed.exp
+        return parsed.base**power if power.is_Integer and abs(power) <= _MAX_MATRIX_POWER else None
+    if isinstance(parsed, MatrixExpr | Set) or parsed.has(Limit, Derivative, UnevaluatedExpr):
         parsed = parsed.doit()
-    return Formula(parsed)
+    return Formula(parsed) if isinstance(parsed, Expr) and not isinstance(parsed, MatrixExpr) else parsed
 
 
 def _nesting(formula: str) -> int:

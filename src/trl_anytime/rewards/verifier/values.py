@@ -43,6 +43,7 @@ _MAX_LOG10 = 1e6
 _MAX_BITS = 3_400_000  # of exact integers: a million digits
 _MAX_BITS_AT_POINTS = 2**18
 _THOROUGH_POINTS = 2  # the first, which are small: there, a large size comes from the formula
+_MIN_POINTS = 3  # or an ordinary one: the roots of x and of -x meet in 0 alone
 _MAX_TERMS = 5_000  # of sums and products
 _LOG10_2 = math.log10(2)
 _IMAGINARY = Symbol("i")
@@ -141,12 +142,17 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
     """
     if left.is_opaque and left.expr == right.expr:
         return True
-    if not left.letters | right.letters:
-        return _equal_numbers(left.expr, right.expr, decimals)
+    with mpmath.workdps(_DIGITS):
+        if not left.letters | right.letters:
+            return _equal_numbers(left.expr, right.expr, decimals)
+        return _equal_at_points(left, right)
+
+
+def _equal_at_points(left: Formula, right: Formula) -> bool:
     for real in (True, False):
         if real and (left.is_complex or right.is_complex):
             continue
-        compared = 0
+        compared = ordinary = 0
         for key, point in _points(left, right):
             a, b = left.at(key, point, real), right.at(key, point, real)
             if a is None or b is None:
@@ -157,7 +163,8 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
             except (Undefined, TooLarge):
                 continue
             compared += 1
-        if compared:
+            ordinary += isinstance(key[0], int)
+        if ordinary or compared >= _MIN_POINTS:
             return True
     if left.is_too_large or right.is_too_large:
         raise TooLarge("too large at every point")
@@ -166,6 +173,11 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
 
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
     """Whether one formula is a constant multiple of the other, by a positive constant if so asked."""
+    with mpmath.workdps(_DIGITS):
+        return _proportional_at_points(left, right, positive)
+
+
+def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bool:
     for real in (True, False):
         if real and (left.is_complex or right.is_complex):
             continue
@@ -301,7 +313,7 @@ def _points(left: Formula, right: Formula) -> Iterator[tuple[Any, dict[str, Frac
             Fraction(choose.randint(-6, 12)) if small or choose.random() < 0.3 else choose.choice(pools[letter])
             for letter in letters
         ]
-        yield tuple(values), dict(zip(letters, values, strict=True))
+        yield (tuple(letters), tuple(values)), dict(zip(letters, values, strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -52,10 +52,11 @@ def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
     try:
         try:
             _limit_cpu(cpu_seconds)
-            return "equal" if answers_equal(gold, answer, Symbolic()) else "different"
+            verdict = answers_equal(gold, answer, Symbolic())
+            return "timeout" if verdict is None else "equal" if verdict else "different"
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-    except (OutOfTime, TooLarge, MemoryError, OverflowError):
+    except (OutOfTime, TooLarge, MemoryError, OverflowError, RecursionError):
         return "timeout"
     except Exception:  # a bug of a library on odd input makes the answer wrong, not the run
         return "different"
