@@ -10,15 +10,15 @@ import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tiny import make_tokenizer
-from trl_anytime.alarms import Alarms
-from trl_anytime.brpo_logging import completion_rows
-from trl_anytime.display import for_markdown, for_plot, for_shell, for_terminal
-from trl_anytime.history import Curve
-from trl_anytime.plots import evaluations_figure, plot_change, plot_results, training_figure
-from trl_anytime.trackers import _markdown
 
-from trl_anytime.inference import _EscapedStreamer
-from trl_anytime.rollout import Rollout, Thinking
+from trl_anytime.inference.generate import _EscapedStreamer
+from trl_anytime.outside.display import for_markdown, for_plot, for_shell, for_terminal
+from trl_anytime.reporting.learning_curves import Curve
+from trl_anytime.reporting.plots import evaluations_figure, plot_change, plot_results, training_figure
+from trl_anytime.reporting.trackers import _markdown
+from trl_anytime.rollout.types import Rollout, Thinking
+from trl_anytime.training.alarms import Alarms
+from trl_anytime.training.metrics import completion_rows
 
 # A title, colours, a link, C1's own escape, a bell, an overprint; right-to-left, hidden and tag characters
 HOSTILE = "a\x1b]0;t\x07\x1b[31mb\x1b]8;;http://x\x1b\\c\x9b2Jd\re\x08f\x7fg\u202eh\u2066i\u200bj\U000e0041k\u2028l\ud800m\0n"

@@ -6,11 +6,11 @@ from tiny_contract import make_contract
 from tiny_server import TinyServer, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from trl_anytime.encoding import encode
-from trl_anytime.probe import probe
 
 from trl_anytime import CompletionClient, anytime_generate
 from trl_anytime.cli import BAD_INPUT, main
+from trl_anytime.inference.probe import probe
+from trl_anytime.rollout.encoding import encode
 
 
 def without_unknown_token():

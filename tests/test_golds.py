@@ -10,13 +10,13 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl_anytime.checks.recipe import DataArguments, read_rows, to_problems
-from trl_anytime.problems import load_problems
-from trl_anytime.rewards.golds import bad_gold_message, gold_alternatives
 
 from trl_anytime import cli
 from trl_anytime.checks.start_checks import text_golds
+from trl_anytime.data import DataArguments, read_rows, to_problems
+from trl_anytime.evaluation.problems import load_problems
 from trl_anytime.rewards import ExactMatch, MathReward, MultipleChoice, NumericClose, grade_answers
+from trl_anytime.rewards.verifier.gold_answers import bad_gold_message, gold_alternatives
 
 SOLUTION = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether she sold 48+24 clips, because both months count."

@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from tiny import make_model, make_tokenizer
 from tiny_contract import make_contract
-from trl_anytime.contract import eos_of_model
-from trl_anytime.problems import load_problems
-from trl_anytime.validation import Unfit
 
 from trl_anytime import AnytimeContract, Sampling
 from trl_anytime.cli import BAD_INPUT, main
-from trl_anytime.evaluation import Journal, Protocol, load_results, results_of
+from trl_anytime.evaluation.evaluate import Journal, Protocol, load_results, results_of
+from trl_anytime.evaluation.problems import load_problems
+from trl_anytime.inference.anytime_config import eos_of_model
+from trl_anytime.outside.validation import Unfit
 
 INFINITY, NAN = float("inf"), float("nan")
 NUMBERS = ["1", True, None, [], {}, INFINITY, -INFINITY, NAN, 10**400]

@@ -1,6 +1,6 @@
 """Tables as text."""
 
-from trl_anytime.tables import aligned
+from trl_anytime.outside.tables import aligned
 
 
 def test_columns():

@@ -10,10 +10,11 @@ from urllib.error import HTTPError
 
 import pytest
 from tiny_contract import GREEDY, make_contract
-from trl_anytime.transport import get_json
-from trl_anytime.validation import MEBIBYTE, Unfit, fields, integer
 
-from trl_anytime import CompletionClient, transport
+from trl_anytime import CompletionClient
+from trl_anytime.outside import transport
+from trl_anytime.outside.transport import get_json
+from trl_anytime.outside.validation import MEBIBYTE, Unfit, fields, integer
 
 ANSWER = json.dumps({"a": 1}).encode()
 CHECK = fields(a=integer(0))
@@ -288,7 +289,7 @@ def test_what_a_server_says_cannot_move_the_terminal(caplog):
     ids=repr,
 )
 def test_a_probe_checks_what_it_is_told(message, tokenizer):
-    from trl_anytime.probe import probe
+    from trl_anytime.inference.probe import probe
 
     def reply(handler):
         content = MODELS if handler.command == "GET" else {"choices": [{"message": message}]}

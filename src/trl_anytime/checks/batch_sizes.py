@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..brpo_config import BRPOConfig
-from ..tables import aligned
+from ..outside.tables import aligned
 from ..training.checkpoint import generate_every
 from .finding import ERROR, WARNING, Finding
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..tables import aligned
+from ..outside.tables import aligned
 
 OK, WARNING, ERROR = "OK", "WARNING", "ERROR"
 

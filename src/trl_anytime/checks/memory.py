@@ -23,7 +23,7 @@ from ..brpo_config import BRPOConfig
 from ..method.packing import PackedRollouts
 from ..modeling.support import structural_objection
 from ..modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
-from ..tables import aligned
+from ..outside.tables import aligned
 from .batch_sizes import most_tokens
 from .finding import OK, WARNING, Finding
 

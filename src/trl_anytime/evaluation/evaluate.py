@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..inference.anytime_config import BUDGETS, AnytimeContract, check_context
 from ..inference.generate import context_of, is_transformers_model, open_backend, rollout_settings
 from ..outside.display import for_terminal
+from ..outside.tables import aligned
 from ..outside.validation import (
     MEBIBYTE,
     Check,
@@ -43,7 +44,6 @@ from ..outside.validation import (
 from ..rewards import AnswerReward, FormatReward, MathReward
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
-from ..tables import aligned
 from ..training.reward_guard import checked_rewards, failure_text
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..outside.display import for_terminal
+from ..outside.tables import aligned
 from ..outside.validation import fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
-from ..tables import aligned
 from .anytime_config import TOKEN_ID, AnytimeContract, check_context
 
 QUESTION = (

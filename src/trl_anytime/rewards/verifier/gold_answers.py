@@ -167,7 +167,10 @@ def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> st
         why = str(error)
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
-    return f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
+    return (
+        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: "
+        f"{skip}."
+    )
 
 
 # Columns
