@@ -17,7 +17,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from trl_anytime import AnytimeContract, Sampling
+from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.evaluation.evaluate import Evaluation, results_of
 from trl_anytime.evaluation.problems import ProblemSet
 from trl_anytime.rollout.markers import ThinkingMarkers
@@ -51,7 +51,7 @@ def make_model(folder: Path) -> None:
         model.lm_head.weight[:3] = 0.0  # never the largest score
     model.save_pretrained(folder)
     markers = ThinkingMarkers("</think>", (2,), "\n</think>", (201, 2), "\n", (201,))
-    AnytimeContract(markers, BUDGETS, [1 / 32] * 32, BRANCH - 3, Sampling(temperature=0), [0]).save(folder)
+    AnytimeConfig(markers, BUDGETS, [1 / 32] * 32, BRANCH - 3, Sampling(temperature=0), [0]).save_pretrained(folder)
 
 
 def main() -> None:
@@ -71,10 +71,10 @@ def main() -> None:
             model = LLM(temporary, dtype="float32", enforce_eager=True, block_size=32)
         else:
             model = AutoModelForCausalLM.from_pretrained(folder)
-        contract = AnytimeContract.load(folder)
+        config = AnytimeConfig.from_pretrained(folder)
 
         def evaluate(name: str, budgets: list[int]) -> tuple[float, float]:
-            settings = replace(contract, budgets=budgets)
+            settings = replace(config, budgets=budgets)
             evaluation = Evaluation(model, tokenizer, settings, [problems], "random", instruction="", batch_size=16)
             start = time.perf_counter()
             cost = results_of(evaluation.protocol, evaluation.run(folder / f"{name}.jsonl"))["cost"]

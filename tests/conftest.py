@@ -16,7 +16,7 @@ settings.load_profile("reproducible")
 import pytest  # noqa: E402
 from ranks import Ranks  # noqa: E402
 from tiny import make_model, make_tokenizer  # noqa: E402
-from tiny_contract import make_contract, usual_token  # noqa: E402
+from tiny_anytime_config import make_anytime_config, usual_token  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,6 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def contract(model, tokenizer):
+def config(model, tokenizer):
     """A greedy thinking may end with its marker."""
-    return make_contract((usual_token(model, tokenizer),))
+    return make_anytime_config((usual_token(model, tokenizer),))

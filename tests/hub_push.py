@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from tiny import make_config, make_dataset, make_model, make_tokenizer
 from transformers import TrainerCallback
 
-from trl_anytime import AnytimeContract, BRPOTrainer
+from trl_anytime import AnytimeConfig, BRPOTrainer
 from trl_anytime.rewards import ExactMatch
 
 output_dir = Path(sys.argv[1])
@@ -48,4 +48,4 @@ trainer.push_to_hub(model_name="Tiny: trained #1", tags=["a tag"])
 # As anyone would see it
 card = ModelCard.load(trainer.hub_model_id)
 assert card.data["base_model"] == "tiny/base"
-assert AnytimeContract.load(trainer.hub_model_id).budgets == [3, 6, 9]
+assert AnytimeConfig.from_pretrained(trainer.hub_model_id).budgets == [3, 6, 9]

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tiny import make_tokenizer
 
-from trl_anytime.inference.generate import _EscapedStreamer
+from trl_anytime.inference.streaming import _EscapedStreamer
 from trl_anytime.outside.display import for_markdown, for_plot, for_shell, for_terminal
 from trl_anytime.reporting.learning_curves import Curve
 from trl_anytime.reporting.plots import evaluations_figure, plot_change, plot_results, training_figure

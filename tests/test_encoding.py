@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import make_model, make_tokenizer
-from tiny_contract import make_contract
+from tiny_anytime_config import make_anytime_config
 from tiny_server import TinyServer, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ def test_commands_end_with_a_line(tmp_path, capsys):
     without_unknown_token().save_pretrained(tmp_path)
     model = make_model()
     model.save_pretrained(tmp_path)
-    make_contract().save(tmp_path)
+    make_anytime_config().save_pretrained(tmp_path)
     (tmp_path / "problems.jsonl").write_text('{"problem": "ordinary words", "answer": "2"}\n')
     problems = ["--dataset", str(tmp_path / "problems.jsonl"), "--output", str(tmp_path / "out"), "--device", "cpu"]
     with serving(TinyServer(model, chat=lambda body: [11, 5, 13, 2], tokenizer=make_tokenizer())) as server:
@@ -66,7 +66,7 @@ def test_commands_end_with_a_line(tmp_path, capsys):
 
 def test_from_python():
     with pytest.raises(ValueError, match="ordinary words"):
-        anytime_generate(make_model(), without_unknown_token(), ["ordinary words"], contract=make_contract())
+        anytime_generate(make_model(), without_unknown_token(), ["ordinary words"], config=make_anytime_config())
 
 
 def test_an_answer_of_unknown_words():
@@ -82,7 +82,7 @@ def test_an_answer_of_unknown_words():
         with pytest.raises(ValueError, match="ordinary words"):
             probe(
                 CompletionClient(server.url, patience=1.0),
-                make_contract(),
+                make_anytime_config(),
                 without_unknown_token(),
                 [4],
                 question="1 2",
@@ -96,4 +96,4 @@ TEMPLATES = ["{{ raise_exception('no') }}", "{{ messages[7].content.x }}", "{% f
 def test_a_template_that_fails(template):
     tokenizer = make_tokenizer(template)
     with pytest.raises(ValueError, match="template"):
-        make_contract().prompt_ids(tokenizer, [[{"role": "user", "content": "1"}]])
+        make_anytime_config().prompt_ids(tokenizer, [[{"role": "user", "content": "1"}]])

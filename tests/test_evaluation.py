@@ -17,7 +17,7 @@ from tiny_server import TinyServer, serving
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from trl_anytime import AnytimeContract, Sampling
+from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
 from trl_anytime.evaluation.evaluate import Evaluation, accuracies, load_results, results_of
 from trl_anytime.evaluation.problems import load_problems
@@ -32,7 +32,7 @@ NUM_PROBLEMS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model whose words are digits and boxes, its contract, and problems."""
+    """A random model whose words are digits and boxes, its config, and problems."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(extra_words=BOXES)
     tokenizer.save_pretrained(folder)
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
         model.lm_head.weight[[0, 1, 3]] = -5.0 * model.lm_head.weight[2]
     model.save_pretrained(folder)
     markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
-    AnytimeContract(markers, [4, 8], [0.5, 0.5], 3, Sampling(), [2]).save(folder)
+    AnytimeConfig(markers, [4, 8], [0.5, 0.5], 3, Sampling(), [2]).save_pretrained(folder)
     with (folder / "problems.jsonl").open("w") as file:
         for i in range(NUM_PROBLEMS):
             answers = [str(digit) for digit in range(i, i + 5)]  # any of them is right
@@ -455,10 +455,10 @@ def test_serve_command(folder, capsys):
 
 def test_samples_are_asked_for_once(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    contract = replace(AnytimeContract.load(folder), budgets=BUDGETS)
+    config = replace(AnytimeConfig.from_pretrained(folder), budgets=BUDGETS)
     problems = load_problems(str(folder / "problems.jsonl"))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    evaluation = Evaluation(model, tokenizer, contract, [problems], "tiny", num_samples=3, num_summaries=2)
+    evaluation = Evaluation(model, tokenizer, config, [problems], "tiny", num_samples=3, num_summaries=2)
     records = evaluation.run(tmp_path / "samples.jsonl")
     assert all(len(cut["answers"]) == len(cut["rewards"]) == 2 for record in records for cut in record["cuts"])
     assert accuracies(records, BUDGETS)["problems"].shape == (NUM_PROBLEMS, len(BUDGETS))

@@ -14,7 +14,7 @@ import yaml
 from fake_hub import USER, fake_hub
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from trl_anytime.inference.anytime_config import CONTRACT_NAME
+from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.reporting.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
 from trl_anytime.training import checkpoint
 
@@ -55,7 +55,7 @@ def test_every_push_has_the_card_of_its_weights(pushed):
     hub, _ = pushed
     for message, files in hub.repositories[f"{USER}/tiny"]:
         folder = "last-checkpoint/" if message.endswith("checkpoint") else ""
-        names = {CARD, BUDGET_PICTURE, TRAINING_PICTURE, CONTRACT_NAME, "model.safetensors"}
+        names = {CARD, BUDGET_PICTURE, TRAINING_PICTURE, ANYTIME_CONFIG_NAME, "model.safetensors"}
         assert {folder + name for name in names} <= set(files), message
         card = ModelCard(files[folder + CARD].decode())
         step = int(message.split("step ")[1][0]) if "step" in message else 2

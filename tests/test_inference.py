@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from tiny_contract import GREEDY, PROMPTS, make_contract
+from tiny_anytime_config import GREEDY, PROMPTS, make_anytime_config
 from transformers import GenerationConfig, TextStreamer
 
-from trl_anytime import AnytimeContract, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from trl_anytime import AnytimeConfig, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
 from trl_anytime.rollout.backend import RolloutSettings
 from trl_anytime.rollout.types import Rollout, Thinking
 
@@ -31,15 +31,15 @@ def test_the_tokens_are_those_of_training(tmp_path):
         tokenizer,
         [tokenizer.decode(ids) for ids in prompt_ids],
         num_summaries=2,
-        contract=AnytimeContract.load(tmp_path),
+        config=AnytimeConfig.from_pretrained(tmp_path),
         sampling=GREEDY,
     )
     assert [output.rollout for output in outputs] == trained
     assert len({tuple(rollout.thinking.token_ids) for rollout in trained}) > 1
 
 
-def test_outputs_say_what_was_used(model, tokenizer, contract):
-    outputs = anytime_generate(model, tokenizer, PROMPTS, [3, 12], contract=contract)
+def test_outputs_say_what_was_used(model, tokenizer, config):
+    outputs = anytime_generate(model, tokenizer, PROMPTS, [3, 12], config=config)
     finished = [output.answers[-1].finished for output in outputs]
     assert any(finished) and not all(finished)
     for output in outputs:
@@ -53,9 +53,9 @@ def test_outputs_say_what_was_used(model, tokenizer, contract):
         assert output.thinking == tokenizer.decode(output.rollout.thinking.token_ids)
 
 
-def test_budgets_that_share_a_cut_share_answers(model, tokenizer, contract):
+def test_budgets_that_share_a_cut_share_answers(model, tokenizer, config):
     sampled = anytime_generate(
-        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, contract=contract, sampling=Sampling(), seed=1
+        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, config=config, sampling=Sampling(), seed=1
     )
     early = [output for output in sampled if len(output.rollout.thinking.token_ids) <= 50]
     assert early
@@ -63,24 +63,24 @@ def test_budgets_that_share_a_cut_share_answers(model, tokenizer, contract):
         assert output.answers[1].answer_ids == output.answers[2].answer_ids
         assert len(output.answers[1].answers) == 3
     again = anytime_generate(
-        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, contract=contract, sampling=Sampling(), seed=1
+        model, tokenizer, PROMPTS, [3, 50, 60], num_summaries=3, config=config, sampling=Sampling(), seed=1
     )
     assert again == sampled
 
 
-def test_the_model_is_left_as_it_was(tokenizer, contract):
+def test_the_model_is_left_as_it_was(tokenizer, config):
     model = get_peft_model(make_model(attention_dropout=0.9), LoraConfig(target_modules="all-linear"))
     model.train()
     attention = model.config._attn_implementation
-    outputs = [anytime_generate(model, tokenizer, PROMPTS, contract=contract) for _ in range(2)]
+    outputs = [anytime_generate(model, tokenizer, PROMPTS, config=config) for _ in range(2)]
     assert outputs[0] == outputs[1]  # no dropout inside
     assert model.training and model.config._attn_implementation == attention
 
 
-def test_a_model_without_tree_attention(model, tokenizer, contract, monkeypatch, caplog):
-    expected = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+def test_a_model_without_tree_attention(model, tokenizer, config, monkeypatch, caplog):
+    expected = anytime_generate(model, tokenizer, PROMPTS, config=config)
     monkeypatch.setattr("trl_anytime.modeling.support.structural_objection", lambda model: "it is recurrent")
-    found = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+    found = anytime_generate(model, tokenizer, PROMPTS, config=config)
     assert found == expected
     assert "computes its thinking once more" in caplog.text and "it is recurrent" in caplog.text
 
@@ -93,9 +93,9 @@ def test_a_model_without_tree_attention(model, tokenizer, contract, monkeypatch,
         ({"budgets": [4, 4]}, "strictly increasing"),
     ],
 )
-def test_bad_arguments(model, tokenizer, contract, arguments, message):
+def test_bad_arguments(model, tokenizer, config, arguments, message):
     with pytest.raises(ValueError, match=message):
-        anytime_generate(model, tokenizer, **({"prompts": PROMPTS, "contract": contract} | arguments))
+        anytime_generate(model, tokenizer, **({"prompts": PROMPTS, "config": config} | arguments))
 
 
 # Inside generate()
@@ -135,39 +135,39 @@ def expected_tokens(output, j=0):
 
 @pytest.mark.parametrize("think_end", [(5,), (19, 19), None], ids=["never", "two tokens", "usual"])
 @pytest.mark.parametrize("budget", [1, 3, 5, 12])
-def test_the_processor_is_exact_to_the_token(model, tokenizer, contract, think_end, budget):
-    contract = contract if think_end is None else make_contract(think_end)
-    expected = anytime_generate(model, tokenizer, PROMPTS, [budget], contract=contract)
-    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, budget, width))
+def test_the_processor_is_exact_to_the_token(model, tokenizer, config, think_end, budget):
+    config = config if think_end is None else make_anytime_config(think_end)
+    expected = anytime_generate(model, tokenizer, PROMPTS, [budget], config=config)
+    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(config, budget, width))
     for row, output in zip(rows, expected, strict=True):
         tokens = expected_tokens(output)
         assert row[: len(tokens)] == tokens
         assert not any(row[len(tokens) :])
 
 
-def test_a_budget_for_each_row(model, tokenizer, contract):
+def test_a_budget_for_each_row(model, tokenizer, config):
     budgets = [12, 3, 7, 11, 1]
-    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, budgets, width))
+    rows = generate(model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(config, budgets, width))
     for i, (row, budget) in enumerate(zip(rows, budgets, strict=True)):
-        (output,) = anytime_generate(model, tokenizer, [PROMPTS[i]], [budget], contract=contract)
+        (output,) = anytime_generate(model, tokenizer, [PROMPTS[i]], [budget], config=config)
         tokens = expected_tokens(output)
         assert row[: len(tokens)] == tokens
 
 
 def test_sampled_beams_and_sequences_are_held_to_the_budget(model, tokenizer):
-    contract = make_contract()
+    config = make_anytime_config()
     for settings in ({"do_sample": True, "num_return_sequences": 3}, {"num_beams": 3}):
         torch.manual_seed(0)
         for row in generate(
-            model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(contract, 6, width), **settings
+            model, tokenizer, lambda width: ThinkingBudgetLogitsProcessor(config, 6, width), **settings
         ):
             if 5 not in row[:6] and 2 not in row[:6]:
                 assert row[6:9] == [9, 5, 8]
 
 
-def test_streaming(model, tokenizer, contract, capsys):
+def test_streaming(model, tokenizer, config, capsys):
     def processor_of(width):
-        return ThinkingBudgetLogitsProcessor(contract, 7, width)
+        return ThinkingBudgetLogitsProcessor(config, 7, width)
 
     (row,) = generate(model, tokenizer, processor_of, TextStreamer(tokenizer, skip_prompt=True), slice(0, 1))
     assert capsys.readouterr().out.split() == tokenizer.decode(row).split()
@@ -175,8 +175,8 @@ def test_streaming(model, tokenizer, contract, capsys):
 
 def test_an_answer_is_limited_after_an_early_end(model, tokenizer):
     """Else it would get the tokens that the thinking has left over."""
-    contract = replace(make_contract(), eos_token_ids=[2])
-    processor = ThinkingBudgetLogitsProcessor(contract, 10, 0)
+    config = replace(make_anytime_config(), eos_token_ids=[2])
+    processor = ThinkingBudgetLogitsProcessor(config, 10, 0)
     # A thinking of 2 that ended, the answer bridge, and 4 tokens of answer
     assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6]])).tolist() == [-1]
     assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6, 6]])).tolist() == [2]
@@ -184,11 +184,11 @@ def test_an_answer_is_limited_after_an_early_end(model, tokenizer):
 
 def test_a_budget_that_is_none():
     with pytest.raises(ValueError, match="positive ints"):
-        ThinkingBudgetLogitsProcessor(make_contract(), 0, 5)
+        ThinkingBudgetLogitsProcessor(make_anytime_config(), 0, 5)
 
 
 def test_budgets_share_a_context_and_its_summaries():
-    markers = make_contract().markers
+    markers = make_anytime_config().markers
     settings = RolloutSettings([3, 5], 2, 4, markers, [2], share_summaries=True)
     thinking = Thinking([7, 8], finished=False, abandoned=True)  # shorter than both budgets
     (shared,) = settings.contexts(thinking)

@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from tiny import make_model, make_tokenizer
-from tiny_contract import make_contract
+from tiny_anytime_config import make_anytime_config
 
-from trl_anytime import AnytimeContract, Sampling
+from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.cli import BAD_INPUT, main
 from trl_anytime.evaluation.evaluate import Journal, Protocol, load_results, results_of
 from trl_anytime.evaluation.problems import load_problems
-from trl_anytime.inference.anytime_config import eos_of_model
+from trl_anytime.inference.anytime_config import generation_eos_token_ids
 from trl_anytime.outside.validation import Unfit
 
 INFINITY, NAN = float("inf"), float("nan")
@@ -24,11 +24,11 @@ BUDGETS = [3, 7, 11, 12]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with its contract and a problem."""
+    """A model with its config and a problem."""
     folder = tmp_path_factory.mktemp("model")
     make_tokenizer().save_pretrained(folder)
     make_model().save_pretrained(folder)
-    make_contract().save(folder)
+    make_anytime_config().save_pretrained(folder)
     (folder / "problems.jsonl").write_text('{"problem": "1 2", "answer": "3"}\n')
     return folder
 
@@ -117,7 +117,7 @@ def write(request):
     return write
 
 
-def test_contracts(model, write, capsys):
+def test_anytime_configs(model, write, capsys):
     write(model / "anytime_config.json")
     refused(["serve-command", model], capsys, "anytime_config.json")
 
@@ -126,10 +126,10 @@ def test_generation_configs(model, write):
     path = model / "generation_config.json"
     write(path)
     if path.is_file() and path.stat().st_size == len("{}"):
-        assert eos_of_model(str(model)) == []
+        assert generation_eos_token_ids(str(model)) == []
     else:
         with pytest.raises(ValueError, match="generation_config.json"):
-            eos_of_model(str(model))
+            generation_eos_token_ids(str(model))
 
 
 def test_results(tmp_path, write, capsys):
@@ -180,10 +180,10 @@ def test_what_transformers_reads(model, name, kind, capsys):
     refused(["generate", model, "1", "--device", "cpu"], capsys, str(model))
 
 
-# Fields of a contract
+# Fields of a config
 
 with TemporaryDirectory() as temporary:
-    CONTRACT = json.loads(make_contract().save(temporary).read_text())
+    CONFIG = json.loads(make_anytime_config().save_pretrained(temporary).read_text())
 TEXTS = [3, None, [], {}, "", "\ud800", "x" * 20_000]
 IDS = [None, "5", [], {}, [None], ["5"], [5.0], [True], [-1], [2**40], [[5]], [INFINITY]]
 FIELDS = {
@@ -223,11 +223,11 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("path", FIELDS, ids=name_of)
-def test_fields_of_a_contract(path, tmp_path):
+def test_fields_of_an_anytime_config(path, tmp_path):
     for value in FIELDS[path]:
-        (tmp_path / "anytime_config.json").write_text(json.dumps(put(CONTRACT, path, value)))
+        (tmp_path / "anytime_config.json").write_text(json.dumps(put(CONFIG, path, value)))
         with pytest.raises(Unfit, match="anytime_config.json") as raised:
-            AnytimeContract.load(tmp_path)
+            AnytimeConfig.from_pretrained(tmp_path)
         assert path[0] in str(raised.value) and len(str(raised.value).splitlines()) == 1
         assert len(str(raised.value)) < 1000
 
@@ -256,7 +256,7 @@ def estimate(mean):
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
 
 
-PROTOCOL = Protocol("m", make_contract(), {"a": ("0123", 2)}, "", 1, 2, "r", 0)
+PROTOCOL = Protocol("m", make_anytime_config(), {"a": ("0123", 2)}, "", 1, 2, "r", 0)
 
 
 def sample(question):

@@ -10,14 +10,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_anytime import (
-    AnytimeContract,
+    AnytimeConfig,
     BRPOTrainer,
     CompletionClient,
     Sampling,
     ThinkingBudgetLogitsProcessor,
     anytime_generate,
 )
-from trl_anytime.inference.anytime_config import CONTRACT_NAME
+from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.rewards import ExactMatch
 from trl_anytime.rollout.markers import find_markers
 
@@ -107,13 +107,13 @@ def test_evaluation_agrees_with_training(trained):
     _, rollouts, folder = trained
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     greedy = Sampling(temperature=0)
-    contracts = {"found": None, "loaded": AnytimeContract.load(folder)}
-    alone = folder / "alone" / CONTRACT_NAME  # no tokenizer beside it
+    configs = {"found": None, "loaded": AnytimeConfig.from_pretrained(folder)}
+    alone = folder / "alone" / ANYTIME_CONFIG_NAME  # no tokenizer beside it
     alone.parent.mkdir(exist_ok=True)
-    alone.write_text((folder / CONTRACT_NAME).read_text())
-    contracts["alone"] = AnytimeContract.load(alone)
-    for contract in contracts.values():
-        (output,) = anytime_generate(model, tokenizer, [PROMPT], num_summaries=2, contract=contract, sampling=greedy)
+    alone.write_text((folder / ANYTIME_CONFIG_NAME).read_text())
+    configs["alone"] = AnytimeConfig.from_pretrained(alone)
+    for config in configs.values():
+        (output,) = anytime_generate(model, tokenizer, [PROMPT], num_summaries=2, config=config, sampling=greedy)
         assert output.rollout.thinking == rollouts[0].thinking
         assert output.rollout.summaries == rollouts[0].summaries
         assert [answer.answers[0] for answer in output.answers] == [r"\boxed{4}"] * 3
@@ -126,7 +126,7 @@ def test_a_server_agrees_with_training(trained):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with serving(TinyServer(model)) as server:
         (output,) = anytime_generate(
-            CompletionClient(server.url), tokenizer, [PROMPT], contract=AnytimeContract.load(folder)
+            CompletionClient(server.url), tokenizer, [PROMPT], config=AnytimeConfig.from_pretrained(folder)
         )
     assert output.rollout.thinking == rollouts[0].thinking
     assert [answer.well_formed for answer in output.answers] == [[True]] * 3
@@ -137,7 +137,7 @@ def test_budgets_inside_generate_agree_with_training(trained, budget):
     _, (rollout, *_), folder = trained
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     input_ids = torch.tensor([rollout.prompt_ids] * 2)
-    processor = ThinkingBudgetLogitsProcessor(AnytimeContract.load(folder), budget, input_ids.size(1))
+    processor = ThinkingBudgetLogitsProcessor(AnytimeConfig.from_pretrained(folder), budget, input_ids.size(1))
     output = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -154,14 +154,14 @@ def test_budgets_inside_generate_agree_with_training(trained, budget):
     assert output[:, input_ids.size(1) :].tolist() == [expected] * 2
 
 
-def test_the_contract_says_how_the_end_is_found(trained, tokenizer):
+def test_the_config_says_how_the_end_is_found(trained, tokenizer):
     trainer, rollouts, folder = trained
-    contract = AnytimeContract.load(folder)
-    assert contract.markers == trainer.markers and contract.markers.in_text
-    contract.check(tokenizer)
+    config = AnytimeConfig.from_pretrained(folder)
+    assert config.markers == trainer.markers and config.markers.in_text
+    config.check_tokenizer(tokenizer)
     thinking = rollouts[0].thinking.token_ids
-    assert contract.markers.end_of_thinking(thinking) == len(thinking)
-    alone = AnytimeContract.load(folder / CONTRACT_NAME, tokenizer)
+    assert config.markers.end_of_thinking(thinking) == len(thinking)
+    alone = AnytimeConfig.from_pretrained(folder / ANYTIME_CONFIG_NAME, tokenizer)
     assert alone.markers.end_of_thinking(thinking) == len(thinking)
 
 

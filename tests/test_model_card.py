@@ -21,7 +21,7 @@ from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_anytime import AnytimeContract, BRPOConfig, BRPOTrainer
+from trl_anytime import AnytimeConfig, BRPOConfig, BRPOTrainer
 from trl_anytime.inference.serving import deployment
 from trl_anytime.reporting.card_facts import CardFacts, DataSet, links_to_trackers
 from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
@@ -158,7 +158,7 @@ def test_training_curves():
 
 
 def make_facts(**changes):
-    contract = AnytimeContract.detect(make_tokenizer(), truncation_bridge="so </think>", answer_bridge="answer")
+    config = AnytimeConfig.from_tokenizer(make_tokenizer(), truncation_bridge="so </think>", answer_bridge="answer")
     facts = {
         "name": "a model",
         "model_id": None,
@@ -167,7 +167,7 @@ def make_facts(**changes):
         "adapter": None,
         "tags": ["trl", "brpo"],
         "links": [],
-        "contract": contract,
+        "anytime_config": config,
         "recipe": "AnytimeReasoner-uniform",
         "metric": "accuracy",
         "dataset": DataSet("owner/problems", on_hub=True, num_rows=8),
@@ -293,7 +293,7 @@ def structure(card):
     return kinds, addresses, heading
 
 
-def hostile_facts(text, contract, **changes):
+def hostile_facts(text, config, **changes):
     """Facts in which everything that comes from outside is this text."""
     return make_facts(
         **{
@@ -302,9 +302,9 @@ def hostile_facts(text, contract, **changes):
             "base_model": text,
             "architecture": text,
             "tags": [text],
-            "contract": replace(
-                contract,
-                markers=replace(contract.markers, think_end=text, truncation_bridge=text, answer_bridge=text),
+            "anytime_config": replace(
+                config,
+                markers=replace(config.markers, think_end=text, truncation_bridge=text, answer_bridge=text),
                 chat_template_kwargs={text: text},
             ),
             "dataset": DataSet(text),
@@ -344,7 +344,7 @@ def hostile_facts(text, contract, **changes):
 )
 def test_text_from_outside_is_inert(tmp_path, text, changes):
     """A card of hostile names is built as one of plain names, and its data and code hold the names as given."""
-    contract = make_facts().contract
+    config = make_facts().anytime_config
     cards = []
     for word in (text, "plain"):
         given = dict(changes)
@@ -353,7 +353,7 @@ def test_text_from_outside_is_inert(tmp_path, text, changes):
             given |= {"dataset": dataset, "eval_datasets": {"": dataset}}
         if "question" in given:
             given["question"] = word  # no chat
-        build_card(hostile_facts(word, contract, **given)).save(tmp_path / CARD)
+        build_card(hostile_facts(word, config, **given)).save(tmp_path / CARD)
         cards.append(ModelCard.load(tmp_path / CARD))
     card, plain = cards
 
@@ -403,10 +403,10 @@ def test_the_template_is_given_all_that_it_names(monkeypatch):
 
 
 def test_bridges_with_backticks():
-    contract = AnytimeContract.detect(
+    config = AnytimeConfig.from_tokenizer(
         make_tokenizer(extra_words=("``",)), truncation_bridge="`` </think>", answer_bridge="answer"
     )
-    assert "```'`` </think>'```" in build_card(make_facts(contract=contract)).text
+    assert "```'`` </think>'```" in build_card(make_facts(anytime_config=config)).text
 
 
 def test_recipes_in_the_text():
@@ -535,20 +535,20 @@ def test_the_code_of_the_card_runs(trained, tmp_path, monkeypatch, capsys):
     assert [int(line[0]) for line in printed] == [3, 6, 9]
     assert all(int(thinking) <= int(budget) for budget, thinking, *_ in printed)
     bridges = {tuple(bridge) for bridge in names["output"].rollout.bridges}
-    contract = AnytimeContract.load(folder)
-    markers = contract.markers
+    config = AnytimeConfig.from_pretrained(folder)
+    markers = config.markers
     assert bridges <= {markers.truncation_bridge_ids + markers.answer_bridge_ids, markers.answer_bridge_ids}
 
     serve, request = blocks(card, "bash")
     if (tmp_path / "adapter_config.json").exists():
         assert serve.startswith("vllm serve merged ")
-        assert AnytimeContract.load("merged") == contract
+        assert AnytimeConfig.from_pretrained("merged") == config
         assert AutoTokenizer.from_pretrained("merged").get_vocab() == names["tokenizer"].get_vocab()
         merged = AutoModelForCausalLM.from_pretrained("merged")
         tokens = torch.tensor([[6, 8, 9, 3]])
         with torch.no_grad():
             torch.testing.assert_close(merged(tokens).logits, trained[0].model(tokens).logits, rtol=1e-4, atol=1e-5)
-    server = deployment("merged" if "merged" in serve else ".", contract, 9)
+    server = deployment("merged" if "merged" in serve else ".", config, 9)
     assert serve == server.command_line()
     body = json.loads(request.split("<<'END'\n")[1].removesuffix("\nEND"))
     assert body == {**server.requests[0].body, "messages": [{"role": "user", "content": "1 2"}]}

@@ -1,11 +1,11 @@
 """A server as a backend: the same answers as the model, whatever goes wrong on the way, or an error."""
 
 import pytest
-from tiny_contract import GREEDY, PROMPTS
+from tiny_anytime_config import GREEDY, PROMPTS
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient, anytime_generate
-from trl_anytime.inference.generate import stream_answers, streaming_sampler
+from trl_anytime.inference.streaming import stream_answers, streaming_sampler
 
 
 def make_client(server, **settings):
@@ -13,10 +13,10 @@ def make_client(server, **settings):
 
 
 @pytest.mark.parametrize("num_summaries", [1, 2])
-def test_the_tokens_are_those_of_the_model(model, tokenizer, contract, num_summaries):
-    expected = anytime_generate(model, tokenizer, PROMPTS, None, num_summaries, contract=contract)
+def test_the_tokens_are_those_of_the_model(model, tokenizer, config, num_summaries):
+    expected = anytime_generate(model, tokenizer, PROMPTS, None, num_summaries, config=config)
     with serving(TinyServer(model)) as server:
-        found = anytime_generate(make_client(server), tokenizer, PROMPTS, None, num_summaries, contract=contract)
+        found = anytime_generate(make_client(server), tokenizer, PROMPTS, None, num_summaries, config=config)
         assert found == expected
         assert {body["temperature"] for body in server.bodies} == {0}
         assert len(server.bodies) == 2 * len(PROMPTS)  # a thinking, and all its summaries
@@ -37,37 +37,37 @@ RECOVERABLE = [
 
 
 @pytest.mark.parametrize("fault", RECOVERABLE)
-def test_a_fault_is_never_a_shorter_result(model, tokenizer, contract, fault):
-    expected = anytime_generate(model, tokenizer, PROMPTS[:1], contract=contract)
+def test_a_fault_is_never_a_shorter_result(model, tokenizer, config, fault):
+    expected = anytime_generate(model, tokenizer, PROMPTS[:1], config=config)
     # Of the thinking once, of the summaries twice
     with serving(TinyServer(model, [fault, None, fault, fault])) as server:
         client = make_client(server, timeout=0.5 if fault == "stalls" else 5.0)
-        assert anytime_generate(client, tokenizer, PROMPTS[:1], contract=contract) == expected
+        assert anytime_generate(client, tokenizer, PROMPTS[:1], config=config) == expected
         assert len(server.bodies) == 5 and not server.faults
 
 
 @pytest.mark.parametrize("fault", RECOVERABLE)
-def test_patience_ends(model, tokenizer, contract, fault):
+def test_patience_ends(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault] * 100)) as server:
         client = make_client(server, timeout=0.3, patience=0.4)
         with pytest.raises(ConnectionError, match="gave no complete answer within 0.4 seconds; the last failure"):
-            anytime_generate(client, tokenizer, PROMPTS[:1], contract=contract)
+            anytime_generate(client, tokenizer, PROMPTS[:1], config=config)
 
 
-def test_retry_after_is_kept(model, tokenizer, contract, caplog):
+def test_retry_after_is_kept(model, tokenizer, config, caplog):
     with serving(TinyServer(model, ["rate_limited"])) as server:
-        anytime_generate(make_client(server), tokenizer, PROMPTS[:1], contract=contract)
+        anytime_generate(make_client(server), tokenizer, PROMPTS[:1], config=config)
     assert "next attempt in 0.2 seconds: 429 too fast" in caplog.text
 
 
-def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, contract):
+def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, config):
     for fault, message in (
         ("refuses", r"refused the request \(400\): thinking budgets are not configured"),
         ("keeps_its_ids", "returns no token ids.*serve-command"),
     ):
         with serving(TinyServer(model, [fault])) as server:
             with pytest.raises(ValueError, match=message):
-                anytime_generate(make_client(server), tokenizer, PROMPTS[:1], contract=contract)
+                anytime_generate(make_client(server), tokenizer, PROMPTS[:1], config=config)
             assert len(server.bodies) == 1
 
 
@@ -80,20 +80,20 @@ def test_nobody_there(model):
         CompletionClient("localhost:8000")
 
 
-def test_names_and_contexts(model, tokenizer, contract):
+def test_names_and_contexts(model, tokenizer, config):
     with serving(TinyServer(model, max_model_len=20)) as server:
         with pytest.raises(ValueError, match="does not serve 'other', but tiny"):
             CompletionClient(server.url, "other")
         with pytest.raises(ValueError, match="context of 20 tokens"):
-            anytime_generate(CompletionClient(f"{server.url}/v1/"), tokenizer, PROMPTS, contract=contract)
+            anytime_generate(CompletionClient(f"{server.url}/v1/"), tokenizer, PROMPTS, config=config)
 
 
-def test_streaming(model, tokenizer, contract, capsys):
-    (expected,) = anytime_generate(model, tokenizer, PROMPTS[:1], contract=contract)
+def test_streaming(model, tokenizer, config, capsys):
+    (expected,) = anytime_generate(model, tokenizer, PROMPTS[:1], config=config)
     with serving(TinyServer(model)) as server:
         for streamed in (model, make_client(server)):
             sample = streaming_sampler(streamed, tokenizer, GREEDY)
-            rollout = stream_answers(sample, tokenizer, contract, PROMPTS[0], 256)
+            rollout = stream_answers(sample, tokenizer, config, PROMPTS[0], 256)
             assert rollout == expected.rollout
             printed = capsys.readouterr().out
             thinking, *answers = printed.split("\n--- answer after")
@@ -102,8 +102,8 @@ def test_streaming(model, tokenizer, contract, capsys):
 
 
 @pytest.mark.parametrize("fault", ["drops", "overloaded", "garbles"])
-def test_a_stream_that_breaks_off_is_an_error(model, tokenizer, contract, fault):
+def test_a_stream_that_breaks_off_is_an_error(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault])) as server:
         sample = streaming_sampler(make_client(server), tokenizer, GREEDY)
         with pytest.raises((ConnectionError, ValueError), match="broke off|refused the request"):
-            stream_answers(sample, tokenizer, contract, PROMPTS[0], 256)
+            stream_answers(sample, tokenizer, config, PROMPTS[0], 256)

@@ -1,4 +1,4 @@
-"""The printed deployments say what the contract says. vLLM's is run in `make test-vllm`."""
+"""The printed deployments say what the config says. vLLM's is run in `make test-vllm`."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from tiny_contract import make_contract
+from tiny_anytime_config import make_anytime_config
 
 from trl_anytime.inference.serving import deployment
 
@@ -26,9 +26,9 @@ HOSTILE = [
 ]
 
 
-def test_requests_carry_the_contract():
-    contract = replace(make_contract(), max_summary_length=7)
-    found = deployment("some/model", contract, budget=100)
+def test_requests_carry_the_config():
+    config = replace(make_anytime_config(), max_summary_length=7)
+    found = deployment("some/model", config, budget=100)
     assert found.command[:3] == ["vllm", "serve", "some/model"]
     assert found.command[-2:] == ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
     chat, think, answer = (request.body for request in found.requests)
@@ -43,11 +43,11 @@ def test_requests_carry_the_contract():
 @pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
 def test_what_is_pasted_runs_nothing_but_the_commands(hostile, tmp_path):
     """All that is printed goes through a real shell, in which the commands only say what they were given."""
-    contract = make_contract()
-    end = contract.markers.think_end
-    markers = replace(contract.markers, truncation_bridge=f"{hostile}{end}{hostile}", answer_bridge=hostile)
-    contract = replace(contract, markers=markers, chat_template_kwargs={hostile: hostile})
-    found = deployment(f"model{hostile}", contract, budget=7)
+    config = make_anytime_config()
+    end = config.markers.think_end
+    markers = replace(config.markers, truncation_bridge=f"{hostile}{end}{hostile}", answer_bridge=hostile)
+    config = replace(config, markers=markers, chat_template_kwargs={hostile: hostile})
+    found = deployment(f"model{hostile}", config, budget=7)
     (tmp_path / "bin").mkdir()
     for name in ("vllm", "curl"):
         command = tmp_path / "bin" / name
@@ -70,11 +70,11 @@ def test_what_is_pasted_runs_nothing_but_the_commands(hostile, tmp_path):
 
 
 def test_a_usual_command_line_is_plain():
-    found = deployment("some/model", make_contract(), budget=100)
+    found = deployment("some/model", make_anytime_config(), budget=100)
     assert shlex.split(found.command_line()) == found.command
 
 
 @pytest.mark.parametrize("budget", [0, -1, True, 2.5])
 def test_a_budget_that_is_none(budget):
     with pytest.raises(ValueError, match="`budget`"):
-        deployment("some/model", make_contract(), budget=budget)
+        deployment("some/model", make_anytime_config(), budget=budget)

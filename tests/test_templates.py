@@ -9,7 +9,7 @@ from melting import make_melting_tokenizer
 from test_brpo_trainer import make_trainer
 from tiny import make_config, make_dataset, make_tokenizer
 
-from trl_anytime import AnytimeContract
+from trl_anytime import AnytimeConfig
 from trl_anytime.checks.finding import ERROR, OK, WARNING
 from trl_anytime.checks.start_checks import prompt_findings, template_findings
 from trl_anytime.rollout.markers import find_markers
@@ -348,8 +348,9 @@ def test_the_trainer_refuses_rows_that_close_the_thinking(tmp_path, which):
         make_trainer(tmp_path, processing_class=tokenizer, **sets)
 
 
-def test_a_contract_is_not_detected_for_a_closed_template():
+def test_a_config_is_not_detected_for_a_closed_template():
     tokenizer, *_ = family("DeepSeek-V3.1")
     with pytest.raises(ValueError, match="'thinking': True"):
-        AnytimeContract.detect(tokenizer)
-    assert AnytimeContract.detect(tokenizer, chat_template_kwargs={"thinking": True}).markers.think_end == "</think>"
+        AnytimeConfig.from_tokenizer(tokenizer)
+    config = AnytimeConfig.from_tokenizer(tokenizer, chat_template_kwargs={"thinking": True})
+    assert config.markers.think_end == "</think>"

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_attention import FAMILIES
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from tiny_contract import make_markers
+from tiny_anytime_config import make_markers
 from transformers import GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 

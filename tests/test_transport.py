@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 
 import pytest
-from tiny_contract import GREEDY, make_contract
+from tiny_anytime_config import GREEDY, make_anytime_config
 
 from trl_anytime import CompletionClient
 from trl_anytime.outside import transport
@@ -296,4 +296,4 @@ def test_a_probe_checks_what_it_is_told(message, tokenizer):
         send(handler, json.dumps(content).encode())
 
     with listening(reply) as (url, _), pytest.raises(ConnectionError, match="choices"):
-        probe(CompletionClient(url, patience=0.0), make_contract(), tokenizer, [4], question="1")
+        probe(CompletionClient(url, patience=0.0), make_anytime_config(), tokenizer, [4], question="1")

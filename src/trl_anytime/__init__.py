@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .brpo_config import BRPOConfig
     from .brpo_trainer import BRPOTrainer
-    from .inference.anytime_config import AnytimeContract
-    from .inference.generate import ThinkingBudgetLogitsProcessor, anytime_generate
+    from .inference.anytime_config import AnytimeConfig
+    from .inference.generate import anytime_generate
+    from .inference.logits_processor import ThinkingBudgetLogitsProcessor
     from .rollout.http_backend import CompletionClient
     from .rollout.sampling import Sampling
 
 __version__ = "0.1.0"
 __all__ = [
-    "AnytimeContract",
+    "AnytimeConfig",
     "BRPOConfig",
     "BRPOTrainer",
     "CompletionClient",
@@ -23,18 +24,20 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AnytimeContract": ".inference.anytime_config",
+    "AnytimeConfig": ".inference.anytime_config",
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
     "CompletionClient": ".rollout.http_backend",
     "Sampling": ".rollout.sampling",
-    "ThinkingBudgetLogitsProcessor": ".inference.generate",
+    "ThinkingBudgetLogitsProcessor": ".inference.logits_processor",
     "anytime_generate": ".inference.generate",
 }
 
 
 # Lazy, so that a verifier's worker process, which imports `trl_anytime.rewards`, does not load torch and TRL.
 def __getattr__(name: str):
+    if name == "AnytimeContract":  # the former name
+        name = "AnytimeConfig"
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ from .checks.batch_sizes import most_tokens
 from .checks.prompts import checked_markers, first_prompt, shortest_and_longest
 from .checks.run_start import StartReport
 from .checks.start_checks import context_objection
-from .inference.anytime_config import AnytimeContract
+from .inference.anytime_config import AnytimeConfig
 from .method.adaptive_baseline import AdaptiveBaseline
 from .method.advantages import segment_returns, summary_advantages, thinking_advantages
 from .method.budgets import live_segments, prior_weights
@@ -36,7 +36,6 @@ from .reporting.model_card import CARD, copy_card, write_card
 from .reporting.trackers import Trackers
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout.backend import RolloutSettings
-from .rollout.sampling import Sampling
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
 from .rollout.vllm_backend import check_server
@@ -507,25 +506,16 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     # Saving
 
-    def _contract(self) -> AnytimeContract:
-        """What is needed to use the model as it was trained."""
-        args = self.args
-        return AnytimeContract(
-            markers=self.markers,
-            budgets=args.budgets,
-            prior=prior_weights(args.prior, args.budgets).tolist(),
-            max_summary_length=args.max_summary_length,
-            sampling=Sampling.from_config(args),
-            eos_token_ids=self.eos_token_ids,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+    def _anytime_config(self) -> AnytimeConfig:
+        """The config that is saved beside the model."""
+        return AnytimeConfig.from_brpo_config(self.args, self.markers, self.eos_token_ids, self.chat_template_kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
             # First, because saving may push the folder to the Hub; and beside the last model too, because what is
             # pushed during training is that folder
             for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
-                self._contract().save(str(folder))
+                self._anytime_config().save_pretrained(str(folder))
         super().save_model(output_dir, _internal_call)
         # A checkpoint and a push have cards of their own; this one goes over that of PEFT, which names local folders
         if not _internal_call:
@@ -541,7 +531,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
             folder = Path(str(self.args.output_dir))
             card_of_trl = ModelCard.load(folder / CARD)
             facts = card_facts(
-                self, self._contract(), self._paper, self._first_prompt, card_of_trl, model_name, dataset_name
+                self, self._anytime_config(), self._paper, self._first_prompt, card_of_trl, model_name, dataset_name
             )
             write_card(facts, folder)
 

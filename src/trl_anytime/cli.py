@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .outside.display import for_shell, for_terminal
 
 if TYPE_CHECKING:
-    from .inference.anytime_config import AnytimeContract
+    from .inference.anytime_config import AnytimeConfig
 
 # Exit codes
 FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED = 1, 2, 3, 130
@@ -22,7 +22,7 @@ _EXIT_CODES = f"""exit codes:
   {SERVER_FAILED}  a server or the Hub failed for too long; the same command goes on where it stopped
   {INTERRUPTED}  interrupted; likewise"""
 
-# `None` leaves what the model's contract says
+# `None` leaves what the model's anytime config says
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper's evaluation: the settings of its released scripts, and the data sets of its figures
     "paper": {
@@ -204,8 +204,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(
     parser: argparse.ArgumentParser, with_backend: bool, with_server: bool = True, base_url_required: bool = False
 ) -> None:
-    parser.add_argument("model", help="folder or Hub id; of a served model too, for its tokenizer and contract")
-    parser.add_argument("--think-end", metavar="TEXT", help="text that ends the thinking, for models without contract")
+    parser.add_argument("model", help="folder or Hub id; of a served model too, for its tokenizer and anytime config")
+    parser.add_argument(
+        "--think-end", metavar="TEXT", help="text that ends the thinking, for models without anytime_config.json"
+    )
     parser.add_argument("--truncation-bridge", metavar="TEXT", help="likewise, the text that closes a cut thinking")
     parser.add_argument("--answer-bridge", metavar="TEXT", help="likewise, the text before the answer")
     if not with_server:
@@ -237,7 +239,7 @@ def _add_model(
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    sampling = parser.add_argument_group("budgets and sampling (default: those of the model's contract)")
+    sampling = parser.add_argument_group("budgets and sampling (default: those of the model's anytime config)")
     sampling.add_argument("--budgets", type=parse_budgets, help="250,1000,8000 or 250:8000:250 (first:last:step)")
     sampling.add_argument("--max-summary-length", type=int, metavar="TOKENS", help="most tokens of an answer")
     sampling.add_argument("--temperature", type=float)
@@ -281,16 +283,16 @@ def _hide_progress_bars() -> None:
     logging.disable_progress_bar()
 
 
-def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
-    """The model's tokenizer and contract, changed by the options for budgets and sampling where there are any."""
+def _tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeConfig]":
+    """Return the model's tokenizer and anytime config, with the options for budgets and sampling in it."""
     from dataclasses import replace
 
     from transformers import AutoTokenizer
 
-    from .inference.anytime_config import AnytimeContract
+    from .inference.anytime_config import AnytimeConfig
 
     tokenizer = _loaded("tokenizer", options.model, AutoTokenizer.from_pretrained)
-    contract = AnytimeContract.of_model(
+    config = AnytimeConfig.from_pretrained(
         options.model,
         tokenizer,
         think_end=options.think_end,
@@ -302,7 +304,7 @@ def _contract(options: argparse.Namespace) -> "tuple[Any, AnytimeContract]":
         name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None
     }
     changes = {name: given[name] for name in ("budgets", "max_summary_length") if given.get(name) is not None}
-    return tokenizer, replace(contract, sampling=replace(contract.sampling, **sampling), **changes)
+    return tokenizer, replace(config, sampling=replace(config.sampling, **sampling), **changes)
 
 
 def _client(options: argparse.Namespace) -> Any:
@@ -318,7 +320,7 @@ def _client(options: argparse.Namespace) -> Any:
     )
 
 
-def _load_model(options: argparse.Namespace, contract: "AnytimeContract") -> Any:
+def _load_model(options: argparse.Namespace) -> Any:
     """A server's client, an engine, or a model."""
     if options.base_url:
         return _client(options)
@@ -409,12 +411,12 @@ def _eval(options: argparse.Namespace) -> int:
         )
         for source in options.datasets
     ]
-    tokenizer, contract = _contract(options)
+    tokenizer, config = _tokenizer_and_config(options)
     output = options.output or Path("outputs", "eval", Path(options.model).name)
     evaluation = Evaluation(
-        _load_model(options, contract),
+        _load_model(options),
         tokenizer,
-        contract,
+        config,
         problem_sets,
         options.model,
         num_samples=1 if options.samples is None else options.samples,
@@ -479,25 +481,24 @@ def _load_function(text: str) -> Any:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from .inference.generate import context_of, stream_answers, streaming_sampler
+    from .inference.generate import context_length
+    from .inference.streaming import stream_answers, streaming_sampler
 
-    tokenizer, contract = _contract(options)
-    model = _load_model(options, contract)
+    tokenizer, config = _tokenizer_and_config(options)
+    model = _load_model(options)
     question = sys.stdin.read() if options.question == "-" else options.question
-    prompt = contract.question(tokenizer, f"{question} {options.instruction}".strip())
-    sample = streaming_sampler(model, tokenizer, contract.sampling, options.seed)
-    stream_answers(sample, tokenizer, contract, prompt, context_of(model))
+    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip())
+    sample = streaming_sampler(model, tokenizer, config.sampling, options.seed)
+    stream_answers(sample, tokenizer, config, prompt, context_length(model))
     return 0
 
 
 def _probe(options: argparse.Namespace) -> int:
     from .inference.probe import QUESTION, probe, report, verdict
 
-    budgets, options.budgets = options.budgets, None  # those of the contract stay
-    tokenizer, contract = _contract(options)
-    findings = probe(
-        _client(options), contract, tokenizer, budgets, options.budget_field, options.question or QUESTION
-    )
+    budgets, options.budgets = options.budgets, None  # those of the config stay
+    tokenizer, config = _tokenizer_and_config(options)
+    findings = probe(_client(options), config, tokenizer, budgets, options.budget_field, options.question or QUESTION)
     _print(report(findings))
     wrong = verdict(findings)
     _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
@@ -507,9 +508,9 @@ def _probe(options: argparse.Namespace) -> int:
 def _serve_command(options: argparse.Namespace) -> int:
     from .inference.serving import deployment
 
-    _, contract = _contract(options)
-    budget = contract.budgets[-1] if options.budget is None else options.budget
-    _print(deployment(options.model, contract, budget).text())
+    _, config = _tokenizer_and_config(options)
+    budget = config.budgets[-1] if options.budget is None else options.budget
+    _print(deployment(options.model, config, budget).text())
     return 0
 
 

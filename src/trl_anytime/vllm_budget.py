@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from .inference.anytime_config import AnytimeContract
+from .inference.anytime_config import AnytimeConfig
 from .rollout.markers import EndScan
 
 BUDGET_FIELD = "thinking_budget"
@@ -26,13 +26,14 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
     """
     Holds requests that ask for a thinking budget to it, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
 
-    Markers and bridges are those of the contract beside the model, or detected ones.
+    Markers and bridges are those of [`AnytimeConfig.from_pretrained`].
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         super().__init__(vllm_config, device, is_pin_memory)
         model = vllm_config.model_config
-        self._contract = AnytimeContract.of_model(model.model, AutoTokenizer.from_pretrained(model.tokenizer))
+        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
+        self._anytime_config = AnytimeConfig.from_pretrained(model.model, tokenizer)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -48,17 +49,17 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
     def new_req_logits_processor(self, params: SamplingParams) -> "_Budget | None":
         """The processor of one request, if it asks for a budget."""
         budget = (params.extra_args or {}).get(BUDGET_FIELD)
-        return None if budget is None else _Budget(self._contract, budget)
+        return None if budget is None else _Budget(self._anytime_config, budget)
 
 
 class _Budget:
     """The budget of one request."""
 
-    def __init__(self, contract: AnytimeContract, budget: int):
-        self._contract, self._budget = contract, budget
+    def __init__(self, config: AnytimeConfig, budget: int):
+        self._config, self._budget = config, budget
         self._cut: int | None = None  # thinking tokens, once that is certain
         self._bridge: tuple[int, ...] = ()
-        self._scan = EndScan(contract.markers)
+        self._scan = EndScan(config.markers)
 
     def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         """Logits, (V,), of which only the forced token is left if there is one."""
@@ -70,7 +71,7 @@ class _Budget:
         return only
 
     def _forced(self, token_ids: list[int]) -> int | None:
-        markers = self._contract.markers
+        markers = self._config.markers
         if self._cut is None:
             within = token_ids if len(token_ids) <= self._budget else token_ids[: self._budget]
             end = self._scan.end_of_thinking(within)
@@ -83,5 +84,5 @@ class _Budget:
         step = len(token_ids) - self._cut
         if step < len(self._bridge):
             return self._bridge[step]
-        is_over = step >= len(self._bridge) + self._contract.max_summary_length
-        return self._contract.eos_token_ids[0] if is_over else None
+        is_over = step >= len(self._bridge) + self._config.max_summary_length
+        return self._config.eos_token_ids[0] if is_over else None

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from tiny_contract import make_markers
+from tiny_anytime_config import make_markers
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings

@@ -10,9 +10,9 @@ from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
-from trl_anytime import AnytimeContract, CompletionClient, Sampling, anytime_generate
+from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
 from trl_anytime.cli import FAILED, main
-from trl_anytime.inference.generate import open_backend, rollout_settings
+from trl_anytime.inference.generate import open_backend
 from trl_anytime.inference.serving import deployment
 from trl_anytime.rollout.http_backend import completion_body
 from trl_anytime.rollout.markers import ThinkingMarkers
@@ -26,13 +26,13 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model with its contract and problems."""
+    """A random model with its config and problems."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     make_model(head_dim=32, num_attention_heads=2, max_position_embeddings=1024).save_pretrained(folder)
     markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
-    AnytimeContract(markers, BUDGETS, [1 / 32] * 32, 5, GREEDY, [2]).save(folder)
+    AnytimeConfig(markers, BUDGETS, [1 / 32] * 32, 5, GREEDY, [2]).save_pretrained(folder)
     with (folder / "problems.jsonl").open("w") as file:
         for i in range(4):
             file.write(json.dumps({"problem": " ".join("0123456789"[: i + 1]), "answer": i}) + "\n")
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def contract(folder):
-    return AnytimeContract.load(folder)
+def config(folder):
+    return AnytimeConfig.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +55,18 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def ending(model, tokenizer, contract):
-    """A contract in which a token that the thinkings have ends them."""
-    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=contract)
+def ending(model, tokenizer, config):
+    """A config in which a token that the thinkings have ends them."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, config=config)
     tokens = [token for output in outputs for token in output.rollout.thinking.token_ids[5:12] if token != 2]
     end = tokens[0]
-    markers = replace(contract.markers, think_end_ids=(end,), truncation_bridge_ids=(9, end))
-    return replace(contract, markers=markers)
+    markers = replace(config.markers, think_end_ids=(end,), truncation_bridge_ids=(9, end))
+    return replace(config, markers=markers)
 
 
 @pytest.fixture(scope="module")
 def by_transformers(model, tokenizer, ending):
-    outputs = anytime_generate(model, tokenizer, PROMPTS, contract=ending)
+    outputs = anytime_generate(model, tokenizer, PROMPTS, config=ending)
     finished = [output.rollout.thinking.finished for output in outputs]
     assert any(finished) and not all(finished)
     return outputs
@@ -79,9 +79,9 @@ def llm(folder):
 
 
 @pytest.fixture(scope="module")
-def server(folder, contract, tmp_path_factory):
+def server(folder, config, tmp_path_factory):
     """What `serve-command` prints, with what a CPU and a test need."""
-    command = deployment(str(folder), contract, budget=8).command
+    command = deployment(str(folder), config, budget=8).command
     assert command[:3] == ["vllm", "serve", str(folder)]
     arguments = ["--model", *command[2:], "--max-model-len", "1024"]
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):
@@ -89,7 +89,7 @@ def server(folder, contract, tmp_path_factory):
 
 
 def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transformers):
-    found = anytime_generate(llm, tokenizer, PROMPTS, contract=ending)
+    found = anytime_generate(llm, tokenizer, PROMPTS, config=ending)
     for ours, theirs in zip(found, by_transformers, strict=True):
         assert ours.rollout.thinking.token_ids == theirs.rollout.thinking.token_ids
         assert ours.answers == theirs.answers
@@ -97,7 +97,7 @@ def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transfor
 
 def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):
     sampling = Sampling(temperature=1.0)
-    settings = rollout_settings(ending, num_summaries=2)
+    settings = ending.rollout_settings(num_summaries=2)
     with open_backend(llm, tokenizer, sampling, seed=3) as generation:
         rollouts = generation.roll_out(ending.prompt_ids(tokenizer, PROMPTS), settings)
     requested = sum(
@@ -120,7 +120,7 @@ def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):
 def test_the_server_agrees_with_transformers(server, tokenizer, ending, by_transformers):
     client = CompletionClient(server)
     assert client.max_model_len == 1024
-    found = anytime_generate(client, tokenizer, PROMPTS, contract=ending)
+    found = anytime_generate(client, tokenizer, PROMPTS, config=ending)
     assert found == by_transformers
 
 
@@ -140,17 +140,17 @@ def test_eval_and_generate_on_the_server(server, folder, capsys):
 
 
 @pytest.fixture(scope="module")
-def expected(model, tokenizer, contract):
-    """Of each prompt, the tokens at budgets 2, 8 and 40 by the contract beside the model."""
-    outputs = anytime_generate(model, tokenizer, PROMPTS, [2, 8, 40], contract=contract)
+def expected(model, tokenizer, config):
+    """Of each prompt, the tokens at budgets 2, 8 and 40 by the config beside the model."""
+    outputs = anytime_generate(model, tokenizer, PROMPTS, [2, 8, 40], config=config)
     assert {answer.finished for output in outputs for answer in output.answers} == {True, False}
     return [
         {answer.budget: expected_tokens(output, j) for j, answer in enumerate(output.answers)} for output in outputs
     ]
 
 
-def test_one_request_to_the_engine_is_exact(llm, tokenizer, contract, expected):
-    prompts = [{"prompt_token_ids": ids} for ids in contract.prompt_ids(tokenizer, PROMPTS)]
+def test_one_request_to_the_engine_is_exact(llm, tokenizer, config, expected):
+    prompts = [{"prompt_token_ids": ids} for ids in config.prompt_ids(tokenizer, PROMPTS)]
     for budget in (2, 8, 40):
         params = SamplingParams(temperature=0, max_tokens=budget + 3 + 5 + 1, extra_args={BUDGET_FIELD: budget})
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -159,9 +159,9 @@ def test_one_request_to_the_engine_is_exact(llm, tokenizer, contract, expected):
         llm.generate(prompts, SamplingParams(extra_args={BUDGET_FIELD: 0}), use_tqdm=False)
 
 
-def test_one_request_to_the_server_is_exact(server, tokenizer, contract, expected):
+def test_one_request_to_the_server_is_exact(server, tokenizer, config, expected):
     client = CompletionClient(server)
-    for ids, tokens in zip(contract.prompt_ids(tokenizer, PROMPTS), expected, strict=True):
+    for ids, tokens in zip(config.prompt_ids(tokenizer, PROMPTS), expected, strict=True):
         for budget in (2, 8, 40):
             body = completion_body(client.model, [ids], budget + 3 + 5 + 1, [2], GREEDY)
             answer = client.request(
@@ -175,12 +175,12 @@ def ask(folder, server, question, *more):
 
 
 @pytest.fixture(scope="module")
-def question(model, tokenizer, contract):
+def question(model, tokenizer, config):
     """One whose answers hold no marker, as a trained model's do not."""
     questions = [f"{first} {second}" for first in range(10) for second in range(10)]
     prompts = [[{"role": "user", "content": question}] for question in questions]
     for question, output in zip(
-        questions, anytime_generate(model, tokenizer, prompts, [1, 4, 8], contract=contract), strict=True
+        questions, anytime_generate(model, tokenizer, prompts, [1, 4, 8], config=config), strict=True
     ):
         answers = output.answers
         if all(all(answer.well_formed) and answer.answers[0] for answer in answers) and not answers[1].finished:

@@ -21,8 +21,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..inference.anytime_config import BUDGETS, AnytimeContract, check_context
-from ..inference.generate import context_of, is_transformers_model, open_backend, rollout_settings
+from ..inference.anytime_config import BUDGETS, AnytimeConfig
+from ..inference.generate import context_length, is_transformers_model, open_backend
 from ..outside.display import for_terminal
 from ..outside.tables import aligned
 from ..outside.validation import (
@@ -78,7 +78,7 @@ class Protocol:
     Args:
         model (`str`):
             Name of the model.
-        contract ([`AnytimeContract`]):
+        config ([`AnytimeConfig`]):
             Markers and bridges; budgets, summary length and sampling of this evaluation.
         problems (`dict[str, tuple[str, int]]`):
             Fingerprint and number of problems, by data set.
@@ -95,7 +95,7 @@ class Protocol:
     """
 
     model: str
-    contract: AnytimeContract
+    config: AnytimeConfig
     problems: dict[str, tuple[str, int]]
     instruction: str
     num_samples: int
@@ -105,10 +105,10 @@ class Protocol:
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
-        contract = asdict(self.contract)
+        config = asdict(self.config)
         # By what library a checkpoint was written, and for which objective, makes no difference here
-        values = {key: value for key, value in contract.items() if key not in ("versions", "prior")}
-        values |= {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "contract"}
+        values = {key: value for key, value in config.items() if key not in ("versions", "prior")}
+        values |= {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"}
         return json.loads(json.dumps(values))
 
 
@@ -225,8 +225,8 @@ def _sample_of(protocol: Protocol) -> Check:
         _, count = protocol.problems.get(value["dataset"], ("", 0))
         if value["question"] >= count:
             raise Unfit(f"`dataset` and `question` name a problem that is not evaluated, {sample_key(value)[:2]!r}.")
-        if sorted(budget for cut in value["cuts"] for budget in cut["budgets"]) != protocol.contract.budgets:
-            raise Unfit(f"`cuts` must have each of the budgets {protocol.contract.budgets} once.")
+        if sorted(budget for cut in value["cuts"] for budget in cut["budgets"]) != protocol.config.budgets:
+            raise Unfit(f"`cuts` must have each of the budgets {protocol.config.budgets} once.")
         return value
 
     return check
@@ -247,7 +247,7 @@ class Evaluation:
             The model, an engine, or a server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
-        contract ([`AnytimeContract`]):
+        config ([`AnytimeConfig`]):
             Markers and bridges; budgets, summary length and sampling of this evaluation.
         problem_sets (`list[ProblemSet]`):
             The problems.
@@ -275,7 +275,7 @@ class Evaluation:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    contract: AnytimeContract
+    config: AnytimeConfig
     problem_sets: list[ProblemSet]
     name: str
     num_samples: int = 1
@@ -290,7 +290,7 @@ class Evaluation:
         for name in ("num_samples", "num_summaries", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.contract.sampling.temperature == 0 and self.num_samples * self.num_summaries > 1:
+        if self.config.sampling.temperature == 0 and self.num_samples * self.num_summaries > 1:
             raise ValueError("At temperature 0 all samples are the same: set one sample, or a temperature.")
         names = [problems.name for problems in self.problem_sets]
         if len(set(names)) < len(names) or not names or AVERAGE in names:
@@ -301,7 +301,7 @@ class Evaluation:
         """What decides what is measured."""
         return Protocol(
             self.name,
-            self.contract,
+            self.config,
             {problems.name: (problems.fingerprint, len(problems.questions)) for problems in self.problem_sets},
             self.instruction,
             self.num_samples,
@@ -314,19 +314,19 @@ class Evaluation:
     def _reward(self) -> Any:
         reward = MathReward() if self.reward is None else self.reward
         if isinstance(reward, AnswerReward | FormatReward):  # as in training
-            return replace(reward, answer_bridge=self.contract.markers.answer_bridge)
+            return replace(reward, answer_bridge=self.config.markers.answer_bridge)
         return reward
 
     @cached_property
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
         prompts = {
             problems.name: [
-                self.contract.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
+                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
                 for question in problems.questions
             ]
             for problems in self.problem_sets
         }
-        return {name: self.contract.prompt_ids(self.tokenizer, of_set) for name, of_set in prompts.items()}
+        return {name: self.config.prompt_ids(self.tokenizer, of_set) for name, of_set in prompts.items()}
 
     def run(self, journal_path: Path) -> list[dict[str, Any]]:
         """
@@ -342,7 +342,7 @@ class Evaluation:
         """
         longest = max(len(ids) for of_set in self._prompt_ids.values() for ids in of_set)
         whose = "the server's" if isinstance(self.model, CompletionClient) else "the model's"
-        check_context(longest, self.contract.budgets[-1], self.contract, context_of(self.model), whose)
+        self.config.check_context(longest, self.config.budgets[-1], context_length(self.model), whose)
         journal = Journal(journal_path, self.protocol)
         try:
             done = {sample_key(record) for record in journal.records}
@@ -401,19 +401,19 @@ class Evaluation:
         text = f"{self.seed} {problems.name} {question} {sample}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
         with open_backend(
-            self.model, self.tokenizer, self.contract.sampling, seed, self.max_cached_tokens
+            self.model, self.tokenizer, self.config.sampling, seed, self.max_cached_tokens
         ) as generation:
-            rollouts = generation.roll_out(prompt_ids, rollout_settings(self.contract, self.num_summaries))
+            rollouts = generation.roll_out(prompt_ids, self.config.rollout_settings(self.num_summaries))
         return rollouts, time.perf_counter() - start
 
     def _grade(
         self, batch: list[tuple[ProblemSet, int, int]], rollouts: list[Rollout], seconds: float
     ) -> list[dict[str, Any]]:
-        settings = rollout_settings(self.contract, self.num_summaries)
+        settings = self.config.rollout_settings(self.num_summaries)
         records, summaries = [], []
         for (problems, question, sample), rollout in zip(batch, rollouts, strict=True):
             thinking = rollout.thinking
-            formed = rollout.well_formed(self.contract.markers)
+            formed = rollout.well_formed(self.config.markers)
             cuts = []
             for context in settings.contexts(thinking):
                 ids = rollout.summaries[context.budgets[0]]
@@ -421,7 +421,7 @@ class Evaluation:
                 rewards: list[float] = []
                 cuts.append(
                     {
-                        "budgets": [self.contract.budgets[j] for j in context.budgets],
+                        "budgets": [self.config.budgets[j] for j in context.budgets],
                         "thinking_tokens": context.cut,
                         "bridge_tokens": len(context.bridge),
                         "answer_tokens": [len(summary) for summary in ids],
@@ -461,7 +461,7 @@ class Evaluation:
         conversational = self.tokenizer.chat_template is not None
         questions = [problems.questions[question] for problems, question, *_ in summaries]
         counters: dict[str, float] = {}
-        prompts = [self.contract.question(self.tokenizer, question) for question in questions]
+        prompts = [self.config.question(self.tokenizer, question) for question in questions]
         try:
             returned = self._reward(
                 prompts=prompts,
@@ -522,7 +522,7 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
     """
     expected = sum(count for _, count in protocol.problems.values()) * protocol.num_samples
     assert len(records) == expected, f"{len(records)} of {expected} samples"
-    budgets = protocol.contract.budgets
+    budgets = protocol.config.budgets
     by_set = accuracies(records, budgets)
     results: dict[str, Any] = {"format": _RESULTS_FORMAT, "protocol": protocol.as_dict(), "curves": {}}
     groups = {name: [name] for name in protocol.problems}

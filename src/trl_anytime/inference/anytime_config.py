@@ -1,13 +1,12 @@
-"""What is needed to use a model at any budget as it was trained, in a file beside its weights."""
+"""The file beside a model's weights that says how to use it at any budget as it was trained."""
 
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -35,12 +34,16 @@ from ..outside.validation import (
     read_json,
     string,
 )
+from ..rollout.backend import RolloutSettings
 from ..rollout.encoding import encode_prompt
 from ..rollout.markers import ThinkingMarkers, find_markers
 from ..rollout.sampling import SAMPLING, Sampling
 from ..rollout.templates import render_prompt
 
-CONTRACT_NAME = "anytime_config.json"
+if TYPE_CHECKING:
+    from ..brpo_config import BRPOConfig  # it loads TRL
+
+ANYTIME_CONFIG_NAME = "anytime_config.json"
 _GENERATION_CONFIG = "generation_config.json"
 _FORMAT = 1
 _MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
@@ -48,7 +51,7 @@ _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
 
 BUDGETS = list_of(integer(1), least=1, most=10_000)
 _MARKER = fields(text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
-_CONTRACT = fields(
+_FIELDS = fields(
     markers=fields(**dict.fromkeys(_MARKERS, _MARKER)),
     budgets=BUDGETS,
     prior=list_of(number(0, 1e9), least=1, most=10_000),
@@ -69,13 +72,13 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class AnytimeContract:
+class AnytimeConfig:
     """
-    What is needed to use a model at any budget as it was trained. It is saved as `anytime_config.json`.
+    Holds what is needed to use a model at any budget as it was trained. It is saved as `anytime_config.json`.
 
     Args:
         markers ([`ThinkingMarkers`]):
-            What ends a thinking and what is spliced in after it, as text and as token ids.
+            What ends a thinking trace and what is spliced in after it, as text and as token ids.
         budgets (`list[int]`):
             Budgets b_1 < … < b_m in thinking tokens.
         prior (`list[float]`):
@@ -85,7 +88,7 @@ class AnytimeContract:
         sampling ([`Sampling`]):
             How tokens were drawn.
         eos_token_ids (`list[int]`):
-            Tokens that end a summary, or a thinking without its end.
+            Tokens that end a summary, or a trace without its end marker.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Arguments of the chat template.
         versions (`dict[str, str]`, *optional*):
@@ -102,7 +105,86 @@ class AnytimeContract:
     versions: dict[str, str] = field(default_factory=lambda: _installed())
 
     @classmethod
-    def detect(
+    def from_pretrained(
+        cls, model: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, **markers: Any
+    ) -> "AnytimeConfig":
+        """
+        Read the config beside a model.
+
+        Args:
+            model (`str` or `Path`):
+                Folder or Hub id of the model, or the file itself.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+                Tokenizer of the model. The config is checked against it. With a tokenizer, a model without a file gets
+                the config of [`from_tokenizer`], and a warning. Without one, the tokenizer beside the file is loaded
+                if the end of thinking has to be found in text.
+            **markers (`str`, *optional*):
+                `think_end`, `truncation_bridge` and `answer_bridge` for a model without a file.
+
+        Raises:
+            `FileNotFoundError`: If there is no file, and no tokenizer is given.
+            `OSError`: If the Hub does not answer, or knows no such model.
+            `ValueError`: If the file is damaged, newer than this package, does not fit the tokenizer or has the
+            markers that are given; or if there is no file and no markers are found.
+        """
+        given = {name: text for name, text in markers.items() if text is not None}
+        try:
+            file = _find_file(model, ANYTIME_CONFIG_NAME)
+        except FileNotFoundError:
+            if tokenizer is None:
+                raise
+            config = cls.from_tokenizer(tokenizer, generation_eos_token_ids(model), **given)
+            logger.warning(
+                f"{model} has no {ANYTIME_CONFIG_NAME}: it was not trained by trl_anytime, or was copied without it. "
+                f"Using {config.markers.truncation_bridge!r} to close a thinking trace that is cut and "
+                f"{config.markers.answer_bridge!r} to ask for the answer."
+            )
+            return config
+        if given:
+            raise ValueError(
+                f"{model} says in its {ANYTIME_CONFIG_NAME} by which markers and bridges it was trained: remove "
+                f"{', '.join(sorted(given))}."
+            )
+        config = cls._from_file(file)
+        if tokenizer is None:
+            if not config.markers.in_text:
+                return config
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(file.parent if Path(model).exists() else str(model))
+            except (OSError, ValueError):  # a config by itself is of use, too
+                return config
+        config.check_tokenizer(tokenizer)
+        return config.with_tokenizer(tokenizer)
+
+    @classmethod
+    def _from_file(cls, file: Path) -> "AnytimeConfig":
+        values = read_json(file, fields(format=integer(1)), MEBIBYTE)
+        if values["format"] > _FORMAT:
+            raise Unfit(
+                f"{file} has format {values['format']}, and this version knows up to {_FORMAT}: upgrade trl-anytime."
+            )
+        try:
+            _FIELDS(values, "")
+            _check_fields(values)
+            markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
+            markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
+            markers["in_text"] = values["markers"]["think_end"].get("in_text", False) is True
+            budgets = check_budgets(values["budgets"])
+            return cls(
+                markers=ThinkingMarkers(**markers),
+                budgets=budgets,
+                prior=prior_weights(values["prior"], budgets).tolist(),
+                max_summary_length=values["max_summary_length"],
+                sampling=Sampling(**values["sampling"]),
+                eos_token_ids=values["eos_token_ids"],
+                chat_template_kwargs=values["chat_template_kwargs"],
+                versions=values["versions"],
+            )
+        except ValueError as error:
+            raise Unfit(f"{file}: {error}") from error
+
+    @classmethod
+    def from_tokenizer(
         cls,
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: Sequence[int] = (),
@@ -110,9 +192,9 @@ class AnytimeContract:
         think_end: str | None = None,
         truncation_bridge: str | None = None,
         answer_bridge: str | None = None,
-    ) -> "AnytimeContract":
+    ) -> "AnytimeConfig":
         """
-        The contract of a model without a file: markers and bridges as training would find them, the paper's settings.
+        Make the config of a model without a file: markers and bridges as training finds them, the paper's settings.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -151,93 +233,26 @@ class AnytimeContract:
         )
 
     @classmethod
-    def of_model(cls, model: str, tokenizer: PreTrainedTokenizerBase, **markers: Any) -> "AnytimeContract":
-        """
-        The contract beside a model, checked against its tokenizer; detected, with a notice, where there is none.
+    def from_brpo_config(
+        cls,
+        args: "BRPOConfig",
+        markers: ThinkingMarkers,
+        eos_token_ids: list[int],
+        chat_template_kwargs: dict[str, Any],
+    ) -> "AnytimeConfig":
+        """Make the config of a model that is trained with `args`. The other arguments are those of the class."""
+        return cls(
+            markers=markers,
+            budgets=args.budgets,
+            prior=prior_weights(args.prior, args.budgets).tolist(),
+            max_summary_length=args.max_summary_length,
+            sampling=Sampling.from_config(args),
+            eos_token_ids=eos_token_ids,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
-        Args:
-            model (`str`):
-                Folder or Hub id of the model.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-                Tokenizer of the model.
-            **markers (`str`, *optional*):
-                `think_end`, `truncation_bridge` and `answer_bridge` that override those of a model without a file.
-
-        Raises:
-            `ValueError`: If the file does not fit the tokenizer, or there is none and no markers can be found.
-        """
-        given = {name: text for name, text in markers.items() if text is not None}
-        try:
-            contract = cls.load(model, tokenizer)
-        except FileNotFoundError:
-            contract = cls.detect(tokenizer, eos_of_model(model), **given)
-            logger.warning(
-                f"{model} has no {CONTRACT_NAME}: it was not trained by trl_anytime, or was copied without it. Using "
-                f"{contract.markers.truncation_bridge!r} to close a thinking that is cut and "
-                f"{contract.markers.answer_bridge!r} to ask for the answer."
-            )
-            return contract
-        if given:
-            raise ValueError(
-                f"{model} says in its {CONTRACT_NAME} by which markers and bridges it was trained: remove "
-                f"{', '.join(sorted(given))}."
-            )
-        contract.check(tokenizer)
-        return contract
-
-    @classmethod
-    def load(cls, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> "AnytimeContract":
-        """
-        Read the contract.
-
-        Args:
-            path (`str` or `Path`):
-                The file, the folder that holds it, or a Hub id.
-            tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-                Tokenizer of the model, for an end of thinking that is found in the text of tokens. Defaults to the one
-                beside the file; without any, [`with_tokenizer`] gives it one later.
-
-        Raises:
-            `FileNotFoundError`: If there is none.
-            `OSError`: If the Hub does not answer, or knows no such model.
-            `ValueError`: If the file is damaged, or newer than this package.
-        """
-        file = _find_file(path, CONTRACT_NAME)
-        values = read_json(file, fields(format=integer(1)), MEBIBYTE)
-        if values["format"] > _FORMAT:
-            raise Unfit(
-                f"{file} has format {values['format']}, and this version knows up to {_FORMAT}: upgrade trl-anytime."
-            )
-        try:
-            _CONTRACT(values, "")
-            _check_fields(values)
-            markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
-            markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
-            markers["in_text"] = values["markers"]["think_end"].get("in_text", False) is True
-            budgets = check_budgets(values["budgets"])
-            contract = cls(
-                markers=ThinkingMarkers(**markers),
-                budgets=budgets,
-                prior=prior_weights(values["prior"], budgets).tolist(),
-                max_summary_length=values["max_summary_length"],
-                sampling=Sampling(**values["sampling"]),
-                eos_token_ids=values["eos_token_ids"],
-                chat_template_kwargs=values["chat_template_kwargs"],
-                versions=values["versions"],
-            )
-        except ValueError as error:
-            raise Unfit(f"{file}: {error}") from error
-        if contract.markers.in_text and tokenizer is None:
-            with suppress(OSError, ValueError):  # a contract by itself is of use, too
-                tokenizer = AutoTokenizer.from_pretrained(file.parent if Path(path).exists() else str(path))
-        return contract if tokenizer is None else contract.with_tokenizer(tokenizer)
-
-    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "AnytimeContract":
-        """Return the same contract, able to find an end of thinking in the text of this tokenizer's tokens."""
-        return replace(self, markers=self.markers.with_tokenizer(tokenizer))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the contract into a folder, which is made if need be; returns the file."""
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write `anytime_config.json` into a folder, which is made if need be, and return its path."""
         values: dict[str, Any] = {
             "format": _FORMAT,
             "markers": {
@@ -253,14 +268,18 @@ class AnytimeContract:
             "versions": self.versions,
         }
         values["markers"]["think_end"]["in_text"] = self.markers.in_text
-        path = Path(folder) / CONTRACT_NAME
+        path = Path(save_directory) / ANYTIME_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n")
         return path
 
-    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "AnytimeConfig":
+        """Return a copy that can find an end of thinking in the text of this tokenizer's tokens."""
+        return replace(self, markers=self.markers.with_tokenizer(tokenizer))
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        See whether a tokenizer makes the same tokens of the markers.
+        Check that a tokenizer makes the same tokens of the markers.
 
         Raises:
             `ValueError`: If not; the message says which differ.
@@ -281,13 +300,49 @@ class AnytimeContract:
         ]
         if differing:
             raise ValueError(
-                f"The {CONTRACT_NAME} belongs to another tokenizer: {'; '.join(differing)}. Use the tokenizer that "
-                "was saved with the model."
+                f"The {ANYTIME_CONFIG_NAME} belongs to another tokenizer: {'; '.join(differing)}. Use the tokenizer "
+                "that was saved with the model."
             )
+
+    def check_context(self, longest_prompt: int, budget: int, context: int | None, whose: str) -> None:
+        """
+        Refuse a budget that a context cannot hold.
+
+        Args:
+            longest_prompt (`int`):
+                Tokens of the longest prompt.
+            budget (`int`):
+                The largest budget in tokens.
+            context (`int`, *optional*):
+                Tokens that the model can hold; `None` if not known.
+            whose (`str`):
+                Whose context it is, for the error.
+
+        Raises:
+            `ValueError`: If it does not fit; the message says which budget would.
+        """
+        around = longest_prompt + self.markers.max_bridge_length + self.max_summary_length
+        if context is not None and around + budget > context:
+            raise ValueError(
+                f"A budget of {budget} thinking tokens is beyond {whose} context of {context} tokens: the longest "
+                f"prompt has {longest_prompt}, the bridges {self.markers.max_bridge_length}, a summary up to "
+                f"{self.max_summary_length}. The largest budget that fits is {max(context - around, 0)}."
+            )
+
+    def rollout_settings(self, num_summaries: int) -> RolloutSettings:
+        """Return the settings of rollouts in which budgets that share a cut share its summaries."""
+        return RolloutSettings(
+            self.budgets,
+            num_summaries,
+            self.max_summary_length,
+            self.markers,
+            self.eos_token_ids,
+            share_summaries=True,
+        )
 
     def prompt_ids(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any]) -> list[list[int]]:
         """
-        Prompts as token ids, as training renders them.
+        Return prompts as token ids, as training renders them.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -301,42 +356,12 @@ class AnytimeContract:
         return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 
     def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
-        """A question as a prompt: a conversation, or the text itself for a model without a chat template."""
+        """Return a question as a prompt: a conversation, or the text itself for a model without a chat template."""
         return [{"role": "user", "content": text}] if tokenizer.chat_template else text
 
 
-def check_context(
-    longest_prompt: int, budget: int, contract: AnytimeContract, context: int | None, whose: str
-) -> None:
-    """
-    Refuse budgets that a context cannot hold.
-
-    Args:
-        longest_prompt (`int`):
-            Tokens of the longest prompt.
-        budget (`int`):
-            The largest budget in tokens.
-        contract ([`AnytimeContract`]):
-            Bridges and the length of a summary.
-        context (`int`, *optional*):
-            Tokens that the model can hold; `None` if not known.
-        whose (`str`):
-            Whose context it is, for the error.
-
-    Raises:
-        `ValueError`: If they do not fit; the message says which budget would.
-    """
-    around = longest_prompt + contract.markers.max_bridge_length + contract.max_summary_length
-    if context is not None and around + budget > context:
-        raise ValueError(
-            f"A budget of {budget} thinking tokens is beyond {whose} context of {context} tokens: the longest prompt "
-            f"has {longest_prompt}, the bridges {contract.markers.max_bridge_length}, a summary up to "
-            f"{contract.max_summary_length}. The largest budget that fits is {max(context - around, 0)}."
-        )
-
-
 def _check_fields(values: dict[str, Any]) -> None:
-    """Refuse a contract whose fields do not fit each other."""
+    """Refuse a config whose fields do not fit each other."""
     further = values["sampling"].keys() - SAMPLING.keys()
     if further:
         raise Unfit(f"`sampling` has fields that are not known: {', '.join(map(repr, sorted(further)))}.")
@@ -371,9 +396,9 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def eos_of_model(model: str) -> list[int]:
+def generation_eos_token_ids(model: str | Path) -> list[int]:
     """
-    Tokens that end a text by the model's own generation settings, where it has any.
+    Return the tokens that end a text by the model's own generation settings, where it has any.
 
     Raises:
         `ValueError`: If they are damaged.

@@ -1,4 +1,4 @@
-"""Answers at any thinking budget: whole batches with the tokens that training splices, or inside `generate()`."""
+"""Answers at any thinking budget in batches, with the tokens that training splices."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +9,8 @@ from typing import Any, cast
 import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TextStreamer,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -21,18 +19,14 @@ from transformers.utils import logging
 from ..method.budgets import check_budgets
 from ..modeling.support import admit, decoding_objection
 from ..modeling.tree_attention import plain_attention
-from ..outside.display import for_terminal
-from ..rollout.backend import Generation, PrefixGeneration, RolloutSettings, Sampler
+from ..rollout.backend import Generation, PrefixGeneration
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.sampling import Sampling
 from ..rollout.transformers_backend import TransformersGeneration, sampling_objection
-from ..rollout.types import Rollout, Thinking
-from .anytime_config import AnytimeContract, check_context
+from ..rollout.types import Rollout
+from .anytime_config import AnytimeConfig
 
 logger = logging.get_logger(__name__)
-
-
-# Whole batches
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class AnytimeOutput:
 
     @classmethod
     def of(
-        cls, rollout: Rollout, budgets: Sequence[int], contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase
+        cls, rollout: Rollout, budgets: Sequence[int], config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase
     ) -> "AnytimeOutput":
         """The output in a rollout that was cut at `budgets`."""
         thinking = rollout.thinking
@@ -105,7 +99,7 @@ class AnytimeOutput:
                 rollout.cuts,
                 rollout.bridges,
                 rollout.summaries,
-                rollout.well_formed(contract.markers),
+                rollout.well_formed(config.markers),
                 strict=True,
             )
         ]
@@ -119,7 +113,7 @@ def anytime_generate(
     budgets: Sequence[int] | None = None,
     num_summaries: int = 1,
     *,
-    contract: AnytimeContract | None = None,
+    config: AnytimeConfig | None = None,
     sampling: Sampling | None = None,
     max_summary_length: int | None = None,
     seed: int | None = None,
@@ -139,15 +133,15 @@ def anytime_generate(
         prompts (`Sequence[str]` or `Sequence[list[dict]]`):
             Texts, which are taken as they are, or conversations.
         budgets (`Sequence[int]`, *optional*):
-            Thinking budgets in tokens, increasing. Defaults to those of the contract.
+            Thinking budgets in tokens, increasing. Defaults to those of the config.
         num_summaries (`int`, *optional*, defaults to `1`):
             Answers at each budget.
-        contract ([`AnytimeContract`], *optional*):
+        config ([`AnytimeConfig`], *optional*):
             How the model was trained. Read from beside the model if not set, or detected.
         sampling ([`Sampling`], *optional*):
-            How tokens are drawn. Defaults to the contract's.
+            How tokens are drawn. Defaults to the config's.
         max_summary_length (`int`, *optional*):
-            Most tokens of an answer. Defaults to the contract's.
+            Most tokens of an answer. Defaults to the config's.
         seed (`int`, *optional*):
             Seed of the draws.
         max_cached_tokens (`int`, *optional*):
@@ -174,49 +168,37 @@ def anytime_generate(
     """
     if isinstance(prompts, str):
         raise ValueError("`prompts` is a single text: pass a list of prompts.")
-    if contract is None:
-        contract = contract_of(model, tokenizer)
-    contract = replace(
-        contract.with_tokenizer(tokenizer),
-        budgets=check_budgets(contract.budgets if budgets is None else budgets),
-        sampling=sampling or contract.sampling,
-        max_summary_length=max_summary_length or contract.max_summary_length,
+    if config is None:
+        config = find_config(model, tokenizer)
+    config = replace(
+        config.with_tokenizer(tokenizer),
+        budgets=check_budgets(config.budgets if budgets is None else budgets),
+        sampling=sampling or config.sampling,
+        max_summary_length=max_summary_length or config.max_summary_length,
     )
-    prompt_ids = contract.prompt_ids(tokenizer, prompts)
+    prompt_ids = config.prompt_ids(tokenizer, prompts)
     if not prompt_ids:
         return []
-    check_context(max(map(len, prompt_ids)), contract.budgets[-1], contract, context_of(model), "the model's")
-    settings = rollout_settings(contract, num_summaries)
-    with open_backend(model, tokenizer, contract.sampling, seed, max_cached_tokens) as generation:
+    config.check_context(max(map(len, prompt_ids)), config.budgets[-1], context_length(model), "the model's")
+    settings = config.rollout_settings(num_summaries)
+    with open_backend(model, tokenizer, config.sampling, seed, max_cached_tokens) as generation:
         rollouts = generation.roll_out(prompt_ids, settings)
-    return [AnytimeOutput.of(rollout, contract.budgets, contract, tokenizer) for rollout in rollouts]
+    return [AnytimeOutput.of(rollout, config.budgets, config, tokenizer) for rollout in rollouts]
 
 
-def rollout_settings(contract: AnytimeContract, num_summaries: int) -> RolloutSettings:
-    """What rollouts under a contract consist of, where budgets that share a cut share its summaries."""
-    return RolloutSettings(
-        contract.budgets,
-        num_summaries,
-        contract.max_summary_length,
-        contract.markers,
-        contract.eos_token_ids,
-        share_summaries=True,
-    )
-
-
-def contract_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> AnytimeContract:
-    """The contract beside a model, an engine's model, or a tokenizer; see [`AnytimeContract.of_model`]."""
+def find_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> AnytimeConfig:
+    """The config beside a model, an engine's model, or a tokenizer; see [`AnytimeConfig.from_pretrained`]."""
     if isinstance(model, CompletionClient):
-        return AnytimeContract.of_model(tokenizer.name_or_path, tokenizer)
+        return AnytimeConfig.from_pretrained(tokenizer.name_or_path, tokenizer)
     if is_transformers_model(model):
         for path in (model.name_or_path, tokenizer.name_or_path):  # an adapter's base has none
             if path:
-                return AnytimeContract.of_model(path, tokenizer)
-        return AnytimeContract.detect(tokenizer)
-    return AnytimeContract.of_model(model.llm_engine.model_config.model, tokenizer)
+                return AnytimeConfig.from_pretrained(path, tokenizer)
+        return AnytimeConfig.from_tokenizer(tokenizer)
+    return AnytimeConfig.from_pretrained(model.llm_engine.model_config.model, tokenizer)
 
 
-def context_of(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens that a prompt and its continuation may come to, if that is known."""
     if isinstance(model, CompletionClient):
         return model.max_model_len
@@ -276,7 +258,7 @@ def _transformers_backend(
 ) -> Generation:
     base = cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.get_base_model())
     config = sampling.generation_config()
-    pad_token_id = _padding(tokenizer)
+    pad_token_id = padding_token(tokenizer)
     reason = admit(model, (partial(sampling_objection, generation_config=config), decoding_objection))
     if reason is None:
         return TransformersGeneration(lambda: _held(model), config, pad_token_id, max_cached_tokens)
@@ -287,7 +269,7 @@ def _transformers_backend(
     return PrefixGeneration(GenerateSampler(model, config, pad_token_id))
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do, as padding is masked."""
     return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
@@ -357,173 +339,3 @@ def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
     """Without the padding behind the first stop."""
     ends = (i for i, token in enumerate(token_ids) if token in stop_token_ids)
     return token_ids[: next(ends, len(token_ids) - 1) + 1]
-
-
-# One prompt, as the tokens come
-
-
-class _EscapedStreamer(TextStreamer):
-    """Prints what a model writes, without letting it move the terminal."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(for_terminal(text), stream_end)
-
-
-def streaming_sampler(
-    model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
-) -> Sampler:
-    """
-    A sampler for one prompt at a time that prints the text as it comes.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`CompletionClient`]):
-            The model, or a server.
-        tokenizer, sampling, seed:
-            See [`anytime_generate`].
-    """
-    streamer = _EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
-    if isinstance(model, CompletionClient):
-
-        def sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations):
-            streamer.put(torch.tensor(prompt_ids))  # skipped
-            token_ids: list[int] = []
-            for tokens in model.stream(prompt_ids[0], max_new_tokens, stop_token_ids, sampling, seed):
-                token_ids += tokens
-                for token in tokens:
-                    streamer.put(torch.tensor([token]))
-            streamer.end()
-            return [token_ids], None
-
-        return sample
-    if seed is not None:
-        set_seed(seed)
-    return GenerateSampler(model.eval(), sampling.generation_config(), _padding(tokenizer), streamer)
-
-
-def stream_answers(
-    sample: Sampler,
-    tokenizer: PreTrainedTokenizerBase,
-    contract: AnytimeContract,
-    prompt: Any,
-    context: int | None,
-) -> Rollout:
-    """
-    Think, then answer at each budget of the contract, printing everything as it comes.
-
-    Args:
-        sample ([`~trl_anytime.rollout.backend.Sampler`]):
-            Samples and prints.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of the model.
-        contract ([`AnytimeContract`]):
-            How the model was trained; budgets, summary length and sampling to use.
-        prompt (`str` or `list[dict]`):
-            The prompt.
-        context (`int`, *optional*):
-            Tokens that the model can hold.
-
-    Raises:
-        `ValueError`: If a budget is beyond the context.
-    """
-    settings = rollout_settings(contract, num_summaries=1)
-    (prompt_ids,) = contract.prompt_ids(tokenizer, [prompt])
-    check_context(len(prompt_ids), contract.budgets[-1], contract, context, "the model's")
-    sampled, _ = sample([prompt_ids], contract.budgets[-1], settings.stop_token_ids, 1)
-    thinking = Thinking.from_tokens(sampled[0], contract.markers, contract.eos_token_ids)
-    contexts, summaries = settings.contexts(thinking), []
-    for place in contexts:
-        at = ", ".join(str(contract.budgets[j]) for j in place.budgets)
-        print(f"\n--- answer after {place.cut} thinking tokens (budget {at})", flush=True)
-        context_ids = place.token_ids(prompt_ids, thinking)
-        sampled, _ = sample([context_ids], contract.max_summary_length, contract.eos_token_ids, 1)
-        summaries.append(sampled)
-    return Rollout.assemble(prompt_ids, thinking, contexts, summaries)
-
-
-# Inside generate()
-
-
-class ThinkingBudgetLogitsProcessor(LogitsProcessor):
-    """
-    Holds plain `generate()` to a thinking budget, with the tokens that training splices.
-
-    A thinking that reaches the budget is closed by truncation bridge and answer bridge; one that ends before is
-    followed by the answer bridge; an answer that reaches its limit is ended by EOS. What to do at a step is read off
-    the tokens so far: rows may be at different points, and sampling, streaming and beams need nothing more.
-
-    Args:
-        contract ([`AnytimeContract`]):
-            Markers and bridges, and the length of an answer.
-        budgets (`int` or `Sequence[int]`):
-            Budget in thinking tokens, one for all rows or one for each.
-        prompt_length (`int`):
-            Columns of `input_ids`, padding on the left included.
-
-    Attributes:
-        max_new_tokens (`int`):
-            What to pass to `generate()`, so that it does not stop earlier than this processor.
-
-    Raises:
-        `ValueError`: For a budget that is no positive int.
-
-    Example:
-
-    ```python
-    >>> inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-    >>> processor = ThinkingBudgetLogitsProcessor(contract, budgets=1000, prompt_length=inputs.input_ids.size(1))
-    >>> model.generate(**inputs, logits_processor=[processor], max_new_tokens=processor.max_new_tokens)
-    ```
-    """
-
-    def __init__(self, contract: AnytimeContract, budgets: int | Sequence[int], prompt_length: int):
-        self.budgets = [budgets] if isinstance(budgets, int) else list(budgets)
-        for budget in self.budgets:
-            check_budgets([budget])
-        markers = contract.markers
-        self.prompt_length = prompt_length
-        self._contract = contract
-        self._after_end = torch.tensor(markers.answer_bridge_ids)
-        self._after_cut = torch.tensor(markers.truncation_bridge_ids + markers.answer_bridge_ids)
-        self.max_new_tokens = max(self.budgets) + markers.max_bridge_length + contract.max_summary_length + 1  # EOS
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores, (B, V), of which only the forced token is left in rows where there is one."""
-        forced_B = self.forced(input_ids[:, self.prompt_length :])
-        rows = (forced_B >= 0).nonzero()[:, 0]
-        forced_scores = torch.full_like(scores[rows], -torch.inf).scatter_(1, forced_B[rows, None], 0.0)
-        return cast(torch.FloatTensor, scores.index_copy(0, rows, forced_scores))
-
-    def forced(self, generated: torch.Tensor) -> torch.Tensor:
-        """
-        The tokens that must come next.
-
-        Args:
-            generated (`torch.Tensor`):
-                int64 of shape (B, T), the tokens after the prompt.
-
-        Returns:
-            `torch.Tensor`: int64 of shape (B,), -1 where the model is free.
-        """
-        device, (num_rows, length) = generated.device, generated.shape
-        # The same number of rows for each prompt, with several sequences or beams
-        budget_B = torch.tensor(self.budgets, device=device).repeat_interleave(num_rows // len(self.budgets))
-        end_B = self._ends(generated)
-        finished_B = end_B <= budget_B
-        cut_B = torch.where(finished_B, end_B, budget_B)
-        step_B = length - cut_B  # tokens since the thinking
-        forced_B = torch.full_like(step_B, -1)
-        for rows_B, bridge in ((finished_B, self._after_end), (~finished_B, self._after_cut)):
-            in_bridge_B = rows_B & (step_B >= 0) & (step_B < len(bridge))
-            forced_B[in_bridge_B] = bridge.to(device)[step_B[in_bridge_B]]
-            over_B = rows_B & (step_B >= len(bridge) + self._contract.max_summary_length)
-            forced_B[over_B] = self._contract.eos_token_ids[0]
-        return forced_B
-
-    def _ends(self, generated: torch.Tensor) -> torch.Tensor:
-        """Tokens up to and including the first end of thinking, shape (B,); a very large number without one."""
-        markers, never = self._contract.markers, torch.iinfo(torch.long).max
-        if markers.in_text or not generated.size(1):
-            ends = [markers.end_of_thinking(row) for row in generated.tolist()]
-            return torch.tensor([never if end is None else end for end in ends], device=generated.device)
-        found = generated == markers.think_end_ids[0]
-        return torch.where(found.any(dim=1), found.int().argmax(dim=1) + 1, never)

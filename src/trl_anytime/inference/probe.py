@@ -10,7 +10,7 @@ from ..outside.tables import aligned
 from ..outside.validation import fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
-from .anytime_config import TOKEN_ID, AnytimeContract, check_context
+from .anytime_config import TOKEN_ID, AnytimeConfig
 
 QUESTION = (
     "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
@@ -59,7 +59,7 @@ class Finding:
         return self.outcome in ("enforced", "not reached") and self.answered and self.markers == "trained"
 
 
-def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenizer: PreTrainedTokenizerBase) -> Finding:
+def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """
     What the tokens of an answer say about a budget.
 
@@ -68,12 +68,12 @@ def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenize
             All tokens after the prompt.
         budget (`int`):
             The budget in thinking tokens.
-        contract ([`AnytimeContract`]):
+        config ([`AnytimeConfig`]):
             The trained markers and bridges.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
     """
-    markers = contract.markers
+    markers = config.markers
     end = markers.end_of_thinking(token_ids)
     if end is None:
         outcome = "ignored" if len(token_ids) > budget else "not reached"
@@ -114,7 +114,7 @@ def judge(token_ids: list[int], budget: int, contract: AnytimeContract, tokenize
 
 def probe(
     client: CompletionClient,
-    contract: AnytimeContract,
+    config: AnytimeConfig,
     tokenizer: PreTrainedTokenizerBase,
     budgets: list[int],
     budget_field: str = "thinking_token_budget",
@@ -126,7 +126,7 @@ def probe(
     Args:
         client ([`CompletionClient`]):
             The server.
-        contract ([`AnytimeContract`]):
+        config ([`AnytimeConfig`]):
             The trained markers and bridges.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
@@ -142,20 +142,20 @@ def probe(
         `ValueError`: If a budget is beyond its context, or the tokenizer cannot encode the question or an answer.
     """
     messages = [{"role": "user", "content": question}]
-    num_prompt_tokens = len(contract.prompt_ids(tokenizer, [messages])[0])
-    check_context(num_prompt_tokens, max(budgets), contract, client.max_model_len, "the server's")
+    num_prompt_tokens = len(config.prompt_ids(tokenizer, [messages])[0])
+    config.check_context(num_prompt_tokens, max(budgets), client.max_model_len, "the server's")
     most = None if client.max_model_len is None else client.max_model_len - num_prompt_tokens
     findings = []
     for budget in budgets:
-        needed = budget + contract.markers.max_bridge_length + contract.max_summary_length + _HEADROOM
+        needed = budget + config.markers.max_bridge_length + config.max_summary_length + _HEADROOM
         body: dict[str, Any] = {
             "model": client.model,
             "messages": messages,
             "max_tokens": needed if most is None else min(needed, most),
             "return_token_ids": True,
             "skip_special_tokens": False,
-            "chat_template_kwargs": contract.chat_template_kwargs,
-            **contract.sampling.vllm(),
+            "chat_template_kwargs": config.chat_template_kwargs,
+            **config.sampling.vllm(),
         }
         *path, name = budget_field.split(".")
         place = body
@@ -172,19 +172,19 @@ def probe(
         (choice,) = answer["choices"]
         token_ids = choice.get("token_ids")
         if token_ids is None:
-            written = _text(choice["message"], contract)
+            written = _text(choice["message"], config)
             token_ids = encode(tokenizer, written) if written else []
-        findings.append(judge(token_ids, budget, contract, tokenizer))
+        findings.append(judge(token_ids, budget, config, tokenizer))
     return findings
 
 
-def _text(message: dict[str, Any], contract: AnytimeContract) -> str:
+def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
     """What a model wrote, put together again where a server has taken it apart."""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     content = message.get("content") or ""
-    if not reasoning or contract.markers.think_end in content:
+    if not reasoning or config.markers.think_end in content:
         return reasoning + content
-    return f"{reasoning}{contract.markers.think_end}{content}" if content else reasoning
+    return f"{reasoning}{config.markers.think_end}{content}" if content else reasoning
 
 
 def verdict(findings: list[Finding]) -> str | None:

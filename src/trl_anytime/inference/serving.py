@@ -1,4 +1,4 @@
-"""Prints how to serve a model with vLLM so that its contract holds: the command, and requests to the server."""
+"""Prints how to serve a model with vLLM that keeps to its anytime config: the command, and requests to the server."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 from ..method.budgets import check_budgets
 from ..outside.display import for_json, for_shell, for_terminal
 from ..rollout.http_backend import completion_body
-from .anytime_config import AnytimeContract
-from .generate import rollout_settings
+from .anytime_config import AnytimeConfig
 
 _PROMPT = "<ids of the rendered prompt>"
 _CONTEXT = f"{_PROMPT} + <ids of the thinking> + <bridge>"
@@ -35,7 +34,7 @@ class Request:
 @dataclass(frozen=True)
 class Deployment:
     """
-    A server that holds a model to its contract.
+    A server that holds a model to its config.
 
     Args:
         command (`list[str]`):
@@ -74,14 +73,14 @@ def _comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in for_terminal(text).split("\n"))
 
 
-def deployment(model: str, contract: AnytimeContract, budget: int) -> Deployment:
+def deployment(model: str, config: AnytimeConfig, budget: int) -> Deployment:
     """
     Return how to serve a model with vLLM.
 
     Args:
         model (`str`):
             Folder or Hub id of the model.
-        contract ([`AnytimeContract`]):
+        config ([`AnytimeConfig`]):
             How it was trained.
         budget (`int`):
             Budget in thinking tokens of the requests.
@@ -97,9 +96,9 @@ def deployment(model: str, contract: AnytimeContract, budget: int) -> Deployment
         "messages": [{"role": "user", "content": "<question>"}],
         "vllm_xargs": {"thinking_budget": budget},
         # One more, for the EOS that ends an answer at its limit
-        "max_tokens": budget + contract.markers.max_bridge_length + contract.max_summary_length + 1,
-        "chat_template_kwargs": contract.chat_template_kwargs,
-        **contract.sampling.vllm(),
+        "max_tokens": budget + config.markers.max_bridge_length + config.max_summary_length + 1,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        **config.sampling.vllm(),
     }
     notes = [
         "The server needs this package for its logits processor (pip install trl-anytime), and enforces the budget by "
@@ -111,20 +110,20 @@ def deployment(model: str, contract: AnytimeContract, budget: int) -> Deployment
         "--budget-field vllm_xargs.thinking_budget",
     ]
     one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
-    return Deployment(command, [one, *_by_token_ids(model, contract, budget)], "http://localhost:8000", notes)
+    return Deployment(command, [one, *_by_token_ids(model, config, budget)], "http://localhost:8000", notes)
 
 
-def _by_token_ids(model: str, contract: AnytimeContract, budget: int) -> list[Request]:
-    stop, eos = rollout_settings(contract, num_summaries=1).stop_token_ids, contract.eos_token_ids
-    think = completion_body(model, [], budget, stop, contract.sampling)
-    answer = completion_body(model, [], contract.max_summary_length, eos, contract.sampling)
+def _by_token_ids(model: str, config: AnytimeConfig, budget: int) -> list[Request]:
+    stop, eos = config.rollout_settings(1).stop_token_ids, config.eos_token_ids
+    think = completion_body(model, [], budget, stop, config.sampling)
+    answer = completion_body(model, [], config.max_summary_length, eos, config.sampling)
     return [
         Request("By token ids: 1. Think, up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
-        Request(_answer_behind(contract), "/v1/completions", {**answer, "prompt": _CONTEXT}),
+        Request(_answer_behind(config), "/v1/completions", {**answer, "prompt": _CONTEXT}),
     ]
 
 
-def _answer_behind(contract: AnytimeContract) -> str:
-    markers = contract.markers
+def _answer_behind(config: AnytimeConfig) -> str:
+    markers = config.markers
     closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
     return f"2. Answer. The bridge is {closed} behind a thinking that was cut, {ended} behind one that ended by itself"

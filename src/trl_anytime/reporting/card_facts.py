@@ -16,7 +16,7 @@ from transformers import SchedulerType
 from trl.data_utils import is_conversational
 
 from ..brpo_config import BRPOConfig
-from ..inference.anytime_config import AnytimeContract
+from ..inference.anytime_config import AnytimeConfig
 from ..rewards import AnswerReward
 from .learning_curves import Curve, before_and_after, evaluations, training_curves
 from .recipe_names import recipe_name
@@ -75,7 +75,7 @@ class CardFacts:
             Tags on the Hub.
         links (`list[str]`):
             Links to the run in trackers, as Markdown.
-        contract ([`AnytimeContract`]):
+        anytime_config ([`AnytimeConfig`]):
             How the model is used.
         recipe (`str`):
             See [`~trl_anytime.reporting.recipe_names.recipe_name`].
@@ -108,7 +108,7 @@ class CardFacts:
     adapter: str | None
     tags: list[str]
     links: list[str]
-    contract: AnytimeContract
+    anytime_config: AnytimeConfig
     recipe: str
     metric: str
     dataset: DataSet
@@ -173,7 +173,7 @@ def _label(curve: Curve) -> str:
 
 def card_facts(
     trainer: Any,
-    contract: AnytimeContract,
+    anytime_config: AnytimeConfig,
     paper: dict[str, str],
     prompt: Any,
     card_of_trl: ModelCard,
@@ -186,8 +186,8 @@ def card_facts(
     Args:
         trainer ([`BRPOTrainer`]):
             The trainer, before, during or after training.
-        contract ([`AnytimeContract`]):
-            Its model's contract.
+        anytime_config ([`AnytimeConfig`]):
+            Its model's config.
         paper (`dict[str, str]`):
             Title, id and citation of the method.
         prompt (`str` or `list[dict]`):
@@ -212,7 +212,7 @@ def card_facts(
         adapter=None if adapter is None else _ADAPTERS.get(adapter.peft_type.value, adapter.peft_type.value),
         tags=card_of_trl.data["tags"],
         links=links_to_trackers(card_of_trl.text),
-        contract=contract,
+        anytime_config=anytime_config,
         recipe=_recipe(args),
         metric=args.card_metric or ("accuracy" if _is_accuracy(trainer) else "mean_reward"),
         dataset=_describe(trainer.train_dataset, dataset_name or args.card_dataset, "unnamed data"),
@@ -221,7 +221,7 @@ def card_facts(
         log_history=trainer.state.log_history,
         step=_step_of_weights(trainer),
         num_steps=max(trainer.state.max_steps, args.max_steps, 0),
-        settings=_settings(trainer, contract, adapter),
+        settings=_settings(trainer, anytime_config, adapter),
         question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
         versions={"trl_anytime": version("trl-anytime"), **{name: version(name) for name in libraries}},
         paper=paper,
@@ -319,9 +319,9 @@ def _describe(dataset: Dataset | IterableDataset, given: str | None, otherwise: 
     return DataSet(given or otherwise, num_rows=num_rows, split=split)
 
 
-def _settings(trainer: Any, contract: AnytimeContract, adapter: Any) -> dict[str, str]:
+def _settings(trainer: Any, config: AnytimeConfig, adapter: Any) -> dict[str, str]:
     args: BRPOConfig = trainer.args
-    weights = zip(contract.budgets, contract.prior, strict=True)
+    weights = zip(config.budgets, config.prior, strict=True)
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
     is_stream = isinstance(trainer.train_dataset, IterableDataset)
     baseline = {"v1": f"v1, λ = {args.progress_decay:g}", "brpo": f"brpo, λ = {args.progress_decay:g}"}

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
-from ..inference.anytime_config import CONTRACT_NAME
+from ..inference.anytime_config import ANYTIME_CONFIG_NAME
 from ..inference.serving import deployment
 from ..outside.display import for_json, for_shell, for_terminal
 from .card_facts import CardFacts
@@ -106,8 +106,8 @@ def eval_result_files(facts: CardFacts) -> dict[str, list[EvalResultEntry]]:
                 task_id=dataset.task,
                 value=round(100 * accuracy, 2),
                 dataset_revision=dataset.revision,
-                notes=f"thinking budget of {budget} tokens, temperature {facts.contract.sampling.temperature:g}, "
-                f"mean of {facts.num_generations_eval}",
+                notes=f"thinking budget of {budget} tokens, "
+                f"temperature {facts.anytime_config.sampling.temperature:g}, mean of {facts.num_generations_eval}",
             )
         ]
         for dataset, curve in facts.measured
@@ -139,18 +139,18 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
         model_name=facts.name,
         eval_results=_eval_results(facts) or None,
     )
-    contract = facts.contract
+    config = facts.anytime_config
     served = "merged" if facts.adapter else facts.location
-    server = deployment(served, contract, contract.budgets[-1])
-    *most, last = map(str, contract.budgets)
+    server = deployment(served, config, config.budgets[-1])
+    *most, last = map(str, config.budgets)
     return ModelCard.from_template(
         data,
         str(_TEMPLATE),
         facts=facts,
-        contract=contract,
-        contract_file=CONTRACT_NAME,
+        config=config,
+        config_file=ANYTIME_CONFIG_NAME,
         budgets=f"{', '.join(most)} or {last}" if most else f"at most {last}",
-        sampling=", ".join(f"{name} {value:g}" for name, value in contract.sampling.vllm().items()),
+        sampling=", ".join(f"{name} {value:g}" for name, value in config.sampling.vllm().items()),
         title=f"{facts.metric_name} against thinking budget".capitalize(),
         budget_picture=BUDGET_PICTURE if BUDGET_PICTURE in pictures else None,
         training_picture=TRAINING_PICTURE if TRAINING_PICTURE in pictures else None,
