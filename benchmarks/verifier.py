@@ -1,8 +1,15 @@
-r"""How right and how fast the answer verifier is, on real answers, next to TRL's `accuracy_reward`.
+r"""How right and how fast the answer verifier is, next to `math_verify` and TRL's `accuracy_reward`.
+
+    python benchmarks/verifier.py --outside
+
+grades the pairs of `tests/data/answers.jsonl`, whose outcomes are beyond doubt and which were not written here, with
+all three. It prints a table: pairs graded right, wrong answers accepted, right answers refused, pairs per second of
+CPU time (the best of two passes after one that warms up, without what our verifier remembers of earlier passes).
+Files of other pairs are taken with `--pairs`.
 
     python benchmarks/verifier.py --json
 
-prints one object:
+prints this table as `outside`, and with it, for our verifier on the data sets of `--data`:
 
 - `missed`: right answers that scored 0, of `of_right`: every gold of the data sets against itself and against
   mechanical rewritings of it, and the equal pairs of `tests/rewards_cases.py`;
@@ -18,6 +25,7 @@ prints one object:
 
 import argparse
 import json
+import logging
 import random
 import re
 import statistics
@@ -25,16 +33,22 @@ import sys
 import time
 from pathlib import Path
 
+from math_verify import parse, verify
+from trl.rewards import accuracy_reward
+
 from trl_anytime.rewards import MathReward, grade_answers
+from trl_anytime.rewards.equality import answers_equal
 from trl_anytime.rewards.forms import Collection, Formula, as_fraction, read
 from trl_anytime.rewards.golds import gold_alternatives
 from trl_anytime.rewards.latex import normalize
 from trl_anytime.rewards.pool import PoolSettings, WorkerPool, close_pools
+from trl_anytime.rewards.symbolic import Symbolic
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from rewards_cases import DIFFERENT, EQUAL, HOSTILE  # noqa: E402  (the path comes first)
 
+OUTSIDE = ROOT / "tests" / "data" / "answers.jsonl"
 FILES = ("aime24", "amc", "math500", "math_train_2000")
 
 
@@ -148,18 +162,61 @@ def measure_speed(golds: list[str], choose: random.Random) -> dict:
 
 
 def compare_with_trl(pairs: list[tuple[str, str]]) -> float:
-    from trl.rewards import accuracy_reward
-
     completions = [[{"role": "assistant", "content": rf"\boxed{{{answer}}}"}] for _, answer in pairs]
-    ours = MathReward(end_of_thinking=None, workers=1, batch_limit=3600.0)
+    reward = MathReward(end_of_thinking=None, workers=1, batch_limit=3600.0)
     golds = [rf"\boxed{{{gold}}}" for gold, _ in pairs]
-    ours([""], completions[:1], solution=golds[:1])
+    reward([""], completions[:1], solution=golds[:1])
     times = {"trl": 0.0, "ours": 0.0}
     for start in range(0, len(pairs), 100):  # side by side: the machine's load meets both alike
         part = slice(start, start + 100)
         times["trl"] += seconds(lambda s=part: accuracy_reward(completions[s], golds[s]))
-        times["ours"] += seconds(lambda s=part: ours([""] * 100, completions[s], solution=golds[s]))
+        times["ours"] += seconds(lambda s=part: reward([""] * 100, completions[s], solution=golds[s]))
     return times["trl"] / times["ours"]
+
+
+def ours(gold: str, answer: str) -> bool:
+    return bool(answers_equal(gold, answer, Symbolic()))
+
+
+def math_verify(gold: str, answer: str) -> bool:
+    return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{answer}}}")))
+
+
+def trl(gold: str, answer: str) -> bool:
+    completion = [{"role": "assistant", "content": rf"\boxed{{{answer}}}"}]
+    return bool(accuracy_reward([completion], [rf"\boxed{{{gold}}}"])[0])
+
+
+def grade_outside(files: list[Path]) -> dict[str, dict[str, float]]:
+    """Our verifier and others on pairs from elsewhere, each in this process, so that CPU times compare."""
+    pairs = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    table: dict[str, dict[str, float]] = {}
+    for grader in (ours, math_verify, trl):
+        times = []
+        for _ in range(3):
+            normalize.cache_clear()
+            read.cache_clear()
+            start = time.process_time()
+            verdicts = [grader(pair["gold"], pair["answer"]) for pair in pairs]
+            times.append(time.process_time() - start)
+        outcomes = list(zip(verdicts, [bool(pair["equal"]) for pair in pairs], strict=True))
+        table[grader.__name__] = {
+            "pairs": len(pairs),
+            "right": sum(verdict == equal for verdict, equal in outcomes),
+            "wrongly_accepted": sum(verdict and not equal for verdict, equal in outcomes),
+            "wrongly_refused": sum(equal and not verdict for verdict, equal in outcomes),
+            "pairs_per_cpu_s": round(len(pairs) / min(times[1:]), 1),
+        }
+    return table
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = ["| grader | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{row[column]:g}" for column in columns) + " |" for name, row in rows.items()
+    ]
+    return "\n".join(lines)
 
 
 def measure_memory(golds: list[str], choose: random.Random, tasks: int = 5000) -> float:
@@ -177,12 +234,19 @@ def measure_memory(golds: list[str], choose: random.Random, tasks: int = 5000) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    parser.add_argument("--outside", action="store_true", help="only compare the graders on pairs from elsewhere")
+    parser.add_argument("--pairs", type=Path, nargs="+", default=[OUTSIDE], help="files of such pairs, JSON lines")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a line per figure")
     arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # of the other graders, a line for each answer that they cannot read
+    outside = grade_outside(arguments.pairs)
+    if arguments.outside:
+        print(json.dumps(outside, indent=2) if arguments.json else as_table(outside))
+        return
     choose = random.Random(0)
     golds = {name: load(arguments.data, name) for name in FILES}
     everything = [gold for name in FILES for gold in golds[name]]
-    figures = count_errors(everything, choose)
+    figures: dict = {"outside": outside, **count_errors(everything, choose)}
     figures |= measure_speed(golds["math500"], choose)
     figures["hostile_max_s"] = max(seconds(lambda a=a: grade_answers([a], ["2"], workers=1)) for a in HOSTILE)
     figures["worker_mib"] = measure_memory(everything, choose)

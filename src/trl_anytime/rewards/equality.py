@@ -123,7 +123,7 @@ def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Ver
     if answer_domain and gold_domain:
         if answer_domain[2] and gold_domain[2] and answer_domain[2] != gold_domain[2]:
             return False
-        if answer_domain[1] and gold_domain[1] and answer_domain[1] not in tokens(normal_gold):
+        if answer_domain[1] and gold_domain[1] and gold_domain[1] not in tokens(normal_answer):
             normal_answer = _renamed_text(normal_answer, {answer_domain[1]: gold_domain[1]})
     claimed = read(normal_answer)
     alternatives = [part for part in normal_gold.split(r"\approx") if part.strip()]
@@ -245,8 +245,12 @@ def _equal_collections(gold: Collection, answer: Collection, comparison: Formula
     kinds = {gold.kind, answer.kind}
     if kinds & {"cup", "minus", "cap"}:
         verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
-        if verdict is not None:
-            return verdict
+        return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
+    return _equal_items(gold, answer, comparison)
+
+
+def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
+    kinds = {gold.kind, answer.kind}
     if kinds == {"quantity"}:
         pairs = list(zip(gold.items, answer.items, strict=False))
         same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)

@@ -1,7 +1,11 @@
 r"""What an answer is: a number, words, a choice, a list, an interval, a matrix, an equation, or any other formula.
 
 `read` turns an answer into one of the small dataclasses below. Formulas stay strings: they are compared as exact
-fractions (`as_fraction`) or, in a worker process, by sympy.
+fractions (`as_fraction`) or, in a worker process, by value.
+
+This stage is ours because libraries read formulas, not answers. Their parsers drop units, take words for products of
+letters, keep one equation of several, join coordinates to thousands, and tell neither a choice from a variable nor a
+number's base from an index. It runs in the training process, and is linear in the length but for lists in any order.
 """
 
 import re
@@ -191,13 +195,13 @@ _SYLLABLE = re.compile("[^aeiou][aeiou][^aeiou]")
 _TEXT_PIECE = re.compile(r"\\text\s*\{([^{}]*)\}")
 _TEXT_WITH_NUMBER = re.compile(r"\\text\s*\{\s*([-+]?\d[^{}]*)\}")
 _BARE_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9'’.:\- ]*")
-_POWER_OF_UNIT = r"\s*(?:\^\s*(?:\{\s*[-+]?\d\s*\}|[-+]?\d))?"
+_POWER_OF_UNIT = r"(?:\s*\^\s*(?:\{\s*[-+]?\d\s*\}|[-+]?\d))?"
 _TEXT_ATOM = r"\\text\s*\{[^{}]*\}" + _POWER_OF_UNIT
 _TEXT_UNIT = re.compile(
     rf"(.*?[^\s+\-*/^=,(\[{{])\s*({_TEXT_ATOM}(?:\s*[/*]\s*(?:{_TEXT_ATOM}|[A-Za-z]+{_POWER_OF_UNIT})|\s*{_TEXT_ATOM})*)"
 )
-_BARE_ATOM = r"[A-Za-z][A-Za-z. ]*" + _POWER_OF_UNIT
-_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:[/*]\s*{_BARE_ATOM})*)")
+_BARE_ATOM = r"[A-Za-z](?:[A-Za-z. ]*[A-Za-z.])?" + _POWER_OF_UNIT
+_BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:\s*[/*]\s*{_BARE_ATOM})*)")
 _BARE_WORD_UNITS = re.compile(r"[A-Za-z][A-Za-z/. ]{3,}")
 _SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms])")
 _COUNT = re.compile(r"[-+]?[\d., ]*\d|[-+]?\\frac\{\d+\}\{\d+\}|\d+/\d+")
@@ -263,7 +267,7 @@ def _read(text: str, depth: int) -> Form:
         return Choice((match[1] or match[2]).upper())
     if (match := _OUTWARD.fullmatch(text)) and (match[1] == "]" or match[3] == "["):  # `]1,2]` is `(1,2]`
         text = ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
-    if match := _CONGRUENCE.fullmatch(text):
+    if r"\equiv" in text and (match := _CONGRUENCE.fullmatch(text)):
         return _read_congruence(match)
     if match := _MATRIX.fullmatch(text):
         return _read_matrix(match, depth)
@@ -838,7 +842,6 @@ _RATIONAL = re.compile(
     re.VERBOSE,
 )
 _DECIMAL = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
-_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?)?")
 _UNIT_POWER = re.compile(r"([^\s^]+)(?:\^(-?\d+))?")
 _MAX_EXPONENT = 1000  # beyond it a power of ten stays a formula
 
@@ -884,7 +887,10 @@ def _rational_value(found: dict[str, str]) -> Fraction | None:
     return Fraction(found["start"].rstrip(".")) + Fraction(int(digits), (10 ** len(digits) - 1) * 10**shift)
 
 
+_SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?\d{1,3})\s*\}?|[eE]([-+]?\d{1,3}))?")
+
+
 def decimal_places(text: str) -> int:
-    """Digits behind the point of a plain decimal or one in scientific notation, 0 for any other formula."""
+    """Digits behind the point of a decimal (in scientific notation: once written out), 0 for any other formula."""
     match = _SHOWN_DECIMAL.fullmatch(text.strip())
-    return max(0, len(match[1]) - int(match[2] or 0)) if match else 0
+    return max(0, len(match[1]) - int(match[2] or match[3] or 0)) if match else 0

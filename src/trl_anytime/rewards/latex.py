@@ -2,6 +2,9 @@ r"""One spelling for each answer: clean up LaTeX as models and data sets write i
 
 `normalize` maps the many spellings of one formula to one; `tokens` compares formulas without their white space. Both
 are plain string functions, make a fixed number of passes, and never raise.
+
+This stage is ours because a library's normalisation belongs to its own parser: it drops text and units, which
+`forms.py` reads, and it does not know the spellings of data sets (`1,\!000`, `{1 \over 2}`, `x \in \Bbb R`).
 """
 
 import re

@@ -29,7 +29,7 @@ def equal_sets(a: Form, b: Form, order: Callable[[str, str], int | None]) -> boo
             the second, `None` if that cannot be told.
 
     Returns:
-        `bool` or `None`: None if one of them is not such a set, or its end points cannot be put in order.
+        `bool` or `None`: None if one of them is not such a set, or the end points cannot be put in order.
     """
     ends: set[str] = set()
     if not (_collect(a, ends) and _collect(b, ends)) or len(ends) > _MAX_END_POINTS:
