@@ -243,7 +243,7 @@ def _same(
     if not thorough and difference <= largest * mpmath.mpf(10) ** -30 and loss < 15:
         return True
     digits = int(min(_MAX_DIGITS, 60 + 8 * size))
-    if digits < 60 + 3 * size:
+    if digits < 60 + 3 * size or not (thorough or size < 100):
         raise TooLarge("more digits than can be computed")
     with mpmath.workdps(digits):
         x, y = (_inexact(_evaluate(expr, point, real, digits)[0]) for expr in (left, right))
@@ -654,11 +654,12 @@ class _Evaluator:
             return Fraction(0)
         k = min(k, n - k)
         log10 = _log10_gamma(n + 1) - _log10_gamma(k + 1) - _log10_gamma(n - k + 1)
-        self.check_log10(log10 if n < 10**12 else k * math.log10(n) if n.bit_length() < 1000 else math.inf if k else 0)
+        if k:
+            self.check_log10(log10 if n < 10**12 else k * n.bit_length() * _LOG10_2)
         return Fraction(math.comb(n, k))
 
     def check_log10(self, log10: float) -> None:
-        if log10 > _MAX_LOG10:
+        if log10 > min(_MAX_LOG10, self.max_bits * _LOG10_2):
             raise TooLarge("a number of more than a million digits")
 
     def sum(self, body: Basic, *limits: Basic) -> Value:
@@ -757,6 +758,8 @@ def _function(name: str) -> Callable[[_Evaluator, Basic], Value]:
         value = evaluator.inexact(evaluator.value(arg))
         if not mpmath.isfinite(value):
             raise Undefined
+        if isinstance(value, mpmath.mpc) or ("h" in name and name[0] != "a"):
+            evaluator.check_exponent(2 * value)  # an exponential in disguise: tanh(200) is not 1
         if abs(value) > 1:  # the argument is reduced by a period
             evaluator.loss += float(mpmath.log10(abs(value)))
         return evaluator.settle(function(value))
