@@ -308,8 +308,8 @@ def _model_files(
                 ERROR,
                 f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. What needs it "
                 "is not checked.",
-                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result. Or give "
-                "the trainer `PeftModel.from_pretrained(..., is_trainable=True)` in a script of your own.",
+                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result. Or "
+                "give the trainer `PeftModel.from_pretrained(..., is_trainable=True)` in a script of your own.",
             )
         )
         return None, None
