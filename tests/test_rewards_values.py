@@ -7,12 +7,12 @@ import time
 from fractions import Fraction
 
 import pytest
-from trl_anytime.rewards.equality import Exact, answers_equal
-from trl_anytime.rewards.grammar import TooLarge
-from trl_anytime.rewards.latex import normalize
-from trl_anytime.rewards.symbolic import Symbolic
 
 from trl_anytime.rewards import MathReward
+from trl_anytime.rewards.verifier.equality import Exact, answers_equal
+from trl_anytime.rewards.verifier.grammar import TooLarge
+from trl_anytime.rewards.verifier.latex import normalize
+from trl_anytime.rewards.verifier.symbolic import Symbolic
 
 # A gold and an answer a line, equal in both directions
 EQUAL = r"""

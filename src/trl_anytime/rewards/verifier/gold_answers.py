@@ -167,17 +167,8 @@ def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> st
         why = str(error)
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
-<<<<<<< /tmp/tmpqvau4vz4/ours
-    return (
-        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: "
-        f"{skip}."
-    )
-||||||| /tmp/tmpqvau4vz4/base
-    return f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
-=======
     where = f"Row {row}: column {column!r}"
     return f"{where} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
->>>>>>> /tmp/tmpqvau4vz4/theirs
 
 
 # Columns
