@@ -45,13 +45,12 @@ from .checks.start_checks import context_objection, prompt_findings
 from .contract import AnytimeContract, Sampling
 from .faults import FaultWatch, memory_advice
 from .generation import Generation, PrefixGeneration, RolloutSettings
-from .markers import ThinkingMarkers, find_markers
+from .markers import ThinkingMarkers, find_markers, render_prompt
 from .preemption import Preemption
 from .reward_guard import RewardGuard
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout import Rollout
 from .separate_rows import forward_rows
-from .templates import render_prompt
 from .trackers import Trackers
 from .transformers_generation import TransformersGeneration, sampling_objection
 from .tree import PackedRollouts

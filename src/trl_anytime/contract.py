@@ -20,8 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 
 from .budgets import check_budgets, prior_weights
-from .markers import ThinkingMarkers, find_markers
-from .templates import render_prompt
+from .markers import ThinkingMarkers, find_markers, render_prompt
 
 CONTRACT_NAME = "anytime_config.json"
 _FORMAT = 1

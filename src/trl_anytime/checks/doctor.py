@@ -20,9 +20,8 @@ from trl.trainer.utils import add_fused_lm_head
 from ..admission import decoding_objection, measured_objection, structural_objection
 from ..attention import enable_tree_attention
 from ..brpo_config import BRPOConfig
-from ..markers import ThinkingMarkers, find_markers
+from ..markers import ThinkingMarkers, find_markers, render_prompt
 from ..rewards import MathReward
-from ..templates import render_prompt
 from ..vllm_generation import check_server
 from .batch_arithmetic import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding

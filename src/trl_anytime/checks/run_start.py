@@ -8,8 +8,8 @@ from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..markers import render_prompt
 from ..rewards import AnswerReward, FormatReward
-from ..templates import render_prompt
 from .batch_arithmetic import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .idle_settings import idle_settings
