@@ -600,9 +600,14 @@ class _Evaluator:
         return Fraction(int(mpmath.floor(value) if sign > 0 else mpmath.ceil(value)))
 
     def mod(self, a_expr: Basic, b_expr: Basic) -> Value:
-        a, b = self.real_value(a_expr), self.real_value(b_expr)
+        b = self.real_value(b_expr)
         if b == 0:
             raise Undefined
+        if a_expr.is_Pow and type(a_expr.args[0]).__name__ != "Exp1" and (divisor := self.integer(b)):
+            base, exponent = (self.integer(self.value(arg)) for arg in a_expr.args)
+            if base is not None and exponent is not None and exponent >= 0:
+                return Fraction(pow(base, exponent, divisor))  # for powers too large to be computed
+        a = self.real_value(a_expr)
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a % b
         a, b = self.inexact(a), self.inexact(b)
