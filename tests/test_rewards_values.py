@@ -16,6 +16,8 @@ from trl_anytime.rewards.symbolic import Symbolic
 
 # A gold and an answer a line, equal in both directions
 EQUAL = r"""
+\pi x=2^{300}+1 ;; 2\pi x=2+2^{301}
+\pi x+\sqrt2 y=3 ;; 3\sqrt2 y=9-3\pi x
 f(x)=x^2+1 ;; f(t)=1+t^2
 f(x,y)=x+2y ;; f(a,b)=a+2b
 g(n)=\ln n ;; g(x)=\ln x
@@ -258,6 +260,11 @@ x:2x ;; 1:2
 """
 
 DIFFERENT = r"""
+\pi x=2^{300} ;; \pi x=2^{300}+1
+x+2^{200}=0 ;; x+2^{200}+1=0
+y=|x| ;; y=x
+y=\max(x,0) ;; y=x
+|x-30|=y ;; x-30=y
 f(x)=x^2 ;; f(t)=t^3
 f(x)=x+t ;; f(t)=t+x
 f(x)=x^2 ;; g(t)=t^2
