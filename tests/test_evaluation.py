@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
-from trl_anytime.evaluation.evaluate import Evaluation, accuracies, load_results, results_of
-from trl_anytime.evaluation.problems import load_problems
+from trl_anytime.evaluation.evaluate import Evaluation, accuracies, limited_answers, load_results, results_of
+from trl_anytime.evaluation.problems import ProblemSet, load_problems
 from trl_anytime.inference.generate import anytime_generate
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.markers import ThinkingMarkers
@@ -464,3 +464,61 @@ def test_samples_are_asked_for_once(folder, tmp_path):
     assert accuracies(records, BUDGETS)["problems"].shape == (NUM_PROBLEMS, len(BUDGETS))
     assert results_of(evaluation.protocol, records)["protocol"]["num_summaries"] == 2
     assert Path(tmp_path / "samples.jsonl").read_text().count("\n") == 1 + NUM_PROBLEMS * 3
+
+
+# Rewards
+
+
+def own_reward(tmp_path, body: str) -> str:
+    (tmp_path / "own.py").write_text(f"import sys\n\n\ndef own(prompts, **kwargs):\n    {body}\n")
+    return f"{tmp_path / 'own.py'}:own"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("sys.exit(0)", "sys.exit"),
+        ("return dict.fromkeys(range(len(prompts)), 1.0)", "dict"),
+        ("return [1.0] * (len(prompts) - 1)", "rewards for"),
+        ("return [float('nan')] * len(prompts)", "nan in row 0"),
+        ("return [None] * len(prompts)", "without a number"),
+    ],
+)
+def test_rewards_that_fail(folder, tmp_path, capsys, body, message):
+    assert run(folder, tmp_path / "out", "--samples", 1, "--reward", own_reward(tmp_path, body)) == 2
+    assert "`own`" in (said := capsys.readouterr().err) and message in said
+
+
+def test_answers_that_hit_a_limit_are_counted(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    contract = replace(AnytimeContract.load(folder), budgets=BUDGETS)
+    problems = ProblemSet("long", ["0"], [r"\sqrt{2}"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def evaluate(**limits):
+        evaluation = Evaluation(model, tokenizer, contract, [problems], "tiny", reward=MathReward(**limits))
+        summaries = [(problems, 0, rf"\boxed{{{text}}}", [1], True, []) for text in (r"\sqrt[3]{8}", "2" * 99)]
+        return evaluation._score(summaries), [rewards for *_, rewards in summaries]
+
+    assert evaluate(max_answer_length=50, answer_bridge="") == ({"too_long": 1}, [[0.0], [0.0]])
+    assert evaluate() == ({}, [[0.0], [0.0]])
+
+
+def test_limits_stand_in_results(folder, tmp_path, finished):
+    assert load_results(finished / "results.json")["limited"] == {
+        "answers": sum(len(cut["answers"]) for record in records_of(finished) for cut in record["cuts"]),
+        "timeouts": 0,
+        "dead_workers": 0,
+        "too_long": 0,
+    }
+    records = [dict(record) for record in records_of(finished)]
+    records[3]["limited"], records[7]["limited"] = {"timeouts": 2}, {"timeouts": 1, "too_long": 1}
+    contract = replace(AnytimeContract.load(folder), budgets=BUDGETS)
+    problems = load_problems(str(folder / "problems.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    evaluation = Evaluation(None, tokenizer, contract, [problems], "tiny", num_samples=4)
+    results = results_of(evaluation.protocol, records)
+    assert (results["limited"]["timeouts"], results["limited"]["too_long"]) == (3, 1)
+    said = limited_answers(results)
+    assert "3 timeouts" in said and "1 too_long" in said
+    assert f"{4 / results['limited']['answers']:.2%}" in said

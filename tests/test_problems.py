@@ -60,7 +60,7 @@ def test_a_file_with_a_near_name(tmp_path):
     [
         (ROWS, {"answer_column": "answers"}, r"no column 'answers' for the answers.*mean answer\?.*--answer-column"),
         ([{"text": "?", "answer": "1"}], {}, "no column 'problem' or 'question' or 'prompt'.* are 'text', 'answer'"),
-        ([*ROWS, {"problem": "?", "answer": None}], {}, "row 2: column 'answer' holds no answer but None.*--skip-bad"),
+        ([*ROWS, {"problem": "?", "answer": None}], {}, "Row 2: column 'answer' holds None.*--skip-bad"),
         ([*ROWS, {"problem": "", "answer": "1"}], {}, "row 2: column 'problem' holds no question but ''"),
     ],
 )  # fmt: skip

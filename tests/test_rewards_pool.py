@@ -33,7 +33,7 @@ FAULTS = {
     "stop": "timeout",
     "spin": "timeout",
     "memory": "timeout",
-    "recursion": "different",
+    "recursion": "timeout",
     "raise": "different",
     "print": "different",
 }

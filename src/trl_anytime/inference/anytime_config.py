@@ -36,9 +36,8 @@ from ..outside.validation import (
 )
 from ..rollout.backend import RolloutSettings
 from ..rollout.encoding import encode_prompt
-from ..rollout.markers import ThinkingMarkers, find_markers
+from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.sampling import SAMPLING, Sampling
-from ..rollout.templates import render_prompt
 
 if TYPE_CHECKING:
     from ..brpo_config import BRPOConfig  # it loads TRL

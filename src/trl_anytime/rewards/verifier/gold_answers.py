@@ -5,7 +5,7 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -167,10 +167,8 @@ def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> st
         why = str(error)
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
-    return (
-        f"Row {row}: column {column!r} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: "
-        f"{skip}."
-    )
+    where = f"Row {row}: column {column!r}"
+    return f"{where} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
 
 
 # Columns
@@ -187,7 +185,7 @@ def find_column(columns: Sequence[str], answer_columns: Sequence[str]) -> str:
     )
 
 
-def has_column(columns: Sequence[str], column: str) -> bool:
+def has_column(columns: Collection[str], column: str) -> bool:
     """Whether a column is there, or for `a.b` the column `a`."""
     return column in columns or (column.partition(".")[1] == "." and column.partition(".")[0] in columns)
 

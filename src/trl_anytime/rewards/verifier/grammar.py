@@ -133,6 +133,7 @@ _PAIRS = {"(": ")", "{": "}", "[": "]", r"\{": r"\}", r"\lfloor": r"\rfloor", r"
 _MODULO = {r"\mod", r"\bmod"}
 _STARTS = {*_PAIRS, *_GREEK, *_ACCENTS, *_CONSTANTS, r"\frac", r"\binom", r"\sqrt", r"\sum", r"\prod"} - {r"\{"}
 _NAME_IN_TEXT = re.compile(rf"\\text\s*\{{\s*({'|'.join(sorted(_NAMES | {'mod'}, key=len, reverse=True))})\s*\}}")
+_BASE_IN_NAME = re.compile(r"(?<![A-Za-z\\])log(2|10)(?=\s*\()")  # `log2(8)`, as in code
 _GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, reverse=True))})([A-Za-z])")
 
 
@@ -160,7 +161,8 @@ def parse(formula: str) -> Expr:
 def _tokens(formula: str) -> list[str]:
     """Tokens, with the names of functions as control words and all other words as single letters."""
     out: list[str] = []
-    found = _TOKEN.findall(_NAME_IN_TEXT.sub(r"\\\1 ", formula))
+    formula = _BASE_IN_NAME.sub(r"\\log_{\1}", _NAME_IN_TEXT.sub(r"\\\1 ", formula))
+    found = _TOKEN.findall(formula)
     for token, following in zip(found, [*found[1:], ""], strict=True):
         if not token[0].isalpha():
             out.append(token)
@@ -335,6 +337,11 @@ class _Reader:
                 return _CALLS[name](*arguments, evaluate=False)
             except TypeError:  # `\gcd` of anything, the others of a fixed number of arguments
                 raise Unreadable(token) from None
+        if token in _MODULO and self.next == "(":
+            arguments = self.arguments()
+            if len(arguments) != 2:
+                raise Unreadable(token)
+            return Mod(*arguments, evaluate=False)
         if token[0] == "\\" and (name in _FUNCTIONS or name in _LOGARITHMS):
             return self.function(name)
         if token in _ACCENTS:
