@@ -491,12 +491,12 @@ def test_rewards_that_fail(folder, tmp_path, capsys, body, message):
 
 def test_answers_that_hit_a_limit_are_counted(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    contract = replace(AnytimeContract.load(folder), budgets=BUDGETS)
+    config = replace(AnytimeConfig.from_pretrained(folder), budgets=BUDGETS)
     problems = ProblemSet("long", ["0"], [r"\sqrt{2}"])
     model = AutoModelForCausalLM.from_pretrained(folder)
 
     def evaluate(**limits):
-        evaluation = Evaluation(model, tokenizer, contract, [problems], "tiny", reward=MathReward(**limits))
+        evaluation = Evaluation(model, tokenizer, config, [problems], "tiny", reward=MathReward(**limits))
         summaries = [(problems, 0, rf"\boxed{{{text}}}", [1], True, []) for text in (r"\sqrt[3]{8}", "2" * 99)]
         return evaluation._score(summaries), [rewards for *_, rewards in summaries]
 
@@ -513,10 +513,10 @@ def test_limits_stand_in_results(folder, tmp_path, finished):
     }
     records = [dict(record) for record in records_of(finished)]
     records[3]["limited"], records[7]["limited"] = {"timeouts": 2}, {"timeouts": 1, "too_long": 1}
-    contract = replace(AnytimeContract.load(folder), budgets=BUDGETS)
+    config = replace(AnytimeConfig.from_pretrained(folder), budgets=BUDGETS)
     problems = load_problems(str(folder / "problems.jsonl"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    evaluation = Evaluation(None, tokenizer, contract, [problems], "tiny", num_samples=4)
+    evaluation = Evaluation(None, tokenizer, config, [problems], "tiny", num_samples=4)
     results = results_of(evaluation.protocol, records)
     assert (results["limited"]["timeouts"], results["limited"]["too_long"]) == (3, 1)
     said = limited_answers(results)

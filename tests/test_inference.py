@@ -15,7 +15,7 @@ from trl_anytime.rollout.types import Rollout, Thinking
 
 
 def test_the_tokens_are_those_of_training(tmp_path):
-    args = make_config(tmp_path, max_steps=1, generation_kwargs={"do_sample": False})
+    args = make_config(tmp_path, max_steps=1, generation_kwargs={"top_k": 1})  # greedy
     trainer = BRPOTrainer(
         make_model(), args, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
     )
