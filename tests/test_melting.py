@@ -68,7 +68,7 @@ def make_trainer(model, tokenizer, output_dir, **settings):
         max_summary_length=16,
         truncation_bridge=TRUNCATION_BRIDGE,
         answer_bridge=ANSWER_BRIDGE,
-        generation_kwargs={"do_sample": False},
+        generation_kwargs={"top_k": 1},  # greedy
         learning_rate=0.0,
         max_steps=1,
         **settings,
@@ -83,8 +83,8 @@ def trained(taught, tokenizer, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("melting")
     trainer = make_trainer(taught, tokenizer, folder, tree_attention=request.param)
     rollouts = []
-    roll_out = trainer._generation.roll_out
-    trainer._generation.roll_out = lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1]
+    roll_out = trainer.generation.roll_out
+    trainer.generation.roll_out = lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1]
     trainer.save_model()
     trainer.train()
     return trainer, rollouts[0], folder
