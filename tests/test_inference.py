@@ -82,7 +82,7 @@ def test_a_model_without_tree_attention(model, tokenizer, config, monkeypatch, c
     monkeypatch.setattr("trl_anytime.modeling.support.structural_objection", lambda model: "it is recurrent")
     found = anytime_generate(model, tokenizer, PROMPTS, config=config)
     assert found == expected
-    assert "computes its thinking once more" in caplog.text and "it is recurrent" in caplog.text
+    assert model.config.model_type in caplog.text and "it is recurrent" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SERVERS = {
     "enforces": (enforced, None),
     "ignores": (lambda budget: [*[ONE] * 40, END, ANSWER, THREE, EOS], r"ignores thinking budgets \(4, 8 tokens\)"),
     "never ends": (lambda budget: [ONE] * 40, r"ignores thinking budgets \(4, 8 tokens\)"),
-    "stops without an answer": (lambda budget: [ONE] * budget, "the thinking was never ended"),
+    "stops without an answer": (lambda budget: [ONE] * budget, "never ended"),
     "bare marker": (lambda budget: [*[ONE] * budget, END, THREE, EOS], "At 4 tokens: closed without 'so </think>'"),
     "no answer bridge": (lambda budget: [*[ONE] * budget, SO, END, THREE, EOS], "no 'answer' before the answer"),
     "no answer": (lambda budget: [*[ONE] * budget, SO, END, ANSWER, EOS], "At 4 tokens no answer came"),

@@ -5,7 +5,7 @@ Thinking budgets inside vLLM, exact to the token: a logits processor for its eng
 
 A request asks for a budget by `"vllm_xargs": {"thinking_budget": 1000}`, and `SamplingParams` by
 `extra_args={"thinking_budget": 1000}`. vLLM's own `thinking_token_budget` does less: it puts no answer bridge behind a
-thinking that ended by itself, and its sampler (0.31) overlooks such an end if the text that it forces is more than the
+trace that ended by itself. Its sampler (0.31) also overlooks such an end if the text that it forces is more than the
 end marker, and then forces that text in the middle of the answer.
 """
 
@@ -37,23 +37,23 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what is no budget."""
+        """Refuse what is not a budget."""
         budget = (sampling_params.extra_args or {}).get(BUDGET_FIELD)
         if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f"`{BUDGET_FIELD}` must be a positive int (thinking tokens), got {budget!r}.")
 
     def is_argmax_invariant(self) -> bool:
-        """It forces tokens."""
+        """Return `False`, because it forces tokens."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> "_Budget | None":
-        """The processor of one request, if it asks for a budget."""
+        """Return the processor of a request that asks for a budget, else `None`."""
         budget = (params.extra_args or {}).get(BUDGET_FIELD)
         return None if budget is None else _Budget(self._anytime_config, budget)
 
 
 class _Budget:
-    """The budget of one request."""
+    """Holds one request to its budget."""
 
     def __init__(self, config: AnytimeConfig, budget: int):
         self._config, self._budget = config, budget
@@ -62,7 +62,7 @@ class _Budget:
         self._scan = EndScan(config.markers)
 
     def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Logits, (V,), of which only the forced token is left if there is one."""
+        """Return logits, (V,), that leave only the forced token if there is one."""
         forced = self._forced(token_ids)
         if forced is None:
             return logits

@@ -1,18 +1,13 @@
 """Answers at any thinking budget in batches, with the tokens that training splices."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -32,23 +27,23 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class BudgetAnswer:
     """
-    What a model answers when it may think for so many tokens.
+    Holds what a model answers at one budget.
 
     Args:
         budget (`int`):
             The budget in thinking tokens.
         thinking_tokens (`int`):
-            Thinking tokens that it used.
+            Thinking tokens before the answer.
         finished (`bool`):
-            Whether the thinking ended by itself within the budget; else it was cut.
+            Whether the trace ended by itself within the budget; else it was cut.
         answers (`list[str]`):
-            A answers, without the bridge.
+            The answers, without the bridge.
         answer_ids (`list[list[int]]`):
             Their tokens, up to and including EOS if it came.
         num_tokens (`list[int]`):
-            Tokens after the prompt of each: thinking, bridge and answer.
+            Tokens after the prompt of each: trace, bridge and answer.
         well_formed (`list[bool]`):
-            Whether the thinking was ended exactly once, without which training gives no reward.
+            Whether the trace was ended exactly once. Otherwise training gives no reward.
     """
 
     budget: int
@@ -63,11 +58,11 @@ class BudgetAnswer:
 @dataclass(frozen=True)
 class AnytimeOutput:
     """
-    A thinking and the answers at several budgets.
+    Holds a thinking trace and the answers at several budgets.
 
     Args:
         thinking (`str`):
-            The thinking, up to the largest budget.
+            The trace, up to the largest budget.
         answers (`list[BudgetAnswer]`):
             One for each budget.
         rollout ([`Rollout`]):
@@ -79,10 +74,10 @@ class AnytimeOutput:
     rollout: Rollout
 
     @classmethod
-    def of(
-        cls, rollout: Rollout, budgets: Sequence[int], config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase
+    def from_rollout(
+        cls, rollout: Rollout, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase
     ) -> "AnytimeOutput":
-        """The output in a rollout that was cut at `budgets`."""
+        """Decode a rollout that was cut at the budgets of a config."""
         thinking = rollout.thinking
         answers = [
             BudgetAnswer(
@@ -95,7 +90,7 @@ class AnytimeOutput:
                 well_formed=formed,
             )
             for budget, cut, bridge, summaries, formed in zip(
-                budgets,
+                config.budgets,
                 rollout.cuts,
                 rollout.bridges,
                 rollout.summaries,
@@ -122,8 +117,7 @@ def anytime_generate(
     """
     Think once for each prompt, and answer at one or several budgets.
 
-    The tokens are those that training would have spliced. Budgets at which a thinking has the same length share their
-    answers.
+    The tokens are those that training splices. Budgets at which a trace is cut at the same place share their answers.
 
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `vllm.LLM` or [`CompletionClient`]):
@@ -137,7 +131,7 @@ def anytime_generate(
         num_summaries (`int`, *optional*, defaults to `1`):
             Answers at each budget.
         config ([`AnytimeConfig`], *optional*):
-            How the model was trained. Read from beside the model if not set, or detected.
+            How the model was trained. Defaults to [`AnytimeConfig.from_pretrained`].
         sampling ([`Sampling`], *optional*):
             How tokens are drawn. Defaults to the config's.
         max_summary_length (`int`, *optional*):
@@ -183,11 +177,11 @@ def anytime_generate(
     settings = config.rollout_settings(num_summaries)
     with open_backend(model, tokenizer, config.sampling, seed, max_cached_tokens) as generation:
         rollouts = generation.roll_out(prompt_ids, settings)
-    return [AnytimeOutput.of(rollout, config.budgets, config, tokenizer) for rollout in rollouts]
+    return [AnytimeOutput.from_rollout(rollout, config, tokenizer) for rollout in rollouts]
 
 
 def find_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> AnytimeConfig:
-    """The config beside a model, an engine's model, or a tokenizer; see [`AnytimeConfig.from_pretrained`]."""
+    """Find the config beside a model, an engine's model, or the tokenizer of a served model."""
     if isinstance(model, CompletionClient):
         return AnytimeConfig.from_pretrained(tokenizer.name_or_path, tokenizer)
     if is_transformers_model(model):
@@ -199,7 +193,7 @@ def find_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> AnytimeConfig
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that a prompt and its continuation may come to, if that is known."""
+    """Return how many tokens a prompt and its continuation may have, or `None` if that is not known."""
     if isinstance(model, CompletionClient):
         return model.max_model_len
     if is_transformers_model(model):
@@ -208,7 +202,7 @@ def context_length(model: Any) -> int | None:
 
 
 def is_transformers_model(model: Any) -> bool:
-    """Whether it is a model of transformers, with an adapter or without, rather than an engine or a server."""
+    """Return whether it is a model of transformers, with or without an adapter; else it is an engine or a server."""
     return isinstance(model, torch.nn.Module)
 
 
@@ -221,7 +215,7 @@ def open_backend(
     max_cached_tokens: int | None = None,
 ) -> Iterator[Generation]:
     """
-    The backend of a model, an engine or a server; a model is left as it was.
+    Open the backend of a model, an engine or a server. A model is left as it was.
 
     Args:
         model, tokenizer, sampling, seed, max_cached_tokens:
@@ -243,7 +237,7 @@ def open_backend(
 
 @contextmanager
 def _ready(model: Any) -> Iterator[None]:
-    """A model without dropout, whose attention may be changed inside."""
+    """Turn off dropout, and put back whatever attention is set inside."""
     training = model.training
     model.eval()
     try:
@@ -256,32 +250,26 @@ def _ready(model: Any) -> Iterator[None]:
 def _transformers_backend(
     model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, max_cached_tokens: int | None
 ) -> Generation:
-    base = cast(PreTrainedModel, model if isinstance(model, PreTrainedModel) else model.get_base_model())
-    config = sampling.generation_config()
+    generation_config = sampling.generation_config()
     pad_token_id = padding_token(tokenizer)
-    reason = admit(model, (partial(sampling_objection, generation_config=config), decoding_objection))
+    reason = admit(model, (partial(sampling_objection, generation_config=generation_config), decoding_objection))
     if reason is None:
-        return TransformersGeneration(lambda: _held(model), config, pad_token_id, max_cached_tokens)
+        return TransformersGeneration(lambda: nullcontext(model), generation_config, pad_token_id, max_cached_tokens)
     logger.warning_once(
-        f"Every answer computes its thinking once more: {type(base).__name__} cannot answer on top of the thinking's "
-        f"cache, because {reason}."
+        f"Every answer computes its thinking trace once more: {model.config.model_type} cannot answer on top of the "
+        f"trace's cache, because {reason}."
     )
-    return PrefixGeneration(GenerateSampler(model, config, pad_token_id))
+    return PrefixGeneration(GenerateSampler(model, generation_config, pad_token_id))
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do, as padding is masked."""
+    """Return a filler for shorter prompts. Any token will do, as padding is masked."""
     return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-@contextmanager
-def _held(model: Any) -> Iterator[Any]:
-    yield model
 
 
 class GenerateSampler:
     """
-    A [`~trl_anytime.rollout.backend.Sampler`] by plain `generate()`.
+    Samples by plain `generate()`, as a [`~trl_anytime.rollout.backend.Sampler`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -291,9 +279,9 @@ class GenerateSampler:
         pad_token_id (`int`):
             Filler on the left of shorter prompts.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
-            Receives the tokens as they come. One prompt at a time then.
+            Receives the tokens as they come. Prompts are then sampled one at a time.
         batch_size (`int`, *optional*, defaults to `16`):
-            Prompts at a time.
+            Prompts that are sampled together.
     """
 
     def __init__(
@@ -304,15 +292,15 @@ class GenerateSampler:
         streamer: BaseStreamer | None = None,
         batch_size: int = 16,
     ):
-        self._model, self._config, self._pad_token_id = model, generation_config, pad_token_id
+        self._model, self._generation_config, self._pad_token_id = model, generation_config, pad_token_id
         self._streamer, self._batch_size = streamer, 1 if streamer else batch_size
 
     def __call__(
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        config = GenerationConfig.from_dict(
+        generation_config = GenerationConfig.from_dict(
             {
-                **self._config.to_dict(),
+                **self._generation_config.to_dict(),
                 "max_new_tokens": max_new_tokens,
                 "eos_token_id": stop_token_ids,
                 "pad_token_id": self._pad_token_id,
@@ -328,7 +316,7 @@ class GenerateSampler:
             output = self._model.generate(
                 torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
-                generation_config=config,
+                generation_config=generation_config,
                 streamer=self._streamer,
             )
             sampled += [_up_to_stop(ids, stop_token_ids) for ids in output[:, width:].tolist()]
@@ -336,6 +324,6 @@ class GenerateSampler:
 
 
 def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
-    """Without the padding behind the first stop."""
+    """Drop the padding behind the first stop."""
     ends = (i for i, token in enumerate(token_ids) if token in stop_token_ids)
     return token_ids[: next(ends, len(token_ids) - 1) + 1]

@@ -14,9 +14,9 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
     """
     Holds plain `generate()` to a thinking budget, with the tokens that training splices.
 
-    A thinking that reaches the budget is closed by truncation bridge and answer bridge; one that ends before is
-    followed by the answer bridge; an answer that reaches its limit is ended by EOS. What to do at a step is read off
-    the tokens so far: rows may be at different points, and sampling, streaming and beams need nothing more.
+    A trace that reaches the budget is closed by truncation bridge and answer bridge. One that ends before is followed
+    by the answer bridge. An answer that reaches its limit is ended by EOS. What to do at a step is read off the tokens
+    so far, so rows may be at different points, and sampling, streaming and beams work as they are.
 
     Args:
         config ([`AnytimeConfig`]):
@@ -28,14 +28,15 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
     Attributes:
         max_new_tokens (`int`):
-            What to pass to `generate()`, so that it does not stop earlier than this processor.
+            What to pass to `generate()`, so that it does not stop before this processor ends the answer.
 
     Raises:
-        `ValueError`: For a budget that is no positive int.
+        `ValueError`: If a budget is not a positive int.
 
     Example:
 
     ```python
+    >>> config = AnytimeConfig.from_pretrained(model_id)
     >>> inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
     >>> processor = ThinkingBudgetLogitsProcessor(config, budgets=1000, prompt_length=inputs.input_ids.size(1))
     >>> model.generate(**inputs, logits_processor=[processor], max_new_tokens=processor.max_new_tokens)
@@ -54,7 +55,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         self.max_new_tokens = max(self.budgets) + markers.max_bridge_length + config.max_summary_length + 1  # EOS
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores, (B, V), of which only the forced token is left in rows where there is one."""
+        """Return scores, (B, V), that leave only the forced token in rows where there is one."""
         forced_B = self.forced(input_ids[:, self.prompt_length :])
         rows = (forced_B >= 0).nonzero()[:, 0]
         forced_scores = torch.full_like(scores[rows], -torch.inf).scatter_(1, forced_B[rows, None], 0.0)
@@ -62,7 +63,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
     def forced(self, generated: torch.Tensor) -> torch.Tensor:
         """
-        The tokens that must come next.
+        Return the tokens that must come next.
 
         Args:
             generated (`torch.Tensor`):
@@ -77,7 +78,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         end_B = self._ends(generated)
         finished_B = end_B <= budget_B
         cut_B = torch.where(finished_B, end_B, budget_B)
-        step_B = length - cut_B  # tokens since the thinking
+        step_B = length - cut_B  # tokens since the trace
         forced_B = torch.full_like(step_B, -1)
         for rows_B, bridge in ((finished_B, self._after_end), (~finished_B, self._after_cut)):
             in_bridge_B = rows_B & (step_B >= 0) & (step_B < len(bridge))
@@ -87,7 +88,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         return forced_B
 
     def _ends(self, generated: torch.Tensor) -> torch.Tensor:
-        """Tokens up to and including the first end of thinking, shape (B,); a very large number without one."""
+        """Count the tokens up to and including the first end of thinking, (B,). Without one, the count is huge."""
         markers, never = self._config.markers, torch.iinfo(torch.long).max
         if markers.in_text or not generated.size(1):
             ends = [markers.end_of_thinking(row) for row in generated.tolist()]

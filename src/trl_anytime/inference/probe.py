@@ -1,4 +1,4 @@
-"""Does a server keep to a thinking budget? It is asked at several budgets, and its answers are looked at as tokens."""
+"""Does a server keep to thinking budgets? It is asked at several, and the tokens of its answers are judged."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,19 +7,19 @@ from transformers import PreTrainedTokenizerBase
 
 from ..outside.display import for_terminal
 from ..outside.tables import aligned
-from ..outside.validation import fields, list_of, or_null, string
+from ..outside.validation import TOKEN_ID, fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
-from .anytime_config import TOKEN_ID, AnytimeConfig
+from .anytime_config import AnytimeConfig
 
 QUESTION = (
     "How many ways are there to split the integers 1 through 14 into 7 pairs such that in each pair, the greater "
     "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
     "\\boxed{}."
 )
-# Tokens that a server which ignores the budget gets to show it
+# So many tokens more, so that a server that ignores the budget shows it
 _HEADROOM = 256
-# A reasoning parser takes an answer apart, and each server has its name for the thinking
+# A reasoning parser takes an answer apart, and each server has its own name for the trace
 _TEXT = or_null(string())
 _MESSAGE = fields({"content": _TEXT, "reasoning_content": _TEXT, "reasoning": _TEXT})
 _ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))}, message=_MESSAGE), least=1, most=1))
@@ -28,7 +28,7 @@ _ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))
 @dataclass(frozen=True)
 class Finding:
     """
-    What a server made of one budget.
+    Says what a server made of one budget.
 
     Args:
         budget (`int`):
@@ -36,12 +36,12 @@ class Finding:
         thinking_tokens (`int`, *optional*):
             Thinking tokens that came; `None` if the server refused.
         outcome (`str`):
-            `"enforced"` (the thinking was cut within the budget), `"not reached"` (it ended by itself before),
+            `"enforced"` (the trace was cut within the budget), `"not reached"` (it ended by itself before),
             `"ignored"` (it went on beyond) or `"refused"`.
         answered (`bool`):
-            Whether an answer came behind the thinking.
+            Whether an answer came behind the trace.
         markers (`str`):
-            `"trained"`, or what is wrong with the tokens between thinking and answer.
+            `"trained"`, or what is wrong with the tokens between trace and answer.
         detail (`str`):
             What else there is to say.
     """
@@ -55,13 +55,13 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong with it."""
+        """Return whether nothing is wrong."""
         return self.outcome in ("enforced", "not reached") and self.answered and self.markers == "trained"
 
 
 def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """
-    What the tokens of an answer say about a budget.
+    Judge by the tokens of an answer whether a budget was kept.
 
     Args:
         token_ids (`list[int]`):
@@ -77,16 +77,14 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     end = markers.end_of_thinking(token_ids)
     if end is None:
         outcome = "ignored" if len(token_ids) > budget else "not reached"
-        return Finding(budget, len(token_ids), outcome, False, "the thinking was never ended")
+        return Finding(budget, len(token_ids), outcome, False, "the trace was never ended")
 
     # Where the bridge begins, if it is the one that stands there
     before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])
     start = end - len(markers.think_end_ids) - before_end
     bridge = markers.truncation_bridge_ids
     is_cut = start >= 0 and tuple(token_ids[start : start + len(bridge)]) == bridge
-    if (
-        bridge == markers.think_end_ids
-    ):  # the model's own end looks the same; some servers count what opens the thinking
+    if bridge == markers.think_end_ids:  # the model's own end looks the same; some servers count what opens the trace
         is_cut = start in (budget - 1, budget)
     thinking = start if is_cut else end
     rest = token_ids[start + len(bridge) :] if is_cut else token_ids[end:]
@@ -94,7 +92,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     summary = rest[len(markers.answer_bridge_ids) :] if has_answer_bridge else rest
     answered = bool(str(tokenizer.decode(summary, skip_special_tokens=True)).strip())
 
-    # A bare end marker at the budget, which is not counted to the thinking, may be the server's doing or the model's
+    # A bare end marker at the budget, which is not part of the trace, may be the server's doing or the model's
     outcome = "enforced" if is_cut else "not reached"
     if thinking - (0 if is_cut else len(markers.think_end_ids)) > budget:
         outcome = "ignored"
@@ -102,7 +100,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
         outcome = "enforced"
     found, detail = "trained", ""
     if markers.count_think_end(token_ids) > 1:
-        found = "the thinking was ended more than once"
+        found = "the trace was ended more than once"
     elif outcome == "enforced" and not is_cut:
         found = f"closed without {markers.truncation_bridge!r}"
     elif is_cut and not has_answer_bridge:
@@ -179,7 +177,7 @@ def probe(
 
 
 def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
-    """What a model wrote, put together again where a server has taken it apart."""
+    """Return what a model wrote, put together again where a server has taken it apart."""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     content = message.get("content") or ""
     if not reasoning or config.markers.think_end in content:
@@ -188,7 +186,7 @@ def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
 
 
 def verdict(findings: list[Finding]) -> str | None:
-    """What is wrong with a server, or `None`."""
+    """Say what is wrong with a server, or return `None`."""
     for outcome, said in (
         ("refused", "The server refuses thinking budgets"),
         ("ignored", "The server ignores thinking budgets"),
@@ -202,12 +200,12 @@ def verdict(findings: list[Finding]) -> str | None:
         if not finding.answered:
             return f"At {finding.budget} tokens no answer came."
     if not any(finding.outcome == "enforced" for finding in findings):
-        return "No thinking reached its budget, so nothing is proved: ask at smaller budgets, or something harder."
+        return "No trace reached its budget, so nothing is proved. Ask at smaller budgets, or something harder."
     return None
 
 
 def report(findings: list[Finding]) -> str:
-    """The findings as a table."""
+    """Show the findings as a table."""
     rows = [["budget", "thinking", "outcome", "answered", "markers"]]
     rows += [
         [

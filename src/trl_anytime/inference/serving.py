@@ -1,4 +1,4 @@
-"""Prints how to serve a model with vLLM that keeps to its anytime config: the command, and requests to the server."""
+"""How to serve a model with vLLM as its anytime config says: the command, and requests to the server."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +9,13 @@ from ..rollout.http_backend import completion_body
 from .anytime_config import AnytimeConfig
 
 _PROMPT = "<ids of the rendered prompt>"
-_CONTEXT = f"{_PROMPT} + <ids of the thinking> + <bridge>"
+_CONTEXT = f"{_PROMPT} + <ids of the trace> + <bridge>"
 
 
 @dataclass(frozen=True)
 class Request:
     """
-    A request to a server.
+    Holds a request to a server.
 
     Args:
         purpose (`str`):
@@ -34,7 +34,7 @@ class Request:
 @dataclass(frozen=True)
 class Deployment:
     """
-    A server that holds a model to its config.
+    Says how to serve a model as its anytime config says.
 
     Args:
         command (`list[str]`):
@@ -53,11 +53,11 @@ class Deployment:
     notes: list[str]
 
     def command_line(self) -> str:
-        """The command as a line for a shell."""
+        """Return the command as a line for a shell."""
         return " ".join(map(for_shell, self.command))
 
     def text(self) -> str:
-        """All of it for a shell: every word is quoted, and what is not a command is a comment."""
+        """Return all of it for a shell. Every word is quoted, and what is not a command is a comment."""
         parts = [self.command_line()]
         parts += [f"{_comment(request.purpose)}\n{self._curl(request)}" for request in self.requests]
         parts += map(_comment, self.notes)
@@ -104,8 +104,8 @@ def deployment(model: str, config: AnytimeConfig, budget: int) -> Deployment:
         "The server needs this package for its logits processor (pip install trl-anytime), and enforces the budget by "
         "itself. Without it, leave out --logits-processors and send the two requests by token ids, as "
         "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
-        "vLLM's own thinking_token_budget is not the same: no answer bridge follows a thinking that ended by itself, "
-        "and the end of such a thinking is overlooked if --reasoning-config forces more than the end marker.",
+        "vLLM's own thinking_token_budget is not the same: no answer bridge follows a trace that ended by itself, "
+        "and the end of such a trace is overlooked if --reasoning-config forces more than the end marker.",
         f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000 "
         "--budget-field vllm_xargs.thinking_budget",
     ]
@@ -126,4 +126,4 @@ def _by_token_ids(model: str, config: AnytimeConfig, budget: int) -> list[Reques
 def _answer_behind(config: AnytimeConfig) -> str:
     markers = config.markers
     closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
-    return f"2. Answer. The bridge is {closed} behind a thinking that was cut, {ended} behind one that ended by itself"
+    return f"2. Answer. The bridge is {closed} behind a trace that was cut, {ended} behind one that ended by itself"

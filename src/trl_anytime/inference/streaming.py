@@ -25,7 +25,7 @@ def streaming_sampler(
     model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, seed: int | None = None
 ) -> Sampler:
     """
-    A sampler for one prompt at a time that prints the text as it comes.
+    Return a sampler for one prompt at a time that prints the text as it comes.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`CompletionClient`]):
@@ -68,7 +68,7 @@ def stream_answers(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         config ([`AnytimeConfig`]):
-            How the model was trained; budgets, summary length and sampling to use.
+            How the model was trained, and the budgets and the length of a summary to use.
         prompt (`str` or `list[dict]`):
             The prompt.
         context (`int`, *optional*):

@@ -79,7 +79,7 @@ class ThinkingMarkers:
         if self.in_text:
             raise ValueError(
                 f"The end of thinking {self.think_end!r} is found in the text of the tokens, but the tokenizer is "
-                "missing. Pass it: `config.with_tokenizer(tokenizer)`."
+                "missing. Pass it: `AnytimeConfig.with_tokenizer(tokenizer)`."
             )
         return TokenSearch(self.think_end_ids[0])
 
