@@ -8,6 +8,7 @@ from peft import LoraConfig
 from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import trl_anytime
 from trl_anytime import AnytimeConfig, BRPOTrainer, Sampling
 from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.inference.generate import find_config
@@ -74,14 +75,14 @@ def test_a_model_without_thinking_markers_is_refused(tmp_path):
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    trainer = make_trainer(tmp_path)
+    make_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
     words = make_tokenizer().backend_tokenizer
     changed_over = json.loads(words.to_str())
     vocabulary = changed_over["model"]["vocab"]
     vocabulary["answer"], vocabulary["so"] = vocabulary["so"], vocabulary["answer"]
     other = PreTrainedTokenizerFast(tokenizer_object=words.from_str(json.dumps(changed_over)), eos_token="<|im_end|>")
     with pytest.raises(ValueError, match=r"another tokenizer: .*answer_bridge 'answer' is \[8\] in the file.*\[9\]"):
-        trainer._anytime_config().check_tokenizer(other)
+        AnytimeConfig.from_pretrained(tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,10 @@ def test_a_folder_without_it_and_a_name_that_is_nowhere(tmp_path):
         AnytimeConfig.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="neither a folder nor a model on the Hub"):
         AnytimeConfig.from_pretrained(tmp_path / "missing")
+
+
+def test_the_former_name_can_be_imported():
+    assert trl_anytime.AnytimeContract is AnytimeConfig
 
 
 def test_budgets_beyond_the_context(tmp_path):

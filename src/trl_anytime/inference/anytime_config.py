@@ -252,21 +252,12 @@ class AnytimeConfig:
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
         """Write `anytime_config.json` into a folder, which is made if need be, and return its path."""
-        values: dict[str, Any] = {
-            "format": _FORMAT,
-            "markers": {
-                name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
-                for name in _MARKERS
-            },
-            "budgets": self.budgets,
-            "prior": self.prior,
-            "max_summary_length": self.max_summary_length,
-            "sampling": asdict(self.sampling),
-            "eos_token_ids": self.eos_token_ids,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "versions": self.versions,
+        markers: dict[str, Any] = {
+            name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
+            for name in _MARKERS
         }
-        values["markers"]["think_end"]["in_text"] = self.markers.in_text
+        markers["think_end"]["in_text"] = self.markers.in_text
+        values = {"format": _FORMAT, **vars(self), "markers": markers, "sampling": asdict(self.sampling)}
         path = Path(save_directory) / ANYTIME_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n")
