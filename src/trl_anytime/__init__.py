@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .inference.generate import ThinkingBudgetLogitsProcessor, anytime_generate
     from .rollout.http_backend import CompletionClient
     from .rollout.sampling import Sampling
+    from .training.reliable_trainer import ReliableGRPOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BRPOConfig",
     "BRPOTrainer",
     "CompletionClient",
+    "ReliableGRPOTrainer",
     "Sampling",
     "ThinkingBudgetLogitsProcessor",
     "anytime_generate",
@@ -27,6 +29,7 @@ _MODULE_OF = {
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
     "CompletionClient": ".rollout.http_backend",
+    "ReliableGRPOTrainer": ".training.reliable_trainer",
     "Sampling": ".rollout.sampling",
     "ThinkingBudgetLogitsProcessor": ".inference.generate",
     "anytime_generate": ".inference.generate",

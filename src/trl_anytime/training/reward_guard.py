@@ -27,10 +27,10 @@ def checked_rewards(rewards: Any, prompts: Sequence[Any]) -> list[float | None]:
         `ValueError`: If these are not rewards, one finite number or `None` for each prompt; names the row.
     """
     if isinstance(rewards, Mapping | Set | str | bytes) or not isinstance(rewards, Iterable):
-        raise ValueError(f"it returned a {type(rewards).__name__}. Return a list with one reward for each summary")
+        raise ValueError(f"it returned a {type(rewards).__name__}. Return a list with one reward for each completion")
     rewards = list(rewards)
     if len(rewards) != len(prompts):
-        raise ValueError(f"it returned {len(rewards)} rewards for {len(prompts)} summaries, one each was expected")
+        raise ValueError(f"it returned {len(rewards)} rewards for {len(prompts)} completions. Return one for each")
     return [_checked_reward(reward, row, prompts[row]) for row, reward in enumerate(rewards)]
 
 
@@ -47,10 +47,10 @@ def _checked_reward(reward: Any, row: int, prompt: Any) -> float | None:
     except (TypeError, ValueError, RuntimeError):  # torch's, for a tensor of several numbers
         raise ValueError(
             f"it returned {str(reward)[:100]!r}, a {type(reward).__name__}, {where}. Return a number, or None where "
-            "it does not apply to a summary"
+            "it does not apply to a completion"
         ) from None
     if not math.isfinite(value):
-        raise ValueError(f"it returned {value} {where}. Return None where it does not apply to a summary")
+        raise ValueError(f"it returned {value} {where}. Return None where it does not apply to a completion")
     if abs(value) > torch.finfo(torch.float32).max:
         raise ValueError(f"it returned {value} {where}, beyond float32. Scale the rewards")
     return value
@@ -122,7 +122,7 @@ class RewardGuard:
         self, reward_funcs: Sequence[Any], names: Sequence[str], rewards: torch.Tensor, prompts: Sequence[Any]
     ) -> None:
         """
-        Collective: check what reward models returned, who have no way to leave a summary out.
+        Collective: check what reward models returned, which have no way to leave a completion out.
 
         Args:
             reward_funcs (`Sequence`):
@@ -130,7 +130,7 @@ class RewardGuard:
             names (`Sequence[str]`):
                 Their names.
             rewards (`torch.Tensor`):
-                Shape (W·N, F), the rewards of the N summaries of each of W ranks.
+                Shape (W·N, F), the rewards of the N completions of each of W ranks.
             prompts (`Sequence`):
                 N prompts of this rank.
 
@@ -143,5 +143,5 @@ class RewardGuard:
                 prompt = gather_object(list(prompts))[rows[0]]
                 raise FloatingPointError(
                     f"Step {self._step}: reward model `{name}` returned {column[rows[0]].item()} for "
-                    f"{len(rows)} of {len(column)} summaries, first for the prompt {str(prompt)[:200]!r}."
+                    f"{len(rows)} of {len(column)} completions, first for the prompt {str(prompt)[:200]!r}."
                 )
