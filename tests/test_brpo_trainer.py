@@ -18,9 +18,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_anytime import BRPOTrainer
 from trl_anytime.method.advantages import summary_advantages, thinking_advantages
 from trl_anytime.rewards import MathReward
+from trl_anytime.rewards.returned import checked_rewards
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.trl_backend import TRLSampler
-from trl_anytime.training.reward_guard import checked_rewards
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):

@@ -22,6 +22,7 @@ import pytest
 import quickstart
 import torch
 import toy_task
+from test_architecture import ORDER
 from test_packaging import OLDEST, PINNED
 from test_tree import drawing
 from tiny import make_config, make_model, make_tokenizer, parity_reward
@@ -308,22 +309,20 @@ def test_figures_of_scaling_are_those_of_the_benchmarks():
     assert figures <= set(re.findall(r"\d[\d,]*\.?\d+", PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
 
 
-def test_the_map_names_every_module():
+def test_the_map_names_every_room():
     text = PAGES["CONTRIBUTING.md"].read_text().partition("## The map")[2].partition("## Adding")[0]
-    named = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)
-    package = ROOT / "src" / "trl_anytime"
-    assert sorted(named) == sorted(
-        str(p.relative_to(package)) for p in package.rglob("*.py") if p.name != "__init__.py"
-    )
+    named = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
+    assert [name.removesuffix("/").removesuffix(".py") for name in named] == [x for x in ORDER if x != "__init__"]
 
 
 def test_names_in_the_text_exist():
     """`file.name` on the page about the method, and the tests and functions that CONTRIBUTING names."""
+    modules = {path.stem: path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
     method = PAGES["docs/method.md"].read_text()
     found = re.findall(r"`([a-z]\w+)\.([A-Za-z]\w+)(?:\.(\w+))?`", method)
     assert len(found) > 10
     for module, name, member in found:
-        value = getattr(importlib.import_module(f"trl_anytime.{module}"), name)
+        value = getattr(importlib.import_module(".".join(modules[module].with_suffix("").parts)), name)
         assert not member or hasattr(value, member)
     contributing = PAGES["CONTRIBUTING.md"].read_text()
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))

@@ -421,7 +421,7 @@ def test_a_reward_that_is_no_number_is_an_error(folder, tmp_path, capsys):
         "def nan(completions, **kwargs):\n    return [float('nan')] * len(completions)\n"
     )
     arguments = ["eval", folder, "--dataset", folder / "problems.jsonl", "--device", "cpu", "--output", tmp_path]
-    refused([*arguments, "--reward", f"{tmp_path / 'reward.py'}:nan"], capsys, "finite")
+    refused([*arguments, "--reward", f"{tmp_path / 'reward.py'}:nan"], capsys, "nan")
 
 
 def test_names_in_errors_are_escaped(tmp_path, capsys):

@@ -16,6 +16,8 @@ from trl_anytime.rewards.verifier.symbolic import Symbolic
 
 # A gold and an answer a line, equal in both directions
 EQUAL = r"""
+\pi x=2^{300}+1 ;; 2\pi x=2+2^{301}
+\pi x+\sqrt2 y=3 ;; 3\sqrt2 y=9-3\pi x
 f(x)=x^2+1 ;; f(t)=1+t^2
 f(x,y)=x+2y ;; f(a,b)=a+2b
 g(n)=\ln n ;; g(x)=\ln x
@@ -231,6 +233,8 @@ P(A)+P(B) ;; P(B)+P(A)
 \lfloor (2+\sqrt3)^{10}\rfloor ;; 524173
 10^{100} \bmod 7 ;; 4
 2^{1000}\bmod 10 ;; 6
+7^{10^{9}}\bmod 10 ;; 1
+(-2)^{10^9+1} \bmod 7 ;; 3
 \gcd(2^{100}-1,2^{60}-1) ;; 2^{20}-1
 \sin 1^\circ ;; \cos 89^\circ
 \tan 15^\circ ;; 2-\sqrt3
@@ -256,6 +260,11 @@ x:2x ;; 1:2
 """
 
 DIFFERENT = r"""
+\pi x=2^{300} ;; \pi x=2^{300}+1
+x+2^{200}=0 ;; x+2^{200}+1=0
+y=|x| ;; y=x
+y=\max(x,0) ;; y=x
+|x-30|=y ;; x-30=y
 f(x)=x^2 ;; f(t)=t^3
 f(x)=x+t ;; f(t)=t+x
 f(x)=x^2 ;; g(t)=t^2
@@ -465,6 +474,7 @@ e^{x}+10^{-45} ;; e^x
 (2+\sqrt3)^{200}+(2-\sqrt3)^{200} ;; (2+\sqrt3)^{200}
 (\sqrt2-1)^{500} ;; 0
 10^{100}\bmod 7 ;; 3
+7^{10^{9}}\bmod 10 ;; 7
 \gcd(2^{100}-1,2^{60}-1) ;; 1
 \tan 89.999999999^\circ ;; \tan 90^\circ
 \frac{1}{10^{500}} ;; \frac{1}{10^{501}}

@@ -89,7 +89,10 @@ def test_private_members_are_all_listed():
         for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and f"self.{node.attr} = " not in hosts
     }
-    overridden = {name for name in OVERRIDDEN if name[0] == "_"} | {"_get_per_token_logps_and_entropies"}
+    overridden = {name for name in OVERRIDDEN if name[0] == "_"} | {
+        "_get_per_token_logps_and_entropies",  # its parameters have a test of their own
+        "_run_epoch",  # its arguments are passed on as they come
+    }
     assert used - own - CLASS_ATTRIBUTES == ATTRIBUTES | TRAINING_ATTRIBUTES | set(CALLED) | overridden
 
 

@@ -318,11 +318,10 @@ class BRPOTrainer(ReliableGRPOTrainer):
         unscored = batch.rewards_per_func.isnan().all(dim=-1)
         weighted = batch.rewards_per_func * self.reward_weights.to(rewards_per_func)
         batch.rewards = weighted.nansum(dim=-1).masked_fill(unscored, torch.nan)
-        # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, per function
+        # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, (W·N, F)
         weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
-        objective_NF = torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
-        return objective_NF
+        return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
 
     def _log_completion_extra(self, column, values):
         taken = (*TABLE_COLUMNS, *self.reward_func_names)
@@ -364,6 +363,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
         output["cuts"], output["spans"] = packed.cuts, packed.spans
 
         self._log_batch(mode, batch, output["advantages"], rewards_PGMA, cuts_PGM)
+        if mode == "train" and self._adaptive_baseline is not None:  # for the batches to come
+            returns = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
+            self._adaptive_baseline.update(rewards_PGMA, returns, live_segments(cuts_PGM, batch.budgets))
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         return output
@@ -430,7 +432,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         rewards_PGMA: torch.Tensor,
         cuts_PGM: torch.Tensor,
     ) -> None:
-        """Add the metrics of a generation batch to TRL's; then the learned baseline learns from it."""
+        """Add the metrics of a generation batch to TRL's."""
         args, budgets = self.args, batch.budgets
         real, groups = slice(self._num_real), slice(self._num_real // batch.num_generations)
         rewards_PGMA, cuts_PGM = rewards_PGMA[groups], cuts_PGM[groups]
@@ -438,7 +440,6 @@ class BRPOTrainer(ReliableGRPOTrainer):
         extra_baselines = {}
         if mode == "train" and self._adaptive_baseline is not None:
             extra_baselines["adaptive"] = self._adaptive_baseline.predict(rewards_PGMA, segments)
-            self._adaptive_baseline.update(rewards_PGMA, segments, live_segments(cuts_PGM, budgets))
         metrics = {
             **reward_metrics(rewards_PGMA.flatten(0, 1), budgets),
             **rollout_metrics(

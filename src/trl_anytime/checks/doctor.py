@@ -30,8 +30,7 @@ from ..data import (
 from ..modeling.support import admit, decoding_objection, measured_objection, structural_objection
 from ..outside.validation import Unfit, fields, integer, or_null, read_yaml, string
 from ..rewards import MathReward
-from ..rollout.markers import ThinkingMarkers, find_markers
-from ..rollout.templates import render_prompt
+from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.vllm_backend import check_server
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding

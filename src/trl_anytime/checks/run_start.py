@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward, FormatReward
-from ..rollout.markers import ThinkingMarkers
-from ..rollout.templates import render_prompt
+from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding

@@ -42,9 +42,9 @@ from ..outside.validation import (
     string,
 )
 from ..rewards import AnswerReward, FormatReward, MathReward
+from ..rewards.returned import checked_rewards, failure_text
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
-from ..training.reward_guard import checked_rewards, failure_text
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
 

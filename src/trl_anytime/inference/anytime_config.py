@@ -36,9 +36,8 @@ from ..outside.validation import (
     string,
 )
 from ..rollout.encoding import encode_prompt
-from ..rollout.markers import ThinkingMarkers, find_markers
+from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.sampling import SAMPLING, Sampling
-from ..rollout.templates import render_prompt
 
 CONTRACT_NAME = "anytime_config.json"
 _GENERATION_CONFIG = "generation_config.json"

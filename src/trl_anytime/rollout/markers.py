@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .end_search import TextSearch, TokenBytes, TokenSearch
 from .templates import advise_open, find_think_end, find_think_start, template_of, thinking_state
-from .templates import render_prompt as render_prompt  # for users of this module
+from .templates import render_prompt as render_prompt  # which most users of this module need, too
 
 # Text that closes a thinking that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
 # else the one released with the paper for DeepSeek-R1-Distill.

@@ -52,7 +52,7 @@ _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
 _CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
 _SUBSCRIPT = re.compile(r"\s*_.*")
-_CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is no ratio
+_CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is not a ratio
 
 _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
 _FUNCTION_WORDS = frozenset(

@@ -181,7 +181,8 @@ def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bo
     for real in (True, False):
         if real and (left.is_complex or right.is_complex):
             continue
-        first: tuple[Value, Value] | None = None
+        first: tuple[Value, Value, dict[str, Fraction]] | None = None
+        compared = 0
         for key, point in _points(left, right):
             a, b = left.at(key, point, real), right.at(key, point, real)
             if a is None or b is None:
@@ -195,9 +196,23 @@ def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bo
                 ratio = _inexact(x) / _inexact(y)
                 if isinstance(ratio, mpmath.mpc) or (positive and ratio < 0):
                     return False
-                first = x, y
-            elif not _close(_times(x, first[1]), _times(y, first[0])):
+                first = x, y, point
+                continue
+            products = _times(x, first[1]), _times(y, first[0])
+            exact = all(isinstance(product, Fraction) for product in products)
+            if not _close(*products):
                 return False
+            size = max(a[2], b[2])
+            if not exact and compared < _THOROUGH_POINTS and size > 5:
+                digits = int(min(_MAX_DIGITS, 60 + 8 * size))
+                with mpmath.workdps(digits):
+                    (x0, y0), (x, y) = (
+                        [_inexact(_evaluate(formula.expr, where, real, digits)[0]) for formula in (left, right)]
+                        for where in (first[2], point)
+                    )
+                    if abs(x * y0 - y * x0) > abs(x * y0) * mpmath.mpf(10) ** -(digits * 5 // 8):
+                        return False
+            compared += 1
         if first is not None:
             return True
     if left.is_too_large or right.is_too_large:
@@ -600,9 +615,14 @@ class _Evaluator:
         return Fraction(int(mpmath.floor(value) if sign > 0 else mpmath.ceil(value)))
 
     def mod(self, a_expr: Basic, b_expr: Basic) -> Value:
-        a, b = self.real_value(a_expr), self.real_value(b_expr)
+        b = self.real_value(b_expr)
         if b == 0:
             raise Undefined
+        if a_expr.is_Pow and type(a_expr.args[0]).__name__ != "Exp1" and (divisor := self.integer(b)):
+            base, exponent = (self.integer(self.value(arg)) for arg in a_expr.args)
+            if base is not None and exponent is not None and exponent >= 0:
+                return Fraction(pow(base, exponent, divisor))  # for powers too large to be computed
+        a = self.real_value(a_expr)
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             return a % b
         a, b = self.inexact(a), self.inexact(b)
