@@ -95,9 +95,8 @@ def test_full_disk(ranks, tmp_path, world_size):
     assert names == {"checkpoint-3", "checkpoint-4"}  # `save_total_limit` counts whole ones
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_log_probabilities_that_are_nan(ranks, tmp_path, plain):
-    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no", plain=plain)
+def test_log_probabilities_that_are_nan(ranks, tmp_path):
+    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no")
     assert ended[0].code == 1
     assert "FloatingPointError: Step 1: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
     assert "with the prompts ['<|im_start|> user" in ended[0].output
@@ -111,12 +110,14 @@ def test_a_loss_that_is_nan(ranks, tmp_path, plain):
     assert "with the prompts" not in ended[0].output  # which of them is not known
 
 
-@pytest.mark.parametrize("by_prefix", [False, True])
-def test_nan_that_meets_sampling_first(ranks, tmp_path, by_prefix):
-    """Both ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
-    ended = ranks.run("train", tmp_path, nan_weights=True, by_prefix=by_prefix, save_strategy="no")
+# BRPO scores a micro-batch at a time, GRPO a generation batch
+@pytest.mark.parametrize(("kind", "scored"), [({}, 4), ({"by_prefix": True}, 4), ({"plain": True}, 8)])
+def test_nan_that_meets_sampling_first(ranks, tmp_path, kind, scored):
+    """All ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
+    ended = ranks.run("train", tmp_path, nan_weights=True, save_strategy="no", **kind)
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 0: log-probabilities not finite for 8 of 8 rollouts" in ended[0].output
+    expected = f"FloatingPointError: Step 0: log-probabilities not finite for {scored} of {scored} rollouts"
+    assert expected in ended[0].output
     assert "with the prompts ['<|im_start|> user" in ended[0].output
 
 

@@ -79,7 +79,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
             The other arguments of [`~trl.GRPOTrainer`], by keyword.
 
     Raises:
-        `ValueError`: If `on_nonfinite` is not one of these.
+        `ValueError`: If `on_nonfinite` is not one of these, or is `"skip"` with DeepSpeed.
     """
 
     # Narrower than declared by the base class
@@ -101,6 +101,10 @@ class ReliableGRPOTrainer(GRPOTrainer):
     ):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
+        if on_nonfinite == "skip" and args is not None and args.deepspeed_plugin is not None:
+            raise ValueError(
+                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
+            )
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
