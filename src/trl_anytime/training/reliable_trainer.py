@@ -217,8 +217,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     @cached_property
     def _fingerprint_of_prompts(self) -> str | None:
-        if isinstance(self.train_dataset, IterableDataset):
-            return None
+        if isinstance(self.train_dataset, IterableDataset) or "prompt" not in self.train_dataset.column_names:
+            return None  # an environment may bring the prompts
         # As they are stored: a transform on the fly may be random
         return checkpoint.fingerprint_of_prompts(self.train_dataset.with_format(None)["prompt"])
 
