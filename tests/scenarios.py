@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -15,12 +16,12 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from peft import LoraConfig
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from tiny import make_config, make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from trl_anytime import BRPOTrainer
+from trl_anytime import BRPOTrainer, ReliableGRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.timing import PhaseTimes
 from trl_anytime.rollout.trl_backend import TRLSampler
@@ -59,23 +60,30 @@ def make_trainer(
     model=None,
     fsdp2=False,
     reward_processing_class=None,
+    plain=False,
     **settings,
 ):
+    """A trainer of the tiny model: BRPO's, or with `plain` GRPO without budgets."""
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
-    config = make_config(os.path.join(directory, "out"), **{**SETTINGS, **settings})
+    settings = {**SETTINGS, **settings}
+    own = {"on_nonfinite": settings.pop("on_nonfinite")} if plain and "on_nonfinite" in settings else {}
+    config = (make_grpo_config if plain else make_config)(os.path.join(directory, "out"), **settings)
     if fsdp2:
         use_fsdp2()
-    trainer = BRPOTrainer(
+    trainer = (ReliableGRPOTrainer if plain else BRPOTrainer)(
         make_model(**(model or {})),
-        config,
-        make_dataset(prompts) if isinstance(prompts, int) else make_dataset(max(prompts) + 1).select(prompts),
+        args=config,
+        train_dataset=make_dataset(max(prompts) + 1).select(prompts)
+        if isinstance(prompts, list)
+        else make_dataset(prompts),
         reward_funcs=reward,
         processing_class=make_tokenizer(),
         eval_dataset=make_dataset(3),
         peft_config=LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})}) if lora else None,
         callbacks=callbacks,
         reward_processing_classes=reward_processing_class,
+        **own,
     )
     if lora == "bfloat16":  # as TRL does for QLoRA
         for parameter in trainer.model.parameters():
@@ -136,7 +144,9 @@ def counted(function, count, action):
 
 PLACES = {
     "train begin": lambda trainer: (trainer, "_at_train_begin"),
-    "generation": lambda trainer: (trainer.generation, "roll_out"),
+    "generation": lambda trainer: (
+        (trainer.generation, "roll_out") if isinstance(trainer, BRPOTrainer) else (trainer, "_generate_single_turn")
+    ),
     "grading": lambda trainer: (trainer, "_calculate_rewards"),
     "loss": lambda trainer: (trainer, "_compute_loss"),
     "evaluation": lambda trainer: (trainer, "prediction_step"),
@@ -335,6 +345,18 @@ class Replay:
         return rollouts
 
 
+def scripted(prompt_ids, images, multimodal_fields, num_generations):
+    """
+    Stands in for TRL's `_generate_single_turn`: a completion depends on its prompt and its place in the group alone,
+    whichever rank has it.
+    """
+    completion_ids = []
+    for row, ids in enumerate(prompt_ids, start=this_rank() * len(prompt_ids)):
+        draw = random.Random(f"{ids} {row % num_generations}")
+        completion_ids.append([draw.randint(6, 19) for _ in range(draw.randint(1, 9))] + [2] * draw.randint(0, 1))
+    return completion_ids, None
+
+
 # Global batches of 8 rollouts, in groups of 4 or 8; 3 × 4 rollouts to evaluate do not fill two batches
 EQUALITY = {
     "max_steps": 4,
@@ -353,11 +375,14 @@ EQUALITY = {
 
 def equality(directory, replay=None, **settings):
     """
-    Train and evaluate, on rollouts that are sampled and recorded, or replayed from the file `replay`.
+    Train and evaluate, on rollouts that are sampled and recorded, or replayed from the file `replay`; with plain
+    GRPO on scripted ones.
     """
     trainer = make_trainer(directory, prompts=8, **{**EQUALITY, **settings})
     calls, gradients = [], []
-    if replay is None:
+    if settings.get("plain"):
+        trainer._generate_single_turn = scripted
+    elif replay is None:
         roll_out = trainer.generation.roll_out
 
         def record(prompt_ids, rollout_settings):
@@ -375,7 +400,7 @@ def equality(directory, replay=None, **settings):
 
     trainer.add_callback(Gradients())
     trainer.train()
-    if replay is None:
+    if calls:
         Path(directory, "rollouts.json").write_text(json.dumps(calls))
     return {**summary(trainer), "gradients": gradients}
 

@@ -67,7 +67,7 @@ def make_a_pipe(folder):
         (truncate, "optimizer.pt should have"),
         (lambda folder: (folder / "rank_state_0.pth").unlink(), "rank_state_0.pth should have"),
         (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), MANIFEST),
         (flip_a_bit, "model.safetensors has other content"),
         (lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": None})), "is unfinished"),
     ],
@@ -91,14 +91,14 @@ def test_broken_checkpoints(ranks, saved, tmp_path, damage, reason):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "files"),
-        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), "cannot be read"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "cannot be read"),
-        (make_a_pipe, "not a file"),
-        (lambda folder: rewrite(folder, files={"model.safetensors": 5}), "files['model.safetensors']"),
-        (lambda folder: rewrite(folder, files=3), "files"),
-        (lambda folder: rewrite(folder, settings=None), "settings"),
-        (lambda folder: rewrite(folder, settings={"fixed": {}}), "settings['geometry']"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), MANIFEST),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), MANIFEST),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), MANIFEST),
+        (make_a_pipe, "a pipe"),
+        (lambda folder: rewrite(folder, files={"model.safetensors": 5}), "`files.model.safetensors`"),
+        (lambda folder: rewrite(folder, files=3), "`files`"),
+        (lambda folder: rewrite(folder, settings=None), "`settings`"),
+        (lambda folder: rewrite(folder, settings={"fixed": {}}), "`settings.geometry`"),
     ],
 )
 def test_manifests_that_are_not_ours(saved, tmp_path, damage, named):
@@ -162,16 +162,17 @@ def test_a_rank_file_too_many_is_no_reason_to_drop_rollouts(ranks, saved, tmp_pa
     assert ended[0].result["weights"] == straight[0].result["weights"]
 
 
-def test_a_run_that_had_finished(ranks, saved, tmp_path):
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_run_that_had_finished(ranks, tmp_path, plain):
     """No step more, whether the limit is in steps or epochs, and the weights are those of the checkpoint."""
-    shutil.copytree(saved[False], tmp_path / "out")
-    straight = ranks.run("train", tmp_path / "straight", **RUN)[0].result
+    run = {**RUN, "plain": plain}
+    straight = ranks.run("train", tmp_path, **run)[0].result
     for _ in range(2):
-        ended = ranks.run("train", tmp_path, resume=True, **RUN)
+        ended = ranks.run("train", tmp_path, resume=True, **run)
         assert ended[0].code == 0, ended[0].output
         assert ended[0].result["steps"] == 5 and ended[0].result["weights"] == straight["weights"]
         assert ended[0].output.count("is the end of the run") == 1
-    epochs = {**RUN, "max_steps": -1, "num_train_epochs": 1}
+    epochs = {**run, "max_steps": -1, "num_train_epochs": 1}
     assert ranks.run("train", tmp_path / "epochs", **epochs)[0].result["steps"] == 8
     ended = ranks.run("train", tmp_path / "epochs", resume=True, **epochs)
     assert ended[0].result["steps"] == 8 and "is the end of the run" in ended[0].output
@@ -235,6 +236,16 @@ def test_settings_that_must_not_change(ranks, saved, tmp_path):
     assert ended[0].code == 0, ended[0].output
     for said, (change, expected) in zip(ended[0].result, CHANGES, strict=True):
         assert expected in said, change
+
+
+def test_settings_of_plain_grpo_that_must_not_change(ranks, tmp_path):
+    ranks.run("train", tmp_path, plain=True, **RUN)
+    changes = [{"scale_rewards": "none"}, {"loss_type": "grpo"}, {"seed": 1}]
+    checkpoint = str(tmp_path / "out" / "checkpoint-3")
+    ended = ranks.run("objections", tmp_path, checkpoint=checkpoint, changes=changes, plain=True, **RUN)
+    assert ended[0].code == 0, ended[0].output
+    for said, change in zip(ended[0].result, changes, strict=True):
+        assert [f"`{name}` was" in said for name in change] == [True]
 
 
 def test_weights_that_are_not_in_the_checkpoint(ranks, saved, tmp_path):

@@ -24,22 +24,24 @@ SOON = 20
 
 
 @pytest.mark.parametrize(
-    ("place", "rank"),
+    ("place", "rank", "plain"),
     [
-        ("dataset", 1),
-        ("train begin", 0),
-        ("data", 0),
-        ("generation", 0),
-        ("generation", 1),
-        ("grading", 1),
-        ("loss", 1),
-        ("backward", 1),
-        ("saving", 0),
+        ("dataset", 1, False),
+        ("train begin", 0, False),
+        ("data", 0, False),
+        ("generation", 0, False),
+        ("generation", 1, False),
+        ("grading", 1, False),
+        ("loss", 1, False),
+        ("backward", 1, False),
+        ("saving", 0, False),
+        ("generation", 1, True),
+        ("backward", 1, True),
     ],
 )
-def test_a_fault_on_one_rank_ends_both(ranks, tmp_path, place, rank):
+def test_a_fault_on_one_rank_ends_both(ranks, tmp_path, place, rank, plain):
     count = 1 if place == "train begin" else 2
-    ended = ranks.run("fault", tmp_path, place=place, rank=rank, count=count, **TWO)
+    ended = ranks.run("fault", tmp_path, place=place, rank=rank, count=count, plain=plain, **TWO)
     assert [rank.code for rank in ended] == [1, 1]
     for one in ended:
         assert f"Planned: in {place} of rank {rank}" in one.output
@@ -100,25 +102,28 @@ def test_log_probabilities_that_are_nan(ranks, tmp_path):
     assert "with the prompts ['<|im_start|> user" in ended[0].output
 
 
-def test_a_loss_that_is_nan(ranks, tmp_path):
-    ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no")
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_loss_that_is_nan(ranks, tmp_path, plain):
+    ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no", plain=plain)
     assert ended[0].code == 1
     assert "FloatingPointError: Step 0: the loss of a micro-batch of 4 rollouts is" in ended[0].output
     assert "with the prompts" not in ended[0].output  # which of them is not known
 
 
-@pytest.mark.parametrize("by_prefix", [False, True])
-def test_nan_that_meets_sampling_first(ranks, tmp_path, by_prefix):
-    """Both ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
-    ended = ranks.run("train", tmp_path, nan_weights=True, by_prefix=by_prefix, save_strategy="no")
+# BRPO scores a micro-batch at a time, GRPO a generation batch
+@pytest.mark.parametrize(("kind", "scored"), [({}, 4), ({"by_prefix": True}, 4), ({"plain": True}, 8)])
+def test_nan_that_meets_sampling_first(ranks, tmp_path, kind, scored):
+    """All ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
+    ended = ranks.run("train", tmp_path, nan_weights=True, save_strategy="no", **kind)
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 0: log-probabilities not finite for 8 of 8 rollouts" in ended[0].output
+    expected = f"FloatingPointError: Step 0: log-probabilities not finite for {scored} of {scored} rollouts"
+    assert expected in ended[0].output
     assert "with the prompts ['<|im_start|> user" in ended[0].output
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gradient_that_is_nan(ranks, tmp_path, world_size):
-    settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1}
+@pytest.mark.parametrize(("world_size", "plain"), [(1, False), (2, False), (2, True)])
+def test_a_gradient_that_is_nan(ranks, tmp_path, world_size, plain):
+    settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1, "plain": plain}
     settings |= {"per_device_train_batch_size": 4 // world_size}
     ended = ranks.run("gradient_becomes_nan", tmp_path, count=2, **settings)
     assert [rank.code for rank in ended] == [1] * world_size
@@ -134,17 +139,20 @@ def test_a_gradient_that_is_nan(ranks, tmp_path, world_size):
 
 
 @pytest.mark.parametrize(
-    ("place", "knobs"),
+    ("place", "settings"),
     [
-        ("generation", ["per_device_train_batch_size", "vllm_gpu_memory_utilization", "budgets[-1]"]),
-        ("loss", ["per_device_train_batch_size", "gradient_checkpointing", "budgets[-1]"]),
+        (
+            "generation",
+            ["per_device_train_batch_size", "vllm_gpu_memory_utilization", "max_completion_length", "budgets[-1]"],
+        ),
+        ("loss", ["per_device_train_batch_size", "gradient_checkpointing", "max_completion_length", "budgets[-1]"]),
     ],
 )
-def test_out_of_memory_says_what_helps(ranks, tmp_path, place, knobs):
-    ended = ranks.run("out_of_memory", tmp_path, place=place, save_strategy="no")
+def test_out_of_memory_says_what_helps(ranks, tmp_path, place, settings):
+    ended = ranks.run("out_of_memory", tmp_path, place=place, save_strategy="no", plain=True)
     assert ended[0].code == 1 and "can't allocate memory" in ended[0].output
-    assert all(f"`{knob}" in ended[0].output for knob in knobs)
-    assert ended[0].output.count("ran out of memory. What helps") == 1
+    assert all(f"`{setting}" in ended[0].output for setting in settings)
+    assert ended[0].output.count("`per_device_train_batch_size`") == 1  # the advice of one phase
 
 
 def test_soak_for_sixty_steps(tmp_path):
@@ -157,16 +165,19 @@ def test_soak_for_sixty_steps(tmp_path):
     assert summary["killed"] >= 5 and summary["timeout"] >= 2
 
 
-def test_a_reward_model_that_returns_nan(ranks, tmp_path):
-    ended = ranks.run("reward_model", tmp_path, world_size=2, save_strategy="no", per_device_train_batch_size=2)
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_reward_model_that_returns_nan(ranks, tmp_path, plain):
+    settings = {"save_strategy": "no", "per_device_train_batch_size": 4, "plain": plain}
+    ended = ranks.run("reward_model", tmp_path, world_size=2, **settings)
     for rank in ended:
         assert rank.code == 1
         assert "FloatingPointError: Step 0: reward model `spoilt` returned nan for" in rank.output
         assert "first for the prompt" in rank.output
 
 
-def test_a_reward_that_exits_on_one_rank(ranks, tmp_path):
-    for rank in ranks.run("exiting_reward", tmp_path, **TWO):
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_reward_that_exits_on_one_rank(ranks, tmp_path, plain):
+    for rank in ranks.run("exiting_reward", tmp_path, plain=plain, **TWO):
         assert rank.code == 1
         assert "ValueError: Step 0: reward function `leaves` failed: " in rank.output and "sys.exit(0)" in rank.output
 

@@ -11,6 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import trl_anytime
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {
@@ -28,6 +30,12 @@ def test_files_that_are_not_python_are_packaged():
     packaged = {path for pattern in setuptools["package-data"]["trl_anytime"] for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert packaged == files
+
+
+def test_public_names():
+    assert {*trl_anytime.__all__} == trl_anytime._MODULE_OF.keys()
+    assert [getattr(trl_anytime, name).__name__ for name in trl_anytime.__all__] == trl_anytime.__all__
+    assert issubclass(trl_anytime.BRPOTrainer, trl_anytime.ReliableGRPOTrainer)
 
 
 def test_the_command():

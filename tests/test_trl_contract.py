@@ -25,6 +25,7 @@ from trl_anytime.training.reliable_trainer import ReliableGRPOTrainer
 
 # Overridden methods and the parameters they are called with
 OVERRIDDEN = {
+    "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],

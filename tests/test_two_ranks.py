@@ -34,7 +34,7 @@ def test_both_ranks_end_with_the_same_model(trained, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("short", "`reward` failed: ValueError: it returned 23 rewards for 24 summaries"),
+        ("short", "`reward` failed: ValueError: it returned 23 rewards for 24 completions"),
         ("nan", "`reward` failed: ValueError: it returned nan in row 3, for the prompt"),
         ("raises", "`reward` failed: KeyError: 'no such column'"),
     ],
@@ -50,9 +50,19 @@ OF_MICRO_BATCHES = ("entropy", "clip_ratio/")
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("num_generations", [4, 8], ids=["whole groups", "groups split across ranks"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_two_ranks_do_what_one_does(ranks, tmp_path, num_generations, micro_batches):
+@pytest.mark.parametrize(
+    ("micro_batches", "method"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"plain": True, "loss_type": "dapo"}),
+        (2, {"plain": True, "loss_type": "grpo", "mask_truncated_completions": True}),
+    ],
+    ids=["BRPO", "BRPO, two micro-batches", "GRPO by tokens", "GRPO, truncated masked, two micro-batches"],
+)
+def test_two_ranks_do_what_one_does(ranks, tmp_path, num_generations, micro_batches, method):
     settings = {
+        **method,
         "num_generations": num_generations,
         "steps_per_generation": micro_batches,
         "gradient_accumulation_steps": micro_batches,

@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from trl import GRPOConfig
 
 from trl_anytime import BRPOConfig
 
@@ -65,8 +66,29 @@ def make_dataset(num_rows: int = 8) -> Dataset:
     )
 
 
+# A tiny run: 2 prompts × 4 rollouts per batch
+TINY_RUN = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,  # exact comparisons
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def make_grpo_config(output_dir, **settings) -> GRPOConfig:
+    """Settings of a tiny run without budgets."""
+    return GRPOConfig(str(output_dir), **{"max_completion_length": 9, **TINY_RUN, **settings})
+
+
 def make_config(output_dir, **settings) -> BRPOConfig:
-    """Settings of a tiny run: 2 prompts × 4 thinkings per batch, 3 budgets × 2 summaries."""
+    """Settings of a tiny run: 3 budgets × 2 summaries."""
     return BRPOConfig(
         str(output_dir),
         **{
@@ -75,17 +97,7 @@ def make_config(output_dir, **settings) -> BRPOConfig:
             "max_summary_length": 4,
             "truncation_bridge": "so </think>",
             "answer_bridge": "answer",
-            "num_generations": 4,
-            "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 8,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,  # exact comparisons
-            "save_strategy": "no",
-            "disable_tqdm": True,
+            **TINY_RUN,
             **settings,
         },
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .inference.logits_processor import ThinkingBudgetLogitsProcessor
     from .rollout.http_backend import CompletionClient
     from .rollout.sampling import Sampling
+    from .training.reliable_trainer import ReliableGRPOTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BRPOConfig",
     "BRPOTrainer",
     "CompletionClient",
+    "ReliableGRPOTrainer",
     "Sampling",
     "ThinkingBudgetLogitsProcessor",
     "anytime_generate",
@@ -28,6 +30,7 @@ _MODULE_OF = {
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
     "CompletionClient": ".rollout.http_backend",
+    "ReliableGRPOTrainer": ".training.reliable_trainer",
     "Sampling": ".rollout.sampling",
     "ThinkingBudgetLogitsProcessor": ".inference.logits_processor",
     "anytime_generate": ".inference.generate",

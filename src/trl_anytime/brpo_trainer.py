@@ -232,9 +232,6 @@ class BRPOTrainer(ReliableGRPOTrainer):
         self._check_context(longest_prompts)
         packed, separate = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
-        if not self.use_vllm and not self.use_transformers_continuous_batching:
-            # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
-            self.generation_config.remove_invalid_values = True
         unwrap = self.accelerator.unwrap_model
         self._forward = choose_forward(
             unwrap(self.model),

@@ -24,10 +24,10 @@ def checked_rewards(rewards: Any, prompts: Sequence[Any]) -> list[float | None]:
         `ValueError`: If these are not rewards, one finite number or `None` for each prompt; names the row.
     """
     if isinstance(rewards, Mapping | Set | str | bytes) or not isinstance(rewards, Iterable):
-        raise ValueError(f"it returned a {type(rewards).__name__}. Return a list with one reward for each summary")
+        raise ValueError(f"it returned a {type(rewards).__name__}. Return a list with one reward for each completion")
     rewards = list(rewards)
     if len(rewards) != len(prompts):
-        raise ValueError(f"it returned {len(rewards)} rewards for {len(prompts)} summaries, one each was expected")
+        raise ValueError(f"it returned {len(rewards)} rewards for {len(prompts)} completions. Return one for each")
     return [_checked_reward(reward, row, prompts[row]) for row, reward in enumerate(rewards)]
 
 
@@ -44,10 +44,10 @@ def _checked_reward(reward: Any, row: int, prompt: Any) -> float | None:
     except (TypeError, ValueError, RuntimeError):  # torch's, for a tensor of several numbers
         raise ValueError(
             f"it returned {str(reward)[:100]!r}, a {type(reward).__name__}, {where}. Return a number, or None where "
-            "it does not apply to a summary"
+            "it does not apply to a completion"
         ) from None
     if not math.isfinite(value):
-        raise ValueError(f"it returned {value} {where}. Return None where it does not apply to a summary")
+        raise ValueError(f"it returned {value} {where}. Return None where it does not apply to a completion")
     if abs(value) > _LARGEST_FLOAT32:
         raise ValueError(f"it returned {value} {where}, beyond float32. Scale the rewards")
     return value

@@ -20,21 +20,29 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from ..outside.validation import MEBIBYTE, boolean, fields, integer, mapping_of, number, or_null, read_json
+
 MANIFEST = "manifest.json"
-# What a manifest says besides its files, and of which type: written by [`settings`] and by the trainer
-_SETTINGS_TYPES: dict[str, type] = {
-    "fixed": dict,
-    "geometry": dict,
-    "reported": dict,
-    "rollouts_in_use": bool,
-    "evaluation_due": bool,
-    "steps_between_generations": float,
-    "save_only_model": bool,
-}
+_anything = mapping_of(lambda value, name: value)
+# What a manifest says besides its files, as [`settings`] has it
+_CHECK_SETTINGS = fields(
+    fixed=_anything,
+    geometry=_anything,
+    reported=_anything,
+    rollouts_in_use=boolean,
+    evaluation_due=boolean,
+    steps_between_generations=number(0, 2**31),
+    save_only_model=boolean,
+)
+_CHECK_FILES = mapping_of(fields(bytes=integer(0, 2**63), crc32=integer(0, 2**32)))
 
 # They shape rollouts and advantages, or say which prompts come next
 _FIXED = (
     "loss_type",
+    "importance_sampling_level",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "mask_truncated_completions",
     "num_generations",
     "num_iterations",
     "generation_batch_size",
@@ -55,6 +63,7 @@ _REPORTED = (
     "min_p",
     "repetition_penalty",
     "beta",
+    "reward_weights",
     "epsilon",
     "epsilon_high",
     "max_grad_norm",
@@ -114,38 +123,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         `ValueError`: If there is none, or if it is not one of ours; the message says which.
     """
     path = folder / MANIFEST
-    if not path.exists():
-        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint of `BRPOTrainer`, or in part.")
-    if not path.is_file():  # a named pipe would be waited for
-        raise ValueError(f"{path} cannot be read: it is not a file.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path, _check_manifest, 64 * MEBIBYTE)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint of `trl_anytime`, or in part.") from None
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
-    wrong = _wrong_field(content)
-    if wrong is not None:
-        raise ValueError(f"{path} is not a manifest of `BRPOTrainer`: `{wrong}` is missing or of the wrong type.")
-    return content
 
 
-def _wrong_field(content: Any) -> str | None:
-    """The first field of a manifest that is not as [`finish`] or [`begin`] writes it."""
-    if not isinstance(content, dict) or "files" not in content:
-        return "files"
-    if content["files"] is None:
-        return None
-    if not isinstance(content["files"], dict):
-        return "files"
-    for name, recorded in content["files"].items():
-        if not isinstance(recorded, dict) or {type(recorded.get(key)) for key in ("bytes", "crc32")} != {int}:
-            return f"files[{name!r}]"
-    settings = content.get("settings")
-    if not isinstance(settings, dict):
-        return "settings"
-    for name, kind in _SETTINGS_TYPES.items():
-        if not isinstance(settings.get(name), kind):
-            return f"settings[{name!r}]"
-    return None
+def _check_manifest(value: Any, name: str) -> Any:
+    """Check for what [`begin`] or [`finish`] writes."""
+    fields(files=or_null(_CHECK_FILES))(value, name)
+    return value if value["files"] is None else fields(settings=_CHECK_SETTINGS)(value, name)
 
 
 def manifest(folder: Path) -> dict[str, Any]:

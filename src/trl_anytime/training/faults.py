@@ -3,6 +3,9 @@ What happens to the other ranks, and to the message, when something fails on one
 
 A rank that fails cannot tell the others through a collective: they may be waiting in another one, such as that of a
 backward pass. It leaves its exception in the store of the process group, at which every rank looks once a second.
+
+This also repairs what [`~.preemption.Preemption`] costs. While checkpoints are on, the SIGTERM by which torchrun ends
+the siblings of a failed rank only sets a flag. Without this module they would live on until its SIGKILL, 30 s later.
 """
 
 import itertools
@@ -98,19 +101,21 @@ class FaultWatch:
 
 
 _MEMORY_ADVICE = {
-    "rollouts": (
-        "Sampling, scoring or grading rollouts ran out of memory. What helps, the first where the paper's setting is "
-        "kept: a smaller `per_device_train_batch_size` with as many more `gradient_accumulation_steps`; with vLLM, "
-        "another `vllm_gpu_memory_utilization` (lower, if training needs the memory; higher, if the engine does) or "
-        "`vllm_enable_sleep_mode`; a smaller last budget (`budgets[-1]`), `num_summaries` or `max_summary_length`."
-    ),
-    "update": (
-        "Forward and backward ran out of memory. What helps, the first where the paper's setting is kept: a smaller "
-        "`per_device_train_batch_size` with as many more `gradient_accumulation_steps`; "
-        "`gradient_checkpointing=True`; `bf16=True`; LoRA or sharding (`examples/accelerate_configs`); with vLLM in "
-        "this process, a lower `vllm_gpu_memory_utilization` or `vllm_enable_sleep_mode`; a smaller last budget "
-        "(`budgets[-1]`), `num_summaries` or `max_summary_length`."
-    ),
+    "rollouts": """\
+Out of memory while sampling, scoring or grading rollouts. To use less:
+1. Halve `per_device_train_batch_size` and double `gradient_accumulation_steps`: the results do not change.
+2. With vLLM, change `vllm_gpu_memory_utilization` (lower if training needs the memory, higher if the engine does), or
+   set `vllm_enable_sleep_mode=True`.
+3. Make rollouts shorter: `max_completion_length` with GRPO; with BRPO `budgets[-1]`, `num_summaries` or
+   `max_summary_length`.""",
+    "update": """\
+Out of memory in forward and backward. To use less:
+1. Halve `per_device_train_batch_size` and double `gradient_accumulation_steps`: the results do not change.
+2. Set `gradient_checkpointing=True` or `bf16=True`.
+3. Train with LoRA, or shard the model (`examples/accelerate_configs`).
+4. With vLLM in this process, lower `vllm_gpu_memory_utilization`, or set `vllm_enable_sleep_mode=True`.
+5. Make rollouts shorter: `max_completion_length` with GRPO; with BRPO `budgets[-1]`, `num_summaries` or
+   `max_summary_length`.""",
 }
 
 

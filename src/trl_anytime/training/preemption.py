@@ -1,4 +1,10 @@
-"""SIGTERM, as sent before a machine is taken away: all ranks end the optimiser step, save, and exit with code 0."""
+"""
+SIGTERM, as sent before a machine is taken away: all ranks end the optimiser step, save, and exit with code 0.
+
+transformers can save on a signal, too, but from a thread on each rank alone. Here all ranks decide together. While
+checkpoints are on, the handler only sets a flag, also for the SIGTERM by which torchrun ends the siblings of a failed
+rank. A rank that waits in a collective would wait until SIGKILL: [`~.faults.FaultWatch`] ends it sooner.
+"""
 
 import os
 import signal

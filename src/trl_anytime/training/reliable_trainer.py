@@ -38,7 +38,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
     [`~trl.GRPOTrainer`] whose runs restart exactly and whose faults are named. It trains the same.
 
     A run that was killed at any moment goes on from its last whole checkpoint and ends with the weights of a run that
-    was not, bit by bit (docs/reliability.md). [`BRPOTrainer`] is one; with plain GRPO it is used as `GRPOTrainer` is.
+    was not, bit by bit (docs/reliability.md). [`BRPOTrainer`] inherits it. With plain GRPO, use it as you would use
+    [`~trl.GRPOTrainer`].
 
     What changes in [`~trl.GRPOTrainer`]; the rest is inherited:
 
@@ -48,17 +49,37 @@ class ReliableGRPOTrainer(GRPOTrainer):
     - `_load_rng_state`: an evaluation that was due at the step of the checkpoint comes first.
     - `_run_epoch`: a run that had finished trains no step more.
     - `_get_train_sampler`: a resumed run sees the prompts in the order in which it would have seen them.
-    - `_generate_and_score_completions`, `_calculate_rewards`, `prediction_step`: what reward functions return is
-      checked on all ranks, and every rollout counts once in an evaluation, however many ranks there are.
+    - `_calculate_rewards`: what reward functions return is checked on all ranks.
+    - `_generate`, `_generate_and_score_completions`, `prediction_step`: every rollout counts once in an evaluation,
+      however many ranks there are.
     - `_get_per_token_logps_and_entropies`, `_compute_loss`, `_get_grad_norm`: refuse what is not finite.
     - `training_step`: measures the time of the update, and says what helps when memory runs out.
 
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl import GRPOConfig
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_anytime import ReliableGRPOTrainer
+
+    >>> dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
+    >>> args = GRPOConfig("grpo", save_steps=50)
+    >>> trainer = ReliableGRPOTrainer("Qwen/Qwen2.5-0.5B-Instruct", accuracy_reward, args, dataset)
+    >>> trainer.train()  # after a crash: `trainer.train(resume_from_checkpoint=True)`
+    ```
+
     Args:
-        model, reward_funcs, args, train_dataset, kwargs:
+        model, reward_funcs, args, train_dataset:
             See [`~trl.GRPOTrainer`].
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
-            What a loss, log-probability or gradient that is not finite does: `"raise"` ends the run and names the
+            What happens when a loss, log-probability or gradient is not finite: `"raise"` ends the run and names the
             prompts, `"skip"` leaves the optimiser step out.
+        **kwargs:
+            The other arguments of [`~trl.GRPOTrainer`], by keyword.
+
+    Raises:
+        `ValueError`: If `on_nonfinite` is not one of these, or is `"skip"` with DeepSpeed.
     """
 
     # Narrower than declared by the base class
@@ -80,7 +101,14 @@ class ReliableGRPOTrainer(GRPOTrainer):
     ):
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
+        if on_nonfinite == "skip" and args is not None and args.deepspeed_plugin is not None:
+            raise ValueError(
+                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
+            )
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        if not self.use_vllm and not self.use_transformers_continuous_batching:
+            # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
+            self.generation_config.remove_invalid_values = True
         self._on_nonfinite = on_nonfinite
         self._times = PhaseTimes()
         self._num_rollouts = 0  # of this rank, in the generation batch in flight
@@ -189,8 +217,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     @cached_property
     def _fingerprint_of_prompts(self) -> str | None:
-        if isinstance(self.train_dataset, IterableDataset):
-            return None
+        if isinstance(self.train_dataset, IterableDataset) or "prompt" not in self.train_dataset.column_names:
+            return None  # an environment may bring the prompts
         # As they are stored: a transform on the fly may be random
         return checkpoint.fingerprint_of_prompts(self.train_dataset.with_format(None)["prompt"])
 
@@ -277,8 +305,14 @@ class ReliableGRPOTrainer(GRPOTrainer):
         self._num_rollouts = len(inputs)
         with memory_advice("rollouts"), self._times("rollouts"):
             output = super()._generate_and_score_completions(inputs)
-        if self._num_real < self._num_rollouts * self.accelerator.num_processes:
+        if self._num_real < self._num_of_all_ranks:
             self._drop_padding_rollouts(output)
+        return output
+
+    def _generate(self, prompts):
+        output = super()._generate(prompts)
+        if self._num_real < self._num_of_all_ranks:
+            self._count_lengths_anew(*output[1:3])
         return output
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -298,9 +332,13 @@ class ReliableGRPOTrainer(GRPOTrainer):
         return rewards_per_func
 
     @property
+    def _num_of_all_ranks(self) -> int:
+        return self._num_rollouts * self.accelerator.num_processes
+
+    @property
     def _num_real(self) -> int:
         """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
-        of_all = self._num_rollouts * self.accelerator.num_processes
+        of_all = self._num_of_all_ranks
         state = self.accelerator.gradient_state
         if self.model.training or not state.end_of_dataloader:
             return of_all
@@ -309,24 +347,33 @@ class ReliableGRPOTrainer(GRPOTrainer):
             return of_all
         return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
 
-    def _drop_padding_rollouts(self, output: dict[str, Any]) -> None:
-        """Take rollouts that fill up an evaluation's last batch out of its loss and of what TRL has logged."""
-        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"])) * output["completion_mask"]
-        last = output["completion_ids"].gather(1, output["completion_mask"].sum(dim=1, keepdim=True) - 1)
-        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device)
-        real = slice(self._num_real)
-        lengths = self.accelerator.gather(mask.sum(dim=1))
-        kept = lengths[real].float()
-        truncated = self.accelerator.gather(~torch.isin(last[:, 0], ends))[real]
-        terminated = kept[~truncated] if not truncated.all() else kept.new_zeros(1)
+    def _count_lengths_anew(self, completion_ids: list[list[int]], masks: list[list[int]] | None) -> None:
+        """Replace the lengths that TRL has logged by those without the rollouts that fill up an evaluation's batch."""
+        device, real = self.accelerator.device, slice(self._num_real)
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        counted = [len(ids) for ids in completion_ids] if masks is None else [sum(mask) for mask in masks]
+        lengths = self.accelerator.gather(torch.tensor(counted, device=device))[real].float()
+        truncated = [ids[-1] not in ends for ids in completion_ids]
+        truncated = self.accelerator.gather(torch.tensor(truncated, device=device))[real]
+        terminated = lengths.new_zeros(1) if truncated.all() else lengths[~truncated]
         metrics = self._metrics["eval"]
-        for prefix, values in (("", kept), ("terminated_", terminated)):
+        for prefix, values in (("", lengths), ("terminated_", terminated)):
             for name, value in (("mean", values.mean()), ("min", values.min()), ("max", values.max())):
                 metrics[f"completions/{name}_{prefix}length"][-1] = value.item()
         metrics["completions/clipped_ratio"][-1] = truncated.float().mean().item()
-        metrics["frac_reward_zero_std"][-1] *= len(lengths) / len(kept)  # theirs was NaN, which is not zero
+
+    def _drop_padding_rollouts(self, output: dict[str, Any]) -> None:
+        """Take the rollouts that fill up an evaluation's last batch out of its loss."""
+        mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"]))
         first = self.accelerator.process_index * self._num_rollouts
-        output["tool_mask"][max(0, self._num_real - first) :] = 0
+        mask[max(0, self._num_real - first) :] = 0
+        all_to_real = self._num_of_all_ranks / self._num_real
+        # Losses that divide by tokens: `prediction_step` scales all losses as if they divided by rollouts
+        num_tokens = self.accelerator.gather((mask * output["completion_mask"]).sum()).sum()
+        output["num_items_in_batch"] = num_tokens * all_to_real
+        # Theirs was NaN, which is not zero, unless it is one deviation for the whole batch
+        fractions = self._metrics["eval"]["frac_reward_zero_std"]
+        fractions[-1] = min(1.0, fractions[-1] * all_to_real)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

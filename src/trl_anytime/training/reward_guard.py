@@ -70,7 +70,7 @@ class RewardGuard:
         self, reward_funcs: Sequence[Any], names: Sequence[str], rewards: torch.Tensor, prompts: Sequence[Any]
     ) -> None:
         """
-        Collective: check what reward models returned, who have no way to leave a summary out.
+        Collective: check what reward models returned, which have no way to leave a completion out.
 
         Args:
             reward_funcs (`Sequence`):
@@ -78,7 +78,7 @@ class RewardGuard:
             names (`Sequence[str]`):
                 Their names.
             rewards (`torch.Tensor`):
-                Shape (W·N, F), the rewards of the N summaries of each of W ranks.
+                Shape (W·N, F), the rewards of the N completions of each of W ranks.
             prompts (`Sequence`):
                 N prompts of this rank.
 
@@ -91,5 +91,5 @@ class RewardGuard:
                 prompt = gather_object(list(prompts))[rows[0]]
                 raise FloatingPointError(
                     f"Step {self._step}: reward model `{name}` returned {column[rows[0]].item()} for "
-                    f"{len(rows)} of {len(column)} summaries, first for the prompt {str(prompt)[:200]!r}."
+                    f"{len(rows)} of {len(column)} completions, first for the prompt {str(prompt)[:200]!r}."
                 )
