@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -219,14 +220,14 @@ def test_a_signal_to_all_processes_while_workers_start(signum):
 
 
 def test_a_pool_that_cannot_start_raises(monkeypatch):
-    monkeypatch.setattr(pool, "_WORKER_MODULE", "trl_anytime.rewards.no_such_module")
+    monkeypatch.setattr(pool, "_WORKER_MODULE", "trl_anytime.rewards.verifier.no_such_module")
     with pytest.raises(RuntimeError, match="keep failing.*ended with code 1 while starting"):
         WorkerPool(SETTINGS).grade(ORDINARY)
 
 
 def test_a_pool_that_fails_its_self_test_raises(monkeypatch, tmp_path):
     (tmp_path / "wrong_worker.py").write_text(
-        "from trl_anytime.rewards import worker\nworker._grade = lambda *arguments: 'equal'\nworker.main()\n"
+        "from trl_anytime.rewards.verifier import worker\nworker._grade = lambda *arguments: 'equal'\nworker.main()\n"
     )
     monkeypatch.setattr(pool, "_WORKER_MODULE", "wrong_worker")
     monkeypatch.syspath_prepend(tmp_path)
@@ -279,6 +280,15 @@ def test_threads_share_the_pool():
     assert scores == dict.fromkeys(range(4), [1.0, 1.0, 0.0, 0.0, 1.0])
 
 
+def reported_worker(fifo, parent):
+    """The process of the worker, once it is about to hang; fails if its parent ends before."""
+    with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as report:
+        while not (line := report.readline()):
+            assert parent.poll() is None, "the parent ended before its worker was asked"
+            time.sleep(0.05)
+    return int(line)
+
+
 def test_a_process_ends_while_a_thread_is_grading(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -290,7 +300,7 @@ def test_a_process_ends_while_a_thread_is_grading(tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", script], env=environment(REWARDS_TEST_FIFO=str(fifo)), stdin=subprocess.PIPE
     )
-    worker = int(fifo.read_text())
+    worker = reported_worker(fifo, parent)
     parent.communicate(timeout=30)  # ends its input, and with it the main thread
     assert parent.returncode == 0
     assert wait_for_end(worker)
@@ -334,7 +344,8 @@ def test_script_without_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('once')\n"
-        "from trl_anytime.rewards import MathReward, pool\n"
+        "from trl_anytime.rewards import MathReward\n"
+        "from trl_anytime.rewards.verifier import pool\n"
         "reward = MathReward(end_of_thinking=None)\n"
         "print(reward([''], [r'\\boxed{\\sqrt8}'], answer=[r'2\\sqrt2']))\n"
         "print([worker.process.pid for made in pool._pools.values() for worker in made._workers][0])\n"
@@ -350,7 +361,7 @@ def test_script_without_main_guard(tmp_path):
 # A process that a shell starts in the background inherits that Ctrl-C is ignored
 HANGING_SCRIPT = """
 import signal
-from trl_anytime.rewards import pool
+from trl_anytime.rewards.verifier import pool
 signal.signal(signal.SIGINT, signal.default_int_handler)
 pool._WORKER_MODULE = "rewards_faulty_worker"
 settings = pool.PoolSettings(1, 2.0, hard_limit=1000.0, batch_limit=2000.0, memory_limit=512, tasks_per_worker=9)
@@ -367,7 +378,7 @@ def test_no_worker_outlives_its_parent(tmp_path, fault, signum):
     parent = subprocess.Popen(
         [sys.executable, "-c", script], env=environment(REWARDS_TEST_FIFO=str(fifo)), stderr=subprocess.PIPE
     )
-    worker = int(fifo.read_text())  # waits until the worker is about to hang
+    worker = reported_worker(fifo, parent)
     parent.send_signal(signum)
     _, errors = parent.communicate(timeout=30)
     assert parent.returncode == -signum
