@@ -364,7 +364,7 @@ def test_none_leaves_a_summary_out(tmp_path):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: [1.0] * (n - 1), "`bad` failed: .*47 rewards for 48 summaries"),
+        (lambda n: [1.0] * (n - 1), "`bad` failed: .*47 rewards for 48"),
         (lambda n: [1.0] * (n - 2) + [math.nan, 1.0], "`bad` failed: .*returned nan in row 46, for the prompt"),
         (lambda n: [math.inf] + [1.0] * (n - 1), "`bad` failed: .*returned inf in row 0"),
         (lambda n: 1 / 0, "`bad` failed: ZeroDivisionError"),
