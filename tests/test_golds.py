@@ -267,7 +267,7 @@ def test_limits_of_nothing(tmp_path, capsys, limit):
 def test_files_without_rows(tmp_path, capsys, name, content):
     (tmp_path / name).write_text(content)
     assert cli.main(["eval", "nowhere", "--dataset", str(tmp_path / name)]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"trl-anytime: {tmp_path / name} ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"trl-anytime: {tmp_path / name}")
     with pytest.raises(ValueError, match=name):
         read_by_training(str(tmp_path / name))
 
