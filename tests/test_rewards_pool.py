@@ -123,26 +123,23 @@ def test_what_a_call_has_no_time_for_is_late(faulty_workers):
     made.close()
 
 
-SPINNING = [f"fault_{{spin}}+{letter}" for letter in "abcdefghijkl"]
-
-
 def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
-    """Twelve answers that take all of their own time, and right ones behind them: each gets its turn."""
+    """Three answers that take all of their time, more than `batch_limit`, and right ones behind: each has its turn."""
+    numbers = range(2, 32)
+    answers = [*(f"fault_{{sleep}}+{letter}" for letter in "abc"), *(rf"\sqrt{{{n * n}}}+x" for n in numbers)]
+    golds = ["2"] * 3 + [f"x+{n}" for n in numbers]
+    # 6 s of sleep. The call has 2 s, and 3 s for each of 33 answers, which leaves time for a loaded machine.
+    limits = {"workers": 1, "cpu_limit": 3.0, "hard_limit": 2.0, "batch_limit": 2.0}
     counts: dict[str, float] = {}
-    answers, golds = (
-        [*SPINNING, *[rf"\sqrt{{{n * n}}}+x" for n in range(2, 8)]],
-        ["2"] * 12 + [f"x+{n}" for n in range(2, 8)],
-    )
-    limits = {"workers": 1, "cpu_limit": 0.5, "batch_limit": 3.0}  # 6 s of spinning, more than 3
-    with pytest.warns(UserWarning, match="12 of 18 answers .66.7%"):
+    with pytest.warns(UserWarning, match="3 of 33 answers .9.1%"):
         scores = grade_answers(answers, golds, counts=counts, **limits)
-    assert scores == [0.0] * 12 + [1.0] * 6
-    assert counts == {"graded": 18, "too_long": 0, "timeouts": 12, "dead_workers": 0, "ungraded": 0}
+    assert scores == [0.0] * 3 + [1.0] * 30
+    assert counts == {"graded": 33, "too_long": 0, "timeouts": 3, "dead_workers": 0, "ungraded": 0}
 
 
 def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
     answers, golds = [r"\sqrt8", "fault_{sleep}+x", r"\sqrt8+y", "1"], [r"2\sqrt2", "2", r"2\sqrt2+y", "1"]
-    limits = {"workers": 1, "cpu_limit": 0.2, "hard_limit": 100.0, "batch_limit": 4.0}
+    limits = {"workers": 1, "cpu_limit": 0.2, "hard_limit": 100.0, "batch_limit": 8.0}
     counts: dict[str, float] = {}
     with pytest.warns(UserWarning, match="2 of 4 answers .50.0%"):
         # The last is plain, so no worker is needed for it
