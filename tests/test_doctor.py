@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_brpo_trainer import Gradients, make_trainer
 from tiny import make_config, make_model, make_tokenizer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
@@ -307,7 +307,7 @@ def test_nested_answers(folder):
 def test_an_adapter_in_place_of_a_model(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4)).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())  # what the finding says
     found = look(folder, model_name_or_path=str(tmp_path))
     assert found.keys() == {"model"} and found["model"].level == ERROR and "is_trainable" in found["model"].change
