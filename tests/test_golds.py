@@ -211,7 +211,7 @@ def test_an_integer_that_json_makes_a_float(tmp_path):
     path = tmp_path / "large.jsonl"
     path.write_text('{"problem": "?", "answer": 123456789012345678901234567890}\n')
     for read in (read_by_training, load_problems):
-        with pytest.raises(ValueError, match=r"2\^53.*string"):
+        with pytest.raises(ValueError, match=r"2\^53.*string|too big"):  # older `datasets` do not read it at all
             read(str(path))
 
 
