@@ -80,6 +80,25 @@ _OWN_GENERATION_KEYS = (
 )
 
 
+def check_on_nonfinite(value: str, deepspeed_plugin: Any) -> None:
+    """
+    Refuse a value of `on_nonfinite` that cannot be kept to.
+
+    Args:
+        value (`str`):
+            The setting.
+        deepspeed_plugin (`Any`, *optional*):
+            DeepSpeed's settings in accelerate, if it is in use.
+
+    Raises:
+        `ValueError`: With what to set instead.
+    """
+    if value not in ON_NONFINITE:
+        raise ValueError(f"`on_nonfinite` must be one of {ON_NONFINITE}, got {value!r}.")
+    if value == "skip" and deepspeed_plugin is not None:
+        raise ValueError("`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'.")
+
+
 @dataclass
 class BRPOConfig(GRPOConfig):
     r"""
@@ -345,12 +364,7 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
         if self.tree_attention not in TREE_ATTENTION:
             raise ValueError(f"`tree_attention` must be one of {TREE_ATTENTION}, got {self.tree_attention!r}.")
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"`on_nonfinite` must be one of {ON_NONFINITE}, got {self.on_nonfinite!r}.")
-        if self.on_nonfinite == "skip" and self.deepspeed_plugin is not None:
-            raise ValueError(
-                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
-            )
+        check_on_nonfinite(self.on_nonfinite, self.deepspeed_plugin)
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
         # What is sampled by, wherever it is set

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
+from ..brpo_config import check_on_nonfinite
 from ..rollout.timing import PhaseTimes
 from . import checkpoint
 from .faults import FaultWatch, memory_advice
@@ -99,12 +100,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         on_nonfinite: str = "raise",
         **kwargs: Any,
     ):
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"`on_nonfinite` must be 'raise' or 'skip', got {on_nonfinite!r}.")
-        if on_nonfinite == "skip" and args is not None and args.deepspeed_plugin is not None:
-            raise ValueError(
-                "`on_nonfinite='skip'` is not possible with DeepSpeed, which steps by itself. Use 'raise'."
-            )
+        check_on_nonfinite(on_nonfinite, None if args is None else args.deepspeed_plugin)
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
