@@ -129,7 +129,7 @@ def run(job):
             result = Path(result_path(job, rank))
             ended[rank] = {
                 "code": os.waitstatus_to_exitcode(status),
-                "output": Path(log_path(job, rank)).read_text(),
+                "output": Path(log_path(job, rank)).read_text(errors="replace"),  # a full disk may cut a character
                 "result": json.loads(result.read_text()) if result.exists() else None,
                 "seconds": time.monotonic() - began,
             }

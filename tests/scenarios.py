@@ -200,7 +200,8 @@ class FullDisk(TrainerCallback):
 def full_disk(directory, step, size, **settings):
     callbacks = [FullDisk(step, size)] if this_rank() == 0 else None
     try:
-        make_trainer(directory, callbacks=callbacks, **settings).train()
+        # what ranks print goes to a file, too: no progress bar fills it up
+        make_trainer(directory, callbacks=callbacks, disable_tqdm=True, **settings).train()
     finally:  # the traceback goes to a file, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
