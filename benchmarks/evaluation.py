@@ -3,7 +3,7 @@ What a curve of 32 budgets costs, against an evaluation of the same samples at t
 
     python benchmarks/evaluation.py [--backend vllm]
 
-The model is random, and never ends a thinking or a summary by itself: the worst case for the curve. Budgets and
+The model is random, and never ends a trace or a summary by itself: the worst case for the curve. Budgets and
 the length of summaries are an eighth of the paper's (32 budgets up to 8000, bridge and summary 128).
 """
 

@@ -69,7 +69,7 @@ def summarising(model, options: argparse.Namespace, budgets: list[int]) -> dict[
     )
 
     def contexts():
-        for prompt, thinking in zip(prompts, thinkings, strict=True):
+        for prompt, thinking in zip(prompts, traces, strict=True):
             for budget in budgets:
                 cut, bridge = thinking.cut(budget, settings.markers)
                 yield torch.tensor([[*prompt, *thinking.token_ids[:cut], *bridge]], device=model.device)
@@ -89,11 +89,11 @@ def summarising(model, options: argparse.Namespace, budgets: list[int]) -> dict[
 
     timer = Timer(options.device)
     for _ in range(options.repeats):
-        thinkings, trunks = timer.run("think", partial(backend._think, model, prompts, settings))
-        timer.run("cached", partial(backend._summarise, model, prompts, thinkings, trunks, settings))
+        traces, trunks = timer.run("think", partial(backend._think, model, prompts, settings))
+        timer.run("cached", partial(backend._summarise, model, prompts, traces, trunks, settings))
         timer.run("generate", generate)
         timer.run("prefill", prefill)
-    assert all(len(thinking.token_ids) == budgets[-1] for thinking in thinkings)
+    assert all(len(thinking.token_ids) == budgets[-1] for thinking in traces)
     seconds = timer.fastest
     tokens = options.rollouts * len(budgets) * options.num_summaries * options.summary
     return {
@@ -107,7 +107,7 @@ def summarising(model, options: argparse.Namespace, budgets: list[int]) -> dict[
 
 
 def finished_rows(model, options: argparse.Namespace, budgets: list[int]) -> dict[str, float]:
-    """A batch whose thinkings end at each token with such a probability that a quarter of the budget is their mean."""
+    """A batch whose traces end at each token with such a probability that a quarter of the budget is their mean."""
     rows, most = 16, budgets[-1]
     stop_ids = list(range(max(1, round(4 * model.config.vocab_size / most))))  # random weights sample almost evenly
     settings = settings_of(options, budgets, stop_ids)
@@ -139,8 +139,8 @@ def finished_rows(model, options: argparse.Namespace, budgets: list[int]) -> dic
         plain = computed[0], int(lengths.sum())
         torch.manual_seed(seed)
         computed[0] = -prompts.numel()
-        thinkings, _ = timer.run(f"set aside {seed}", lambda: backend._think(model, prompts.tolist(), settings))
-        work.append((*plain, computed[0], sum(len(thinking.token_ids) for thinking in thinkings)))
+        traces, _ = timer.run(f"set aside {seed}", lambda: backend._think(model, prompts.tolist(), settings))
+        work.append((*plain, computed[0], sum(len(thinking.token_ids) for thinking in traces)))
     hook.remove()
     plain_computed, plain_needed, ours_computed, ours_needed = (sum(column) for column in zip(*work, strict=True))
     seconds = {

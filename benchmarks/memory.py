@@ -54,7 +54,7 @@ def compare(config: Qwen2Config, args: BRPOConfig, prompt_length: int) -> tuple[
         [[[[1] * args.max_summary_length] * args.num_summaries] * num_budgets] * rows,
     )
     ids = torch.ones(rows, prompt_length + packed.token_ids.size(1), dtype=torch.long)
-    layout = TreeLayout.of(packed, torch.full((rows,), prompt_length), ids.size(1))
+    layout = TreeLayout.from_packed(packed, torch.full((rows,), prompt_length), ids.size(1))
 
     def update():
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16), layout_in_use():

@@ -86,9 +86,9 @@ class Rollout:
         summaries = [[sample(summary) for _ in range(num_summaries)] for _ in budgets]
         self.packed = PackedRollouts.pack([thinking], [budgets], [[bridge] * len(budgets)], [summaries])
         self.rows = [Row([*self.prompt, *thinking], prompt)]
-        for budget, of_budget in zip(budgets, summaries, strict=True):
+        for budget, at_budget in zip(budgets, summaries, strict=True):
             context = [*self.prompt, *thinking[:budget], *bridge]
-            self.rows += [Row([*context, *tokens], len(context)) for tokens in of_budget]
+            self.rows += [Row([*context, *tokens], len(context)) for tokens in at_budget]
 
         scored = budgets[-1] + len(budgets) * num_summaries * summary
         trunk, branch = prompt + budgets[-1], BRIDGE + summary

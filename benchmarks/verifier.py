@@ -13,12 +13,13 @@ prints this table as `outside`, and with it, for our verifier on the data sets o
 
 - `missed`: right answers that scored 0, of `of_right`: every gold of the data sets against itself and against
   mechanical rewritings of it, and the equal pairs of `tests/rewards_cases.py`;
-- `wrongly_accepted`: wrong answers that scored 1, of `of_wrong`: `perturbed` golds (digits changed or added, signs,
-  order, brackets, items left out) and the different pairs of `tests/rewards_cases.py`;
+- `wrongly_accepted`: wrong answers that scored 1, of `of_wrong`: `perturbed` gold answers (digits changed or added,
+  signs, order, brackets, items left out) and the different pairs of `tests/rewards_cases.py`;
 - `median_ms`, `p99_ms`, `max_ms`: one answer, in a call of its own, workers warm;
-- `answers_per_s_1`, `answers_per_s_2`: `answers` rewritten and perturbed golds of MATH-500 in one call, with one and
-  with two warm workers, the best of three;
-- `speed_over_trl`: TRL's time over ours, one worker, on 1,000 of these (TRL's golds in `\boxed{}`, or it skips most);
+- `answers_per_s_1`, `answers_per_s_2`: `answers` rewritten and perturbed gold answers of MATH-500 in one call, with
+  one and with two warm workers, the best of three;
+- `speed_over_trl`: TRL's time over ours, one worker, on 1,000 of these (TRL's gold answers in `\boxed{}`, or it skips
+  most);
 - `worker_mib`: resident memory of one worker after 5,000 tasks, never replaced;
 - `hostile_max_s`: the longest that any of the hostile answers held up a call.
 """
@@ -112,9 +113,9 @@ def resident_mib(pid: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def count_errors(golds: list[str], choose: random.Random) -> dict:
-    right = [(gold, answer) for gold in golds for answer in (gold, *rewritings(gold))]
-    wrong = [(gold, answer) for gold in golds for answer in perturbations(gold, choose)]
+def count_errors(gold_answers: list[str], choose: random.Random) -> dict:
+    right = [(gold, answer) for gold in gold_answers for answer in (gold, *rewritings(gold))]
+    wrong = [(gold, answer) for gold in gold_answers for answer in perturbations(gold, choose)]
     same = [pair for family in EQUAL.values() for pair in family]
     different = [pair for family in DIFFERENT.values() for pair in family if gold_alternatives(pair[0])]
 
@@ -135,8 +136,8 @@ def count_errors(golds: list[str], choose: random.Random) -> dict:
     }
 
 
-def measure_speed(golds: list[str], choose: random.Random) -> dict:
-    pairs = [(g, a) for _ in range(3) for g in golds for a in (*rewritings(g), *perturbations(g, choose))]
+def measure_speed(gold_answers: list[str], choose: random.Random) -> dict:
+    pairs = [(g, a) for _ in range(3) for g in gold_answers for a in (*rewritings(g), *perturbations(g, choose))]
     choose.shuffle(pairs)
     warm, load = pairs[:4000], pairs[4000:]  # the parser of a worker learns its grammar while it works
 
@@ -164,13 +165,13 @@ def measure_speed(golds: list[str], choose: random.Random) -> dict:
 def compare_with_trl(pairs: list[tuple[str, str]]) -> float:
     completions = [[{"role": "assistant", "content": rf"\boxed{{{answer}}}"}] for _, answer in pairs]
     reward = MathReward(end_of_thinking=None, workers=1, batch_limit=3600.0)
-    golds = [rf"\boxed{{{gold}}}" for gold, _ in pairs]
-    reward([""], completions[:1], solution=golds[:1])
+    gold_answers = [rf"\boxed{{{gold}}}" for gold, _ in pairs]
+    reward([""], completions[:1], solution=gold_answers[:1])
     times = {"trl": 0.0, "ours": 0.0}
     for start in range(0, len(pairs), 100):  # side by side: the machine's load meets both alike
         part = slice(start, start + 100)
-        times["trl"] += seconds(lambda s=part: accuracy_reward(completions[s], golds[s]))
-        times["ours"] += seconds(lambda s=part: reward([""] * 100, completions[s], solution=golds[s]))
+        times["trl"] += seconds(lambda s=part: accuracy_reward(completions[s], gold_answers[s]))
+        times["ours"] += seconds(lambda s=part: reward([""] * 100, completions[s], solution=gold_answers[s]))
     return times["trl"] / times["ours"]
 
 
@@ -219,9 +220,9 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def measure_memory(golds: list[str], choose: random.Random, tasks: int = 5000) -> float:
+def measure_memory(gold_answers: list[str], choose: random.Random, tasks: int = 5000) -> float:
     """Everything goes to the worker here, numbers too; formulas first, which need most."""
-    pairs = [(g, a) for g in golds for a in (*rewritings(g), *perturbations(g, choose))]
+    pairs = [(g, a) for g in gold_answers for a in (*rewritings(g), *perturbations(g, choose))]
     pairs.sort(key=lambda pair: -len(pair[0]))
     pool = WorkerPool(PoolSettings(1, 2.0, 10.0, 3600.0, 1024, 10**9))
     pool.grade(pairs[:tasks])
@@ -244,10 +245,10 @@ def main() -> None:
         print(json.dumps(outside, indent=2) if arguments.json else as_table(outside))
         return
     choose = random.Random(0)
-    golds = {name: load(arguments.data, name) for name in FILES}
-    everything = [gold for name in FILES for gold in golds[name]]
+    gold_answers = {name: load(arguments.data, name) for name in FILES}
+    everything = [gold for name in FILES for gold in gold_answers[name]]
     figures: dict = {"outside": outside, **count_errors(everything, choose)}
-    figures |= measure_speed(golds["math500"], choose)
+    figures |= measure_speed(gold_answers["math500"], choose)
     figures["hostile_max_s"] = max(seconds(lambda a=a: grade_answers([a], ["2"], workers=1)) for a in HOSTILE)
     figures["worker_mib"] = measure_memory(everything, choose)
     close_pools()

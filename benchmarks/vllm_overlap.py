@@ -1,10 +1,10 @@
 """
-What it saves that summaries are sampled while other thinkings still run, in a vLLM engine as in TRL's colocate mode:
+What it saves that summaries are sampled while other traces still run, in a vLLM engine as in TRL's colocate mode:
 
     python benchmarks/vllm_overlap.py            # a table
     python benchmarks/vllm_overlap.py --json     # an object
 
-One batch fills the engine: all thinkings but one are short, and the last runs to the last budget. A small random model
+One batch fills the engine: all traces but one are short, and the last runs to the last budget. A small random model
 decodes greedily, so that both ways sample the same tokens; which is checked. It runs wherever vLLM does, on a CPU with
 vLLM's CPU build, where only the ratios mean something.
 """
@@ -76,13 +76,13 @@ def find_prompts(engine: VLLMGeneration, batch: int, settings: RolloutSettings) 
     short = sorted((i for i, n in enumerate(lengths) if n <= settings.budgets[0]), key=lambda i: -lengths[i])
     long = [i for i, n in enumerate(lengths) if n == settings.budgets[-1]]
     if len(short) < batch - 1 or not long:
-        raise ValueError(f"No such batch among the thinkings of lengths {sorted(lengths)}.")
+        raise ValueError(f"No such batch among the traces of lengths {sorted(lengths)}.")
     return [prompts[i] for i in [*short[: batch - 1], long[0]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Engine steps and time with and without overlap of the two phases.")
-    parser.add_argument("--batch", type=int, default=16, help="thinkings, and places in the engine")
+    parser.add_argument("--batch", type=int, default=16, help="traces, and places in the engine")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 192, 256])
     parser.add_argument("--summaries", type=int, default=4, help="A")
     parser.add_argument("--summary", type=int, default=16, help="tokens of a summary")
@@ -121,7 +121,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"thinkings of {result['thinking_lengths']} tokens; same tokens both ways: {result['same_tokens']}\n")
+    print(f"traces of {result['thinking_lengths']} tokens; same tokens both ways: {result['same_tokens']}\n")
     for name, row in rows.items():
         print(f"{name:28}{row['steps']:5d} steps {row['seconds']:7.2f} s")
     print(f"\nratio: {result['steps_ratio']:.2f} steps, {result['seconds_ratio']:.2f} seconds")

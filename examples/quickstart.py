@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
         eval_budgets=EVAL_BUDGETS,
         prior=options.prior,
         baseline=options.baseline,
-        num_summaries=2,  # the gradient of the paper's 4 would drown that of so short a thinking
+        num_summaries=2,  # the gradient of the paper's 4 would drown that of so short a trace
         num_generations=GROUP_SIZE,
         per_device_train_batch_size=PROMPTS_PER_UPDATE * GROUP_SIZE,
         per_device_eval_batch_size=250,

@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 SFT_BATCH_SIZE = 32
-# Closes a thinking that was cut (BRPOConfig.truncation_bridge), then asks for the answer (answer_bridge).
+# Closes a trace that was cut (BRPOConfig.truncation_bridge), then asks for the answer (answer_bridge).
 TRUNCATION_BRIDGE, ANSWER_BRIDGE = "</think>", "answer"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|> {% endfor %}"
@@ -244,7 +244,7 @@ def make_rl_dataset(problems: Sequence[Problem]) -> Dataset:
 def end_of_chain_reward(
     completions: list[list[dict]], answer: list[str], well_formed: list[bool], **kwargs
 ) -> list[float]:
-    """Return 1 for each summary that is the right answer, 0 for a wrong one and after a thinking that broke off."""
+    """Return 1 for each summary that is the right answer, 0 for a wrong one and after a trace that broke off."""
     return [
         float(formed and completion[0]["content"].strip() == truth)
         for completion, truth, formed in zip(completions, answer, well_formed, strict=True)
@@ -312,7 +312,7 @@ def load(
         train_problems, eval_problems (`int`):
             How many problems to draw for reinforcement learning, and how many held-out ones.
         longest (`int`):
-            Tokens of the longest thinking.
+            Tokens of the longest trace.
         output_dir (`Path`):
             Folder of the fine-tuning.
 

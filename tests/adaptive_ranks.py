@@ -16,7 +16,7 @@ if __name__ == "__main__":
         output_dir,
         baseline="adaptive",
         num_generations=8,
-        per_device_train_batch_size=16,  # 32 thinkings in a batch: enough to predict the third
+        per_device_train_batch_size=16,  # 32 traces in a batch: enough to predict the third
         max_steps=3,
         ddp_backend="gloo",
     )

@@ -407,7 +407,7 @@ def equality(directory, replay=None, **settings):
 
 
 def finished_or_cut(rollout, markers, budgets, finished):
-    """The rollout, with a thinking that ends at once or not at all."""
+    """The rollout, with a trace that ends at once or not at all."""
     ids = list(markers.think_end_ids) if finished else [8] * budgets[-1]
     thinking = Thinking(ids, finished, False)
     return Rollout.from_budgets(rollout.prompt_ids, thinking, budgets, markers, rollout.summaries)
@@ -415,7 +415,7 @@ def finished_or_cut(rollout, markers, budgets, finished):
 
 def uneven(directory, **settings):
     """
-    Ranks with as little in common as can be. Rank 0: thinkings that end at once, and graded at once, by one function.
+    Ranks with as little in common as can be. Rank 0: traces that end at once, and graded at once, by one function.
     Rank 1: all cut, summaries of one token, graded late, by the other function. Each logs what the other does not.
     """
     rank = this_rank()

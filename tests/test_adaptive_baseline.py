@@ -68,7 +68,7 @@ def test_falls_back_to_the_mix_until_there_is_enough_data():
     adaptive = AdaptiveBaseline(2)
     assert torch.equal(adaptive.predict(rewards, segments), segments.brpo)
     adaptive.update(rewards, segments, live)
-    # 44 thinkings: enough for the two coefficients of the first segment (40), not for the three of the second (60)
+    # 44 traces: enough for the two coefficients of the first segment (40), not for the three of the second (60)
     predicted = adaptive.predict(rewards, segments)
     assert torch.equal(predicted[..., 1], segments.brpo[..., 1])
     assert not torch.equal(predicted[..., 0], segments.brpo[..., 0])
@@ -170,10 +170,10 @@ def test_a_checkpoint_carries_it_on(tmp_path):
     trainer = make_adaptive_trainer(tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
     learned = torch.load(tmp_path / "checkpoint-2" / "adaptive_baseline.pth", weights_only=True)
-    assert learned["rows"][0] > 8  # both batches of eight thinkings
+    assert learned["rows"][0] > 8  # both batches of eight traces
     resumed = make_adaptive_trainer(tmp_path, max_steps=3, save_strategy="steps")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    # One more batch of eight thinkings, all of which have a first segment
+    # One more batch of eight traces, all of which have a first segment
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8
 
 
@@ -185,6 +185,6 @@ def test_both_ranks_learn_the_same(tmp_path):
     first, second = ((tmp_path / f"rank{rank}.json").read_text() for rank in range(2))
     assert first == second
     learned = json.loads(first)
-    # Both ranks' 16 thinkings count: 32 from each of three batches, the earlier ones a little less
+    # Both ranks' 16 traces count: 32 from each of three batches, the earlier ones a little less
     assert learned["rows"][0] == pytest.approx(32 * (1 + _FORGETTING + _FORGETTING**2))
     assert learned["coefficients"][0][-1] == learned["coefficients"][0][-1]  # not NaN: it has been fitted

@@ -52,7 +52,7 @@ def test_released_implementation(case):
 
 
 def test_thinking_advantages_by_hand():
-    # Two thinkings, uneven budgets 1, 3, 4, uniform prior, one summary: rewards 0 1 1 and 0 0 1, weights 1/3 each.
+    # Two traces, uneven budgets 1, 3, 4, uniform prior, one summary: rewards 0 1 1 and 0 0 1, weights 1/3 each.
     # R of the first: 2/3 2/3 1/3, of the second: 1/3 1/3 1/3; V2 = their mean: 1/2 1/2 1/3.
     # V1 of the first: 0; 0 · 2/3 = 0; (0.5² · 0 + 0.5 · 1) / 0.75 · 1/3 = 2/9. V1 of the second: 0; 0; 0.
     # V = b_{j-1}/b_m V1 + (1 - b_{j-1}/b_m) V2 with b_{j-1}/b_m = 0, 1/4, 3/4:
@@ -83,7 +83,7 @@ def test_a_group_of_one_has_no_group_mean():
 
 
 def test_summary_advantages_by_hand():
-    # A thinking of 5 tokens, budgets 3, 6, 9: cut at 3, then the shared cut at 5
+    # A trace of 5 tokens, budgets 3, 6, 9: cut at 3, then the shared cut at 5
     cuts = torch.tensor([[[3, 5, 5]]])
     rewards = torch.tensor([[[[1.0, 0], [1, 1], [0, 1]]]])
     # Cut 3: mean 1/2. Cut 5: mean of 1 1 0 1 = 3/4
@@ -126,7 +126,7 @@ def test_equal_rewards_give_no_advantage_over_the_group():
 
 
 def test_diagnostics_by_hand():
-    # Two prompts of two thinkings, one budget. R = 1, 0, 1, 1; V2 = 1/2, 1/2, 1, 1.
+    # Two prompts of two traces, one budget. R = 1, 0, 1, 1; V2 = 1/2, 1/2, 1, 1.
     # Var[R] = 3/16. R - V2 = 1/2, -1/2, 0, 0: variance 1/8, ratio 2/3. Cov[V2, R] = 1/16 = Var[V2]: Corr = √(1/3).
     rewards = torch.tensor([1.0, 0, 1, 1]).view(2, 2, 1, 1)
     segments = segment_returns(rewards, [4], "uniform")

@@ -223,7 +223,7 @@ def test_the_sample_is_short():
 
 
 def biased(end=1.0, eos=2.0, extra_words=()):
-    """A random model with a bias to end: thinkings are cut, finished and given up, and most summaries end early."""
+    """A random model with a bias to end: traces are cut, finished and given up, and most summaries end early."""
     tokenizer = make_tokenizer(extra_words=extra_words)
     model = make_model(vocab_size=len(tokenizer))
     head = torch.nn.Linear(32, len(tokenizer))

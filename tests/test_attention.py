@@ -8,7 +8,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.separate_rows import forward_rows
-from trl_anytime.modeling.support import measured_objection, structural_objection
+from trl_anytime.modeling.support import packing_mismatch, unsupported_structure
 from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, forward_packed
 
 # One small random model of each family; windows are shorter than the rows
@@ -65,7 +65,7 @@ def make_batch():
 
     prompts = [sample(6), sample(2), sample(4)]
     packed = PackedRollouts.pack(
-        thinkings=[sample(9), sample(5), sample(1)],
+        traces=[sample(9), sample(5), sample(1)],
         cuts=[[3, 6, 9], [3, 5, 5], [1, 1, 1]],
         bridges=[[sample(3), sample(3), sample(3)], [sample(3), sample(1), sample(1)], [sample(1)] * 3],
         summaries=[
@@ -304,7 +304,7 @@ def test_no_object_of_row_by_row_size():
     """What the layout holds grows with branches × keys, never with the square of the row."""
     thinking, cuts = list(range(400)), [100, 400]
     packed = PackedRollouts.pack([thinking], [cuts], [[[1], [1]]], [[[[2, 3]], [[4, 5]]]])
-    layout = TreeLayout.of(packed, torch.tensor([50]), 460)
+    layout = TreeLayout.from_packed(packed, torch.tensor([50]), 460)
     assert max(branches.mask.numel() for branches in layout.budgets) == 3 * (450 + 3)
 
 
@@ -329,16 +329,16 @@ def test_long_windows_and_capped_scores():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_passes(family):
     model = make_tree_model(family).train()
-    assert structural_objection(model) is None
-    assert measured_objection(model) is None
+    assert unsupported_structure(model) is None
+    assert packing_mismatch(model) is None
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
 def test_the_check_passes_on_frozen_and_adapted_models():
     model = make_tree_model("qwen3").requires_grad_(False)
-    assert measured_objection(model) is None
+    assert packing_mismatch(model) is None
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    assert measured_objection(model) is None
+    assert packing_mismatch(model) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_oss"])
@@ -352,11 +352,11 @@ def test_the_check_passes_on_frozen_and_adapted_models():
 def test_the_check_finds_wrong_layouts(monkeypatch, family, method, wrong):
     model = make_tree_model(family)
     monkeypatch.setattr(PackedRollouts, method, wrong)
-    assert "differ" in (measured_objection(model) or "")
+    assert "differ" in (packing_mismatch(model) or "")
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "objection"),
+    ("family", "settings", "reason"),
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, "type conv"),
         (
@@ -378,9 +378,9 @@ def test_the_check_finds_wrong_layouts(monkeypatch, family, method, wrong):
         ("bloom", {"n_layer": 1, "n_head": 4}, "registered attention function"),
     ],
 )
-def test_other_models_take_separate_rows(family, settings, objection):
+def test_other_models_take_separate_rows(family, settings, reason):
     model = make_model(family, **settings)
-    assert objection in structural_objection(model)
+    assert reason in unsupported_structure(model)
     add_fused_lm_head(model)
     prompts, packed = make_batch()
     separate = separate_logprobs(model, prompts, packed)

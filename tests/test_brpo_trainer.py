@@ -149,7 +149,7 @@ def test_advantages_of_every_token(tmp_path):
     (_, batch, _), scored = trainer.rolled[0], trainer.scored[0]
     rewards = torch.tensor(
         [
-            [[parity_reward(None, [ids])[0] for ids in of_budget] for of_budget in rollout.summaries]
+            [[parity_reward(None, [ids])[0] for ids in at_budget] for at_budget in rollout.summaries]
             for rollout in batch.rollouts
         ]
     )
@@ -183,7 +183,7 @@ def test_the_loss_divides_by_the_longest_packed_rollout(tmp_path):
 
 
 def test_summaries_continue_their_own_cut(tmp_path):
-    """With the most likely tokens, every thinking and summary is what the model itself continues its context with."""
+    """With the most likely tokens, every trace and summary is what the model itself continues its context with."""
     trainer = make_trainer(tmp_path, Recorder, max_steps=1, top_k=1, learning_rate=0.0)
     trainer.train()
     batch = trainer.rolled[0][1]
@@ -441,7 +441,7 @@ def sampling(**bias):
 @pytest.mark.parametrize(
     ("bias", "finished", "length"),
     [({"end": 50.0}, 1.0, 1.0), ({"end": -50.0, "eos": -50.0}, 0.0, 9.0), ({"eos": 50.0, "end": -50.0}, 0.0, 1.0)],
-    ids=["finished at once", "all cut", "all abandoned"],
+    ids=["finished at once", "all cut", "all ended_with_eos"],
 )
 def test_extreme_thinkings(tmp_path, bias, finished, length):
     trainer = make_trainer(tmp_path, model=sampling(**bias), reward_funcs=parity_reward)
@@ -523,7 +523,7 @@ def test_separate_rows_train_the_same(tmp_path):
     for mode in ("tree", "rows"):
         trainer = make_trainer(
             tmp_path,
-            tree_attention=mode,
+            packing=mode,
             num_iterations=2,
             optim="sgd",
             learning_rate=1.0,
@@ -552,12 +552,12 @@ def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    with pytest.raises(ValueError, match="type conv. Set `tree_attention='auto'`"):
-        make_trainer(tmp_path, model=hybrid_model(), tree_attention="tree")
+    with pytest.raises(ValueError, match="type conv. Set `packing='auto'`"):
+        make_trainer(tmp_path, model=hybrid_model(), packing="tree")
 
 
 def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("trl_anytime.modeling.support.measured_objection", lambda model: "it is odd")
+    monkeypatch.setattr("trl_anytime.modeling.support.packing_mismatch", lambda model: "it is odd")
     with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
         trainer = make_trainer(tmp_path)
     assert "cannot train on packed rollouts: it is odd" in caplog.text
@@ -591,7 +591,7 @@ def test_evaluation_by_hand(tmp_path):
     assert metrics["eval_anytime/auc"] == pytest.approx(statistics.mean(sum(row) / 2 for row in rewards))
     assert metrics["eval_reward"] == pytest.approx(metrics["eval_anytime/auc"], abs=0.2)  # TRL's mean over batches
     assert not any(key.endswith("@3") for key in metrics)
-    # One thinking serves all budgets
+    # One trace serves all budgets
     assert all(len(r.cuts) == 2 and len(r.summaries[0]) == 1 for _, b, _ in trainer.rolled for r in b.rollouts)
 
 
@@ -623,7 +623,7 @@ def test_lengths_of_rollouts_whose_thinking_ends(tmp_path):
     trainer = make_trainer(tmp_path, Recorder, model=sampling(end=0.0, eos=-1.0), max_steps=1)
     trainer.train()
     (_, batch, _), log = trainer.rolled[0], trainer.state.log_history[0]
-    ended = [rollout for rollout in batch.rollouts if rollout.thinking.finished or rollout.thinking.abandoned]
+    ended = [rollout for rollout in batch.rollouts if rollout.thinking.finished or rollout.thinking.ended_with_eos]
     lengths = [
         len(rollout.thinking.token_ids) + sum(len(ids) for row in rollout.summaries for ids in row)
         for rollout in ended

@@ -170,7 +170,7 @@ def test_streams_are_escaped(capsys):
 def test_alarms_and_tables_of_completions_are_escaped():
     tokenizer = make_tokenizer(extra_words=("\x1b[31m",))
     (escape,) = tokenizer("\x1b[31m")["input_ids"]
-    thinking = Thinking([escape] * 4, finished=False, abandoned=False)
+    thinking = Thinking([escape] * 4, finished=False, ended_with_eos=False)
     rollout = Rollout([escape], thinking, [4], [[]], [[[escape]]])
     alarms = Alarms(tokenizer)
     alarms.rollouts = [rollout]

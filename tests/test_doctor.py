@@ -21,15 +21,15 @@ from trl import ModelConfig
 from trl_anytime import BRPOConfig, cli
 from trl_anytime.checks import doctor
 from trl_anytime.checks.batch_sizes import BatchArithmetic
-from trl_anytime.checks.doctor import examine, read_launch
+from trl_anytime.checks.doctor import check_recipe, read_launch
 from trl_anytime.checks.finding import ERROR, OK, WARNING
 from trl_anytime.checks.memory import (
     Launch,
     estimate_memory,
-    held_always,
     memory_finding,
     planned_model,
     run_layers,
+    static_memory,
     without_memory,
 )
 from trl_anytime.checks.start_checks import reward_findings, splice_findings
@@ -106,7 +106,7 @@ def look(folder: Path, processes: int = 1, gpu_bytes: int | None = None, setting
     """What is wrong with the recipe after `changes`: level, what was found and what to change, by check."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | changes
     (folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
-    found = examine(folder / "changed.yaml", {}, Launch(processes), gpu_bytes, settings_only)
+    found = check_recipe(folder / "changed.yaml", {}, Launch(processes), gpu_bytes, settings_only)
     return {finding.check: finding for finding in found.findings if finding.level != OK}
 
 
@@ -116,21 +116,32 @@ def look(folder: Path, processes: int = 1, gpu_bytes: int | None = None, setting
 def test_a_healthy_recipe(folder, capsys):
     assert cli.main(["doctor", str(folder / "recipe.yaml"), "--gpu-memory", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    checks = ["settings", "vllm", "model", "data", "template", "splice", "verifier", "golds", "batch", "context"]
+    checks = [
+        "settings",
+        "vllm",
+        "model",
+        "data",
+        "template",
+        "splice",
+        "verifier",
+        "gold answers",
+        "batch",
+        "context",
+    ]
     assert [finding["check"] for finding in printed["findings"]] == [*checks, "memory", "tree attention"]
     assert {finding["level"] for finding in printed["findings"]} == {OK}
     page = (EXAMPLES.parent / "docs" / "doctor.md").read_text()
     assert re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE) == [*checks, "memory", "tree attention"]
-    found = {finding["check"]: finding["found"] for finding in printed["findings"]}
+    found = {finding["check"]: finding["message"] for finding in printed["findings"]}
     assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
     assert "Packed rollouts agree with separate rows on these weights." in found["tree attention"]
     assert "24 of 24 rows" in found["data"]
     table = printed["tables"][0]
-    # 4 rows × 4 micro-batches = 16 thinkings of 4 prompts, × 2 budgets × 2 summaries = 64
+    # 4 rows × 4 micro-batches = 16 traces of 4 prompts, × 2 budgets × 2 summaries = 64
     rows = {line.split("  ")[0]: line.split()[-3:] for line in table.splitlines()[1:4]}
     assert rows == {
         "prompts": ["4", "4", "1"],
-        "thinkings": ["16", "16", "4"],
+        "traces": ["16", "16", "4"],
         "summaries": ["64", "64", "16"],
     }
     assert "generation batches per epoch                6" in table  # 24 prompts
@@ -176,7 +187,7 @@ def test_files_that_hold_no_recipe(tmp_path, capsys, content, message):
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes(path, monkeypatch):
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)  # whether it is installed is not the recipe's fault
-    found = examine(path, {"bf16": "false"}, Launch(8), settings_only=True)
+    found = check_recipe(path, {"bf16": "false"}, Launch(8), settings_only=True)
     assert [finding for finding in found.findings if finding.level != OK] == []
     assert re.search(r"optimiser steps per generation batch +2$", found.tables[0], re.MULTILINE)
 
@@ -215,28 +226,28 @@ def test_faults_of_settings(folder, changes, check, level, found, change):
     finding = look(folder, settings_only=True, **changes)
     assert finding.keys() == {check}
     assert finding[check].level == level
-    assert found in finding[check].found and change in finding[check].change
+    assert found in finding[check].message and change in finding[check].fix
 
 
 def test_batches_are_those_of_all_ranks(folder):
     assert look(folder, 2, settings_only=True, generation_batch_size=16) == {}
     found = look(folder, 3, settings_only=True, generation_batch_size=16)
-    assert found["settings"].found == "generation_batch_size (16) must be divisible by the global batch size (12)."
+    assert found["settings"].message == "generation_batch_size (16) must be divisible by the global batch size (12)."
 
 
 def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: False)
     found = look(folder, settings_only=True, use_vllm=True)
-    assert found.keys() == {"vllm"} and "pip install 'trl-anytime[vllm]'" in found["vllm"].change
+    assert found.keys() == {"vllm"} and "pip install 'trl-anytime[vllm]'" in found["vllm"].fix
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)
     found = look(folder, 3, settings_only=True, use_vllm=True, vllm_tensor_parallel_size=2)
-    assert "which 3 cannot be divided into" in found["vllm"].found
+    assert "which 3 cannot be divided into" in found["vllm"].message
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://localhost:9"}
     found = look(folder, **server)
-    assert found.keys() == {"vllm"} and "at http://localhost:9 did not answer" in found["vllm"].found
+    assert found.keys() == {"vllm"} and "at http://localhost:9 did not answer" in found["vllm"].message
     found = look(folder, use_vllm=True, vllm_max_model_length=100)
-    assert "more than vLLM's context of 100" in found["context"].found
-    assert found["context"].change.startswith("Raise `vllm_max_model_length`, or lower `budgets`")
+    assert "more than vLLM's context of 100" in found["context"].message
+    assert found["context"].fix.startswith("Raise `vllm_max_model_length`, or lower `budgets`")
 
 
 @pytest.mark.parametrize(
@@ -244,55 +255,55 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
     [
         ({"budgets": [64, 600]}, "context", ERROR, "more than the model's context of 512", "Lower `budgets`"),
         ({"gradient_accumulation_steps": 32}, "batch", ERROR, "24 prompts and a generation batch takes 32",
-         "at most 96 thinkings"),
+         "at most 96 traces"),
         ({"problem_column": "question"}, "data", ERROR, "no 'question'", "`problem_column`"),
         ({"max_prompt_length": 10}, "data", ERROR, "Nothing is left", "raise `max_prompt_length`"),
         ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "nowhere.jsonl is not there", "`dataset_name`"),
-        ({"remove_unused_columns": True}, "golds", ERROR, "takes the column 'answer' away", "Remove the setting"),
+        ({"remove_unused_columns": True}, "gold answers", ERROR, "the column 'answer'", "Remove the setting"),
         ({"truncation_bridge": "no end"}, "template", ERROR, "exactly once", "the setting that is named"),
         ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING,
-         "every thinking goes on to the last budget", "`vllm_mode: colocate`"),
-        ({"tree_attention": "rows"}, "tree attention", WARNING, "rollouts are not packed", "`tree_attention: auto`"),
+         "every trace goes on to the last budget", "`vllm_mode: colocate`"),
+        ({"packing": "rows"}, "tree attention", WARNING, "rollouts are not packed", "`packing: auto`"),
     ],
 )  # fmt: skip
 def test_faults_of_model_and_data(folder, changes, check, level, found, change):
     finding = look(folder, **changes)
     assert finding.keys() == {check}
     assert finding[check].level == level
-    assert found in finding[check].found and change in finding[check].change
+    assert found in finding[check].message and change in finding[check].fix
 
 
-def test_golds_that_are_none(folder):
+def test_gold_answers_that_are_none(folder):
     rows = [*PROBLEMS, {"problem": "What?", "answer": None}]
     name = save_rows(folder / "bad.jsonl", rows)
-    assert "Row 24: column 'answer' holds None" in look(folder, dataset_name=name)["data"].found
+    assert "Row 24: column 'answer' holds None" in look(folder, dataset_name=name)["data"].message
     assert look(folder, dataset_name=name, on_bad_answer="skip") == {}
-    assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].found
+    assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].message
 
 
-def test_golds_that_are_texts(folder):
+def test_gold_answers_that_are_texts(folder):
     """Of the training and of the evaluation set alike; read from all rows, not from a sample."""
     rows = [*PROBLEMS, {"problem": "Show it.", "answer": "proof"}, {"problem": "Show that.", "answer": "Proof."}]
     name = save_rows(folder / "proofs.jsonl", rows)
     for changes in ({"dataset_name": name}, {"eval_dataset_name": name, "eval_strategy": "steps"}):
         found = look(folder, **changes)
-        assert found.keys() == {"golds"} and found["golds"].level == WARNING
-        assert "2 of 26 rows" in found["golds"].found and "'proof'" in found["golds"].found
+        assert found.keys() == {"gold answers"} and found["gold answers"].level == WARNING
+        assert "2 of 26 rows" in found["gold answers"].message and "'proof'" in found["gold answers"].message
     prose = save_rows(folder / "prose.jsonl", [*PROBLEMS, {"problem": "?", "answer": "It is 4, because 2 + 2 = 4."}])
     for changes in ({"dataset_name": prose}, {"eval_dataset_name": prose, "eval_strategy": "steps"}):
         found = look(folder, **changes)
-        assert "Row 24" in found["data"].found and "on_bad_answer" in found["data"].change
+        assert "Row 24" in found["data"].message and "on_bad_answer" in found["data"].fix
     shapes = [{**row, "answer": f"It is so.\n#### {row['answer']}"} for row in PROBLEMS]
     assert look(folder, dataset_name=save_rows(folder / "gsm8k.jsonl", shapes)) == {}
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"problem": "1 + 1?"}], [{"answer": "2"}], []], ids=["no golds", "no prompts", "empty"]
+    "rows", [[{"problem": "1 + 1?"}], [{"answer": "2"}], []], ids=["no gold answers", "no prompts", "empty"]
 )
 def test_an_evaluation_set_that_is_none(folder, rows):
     name = save_rows(folder / "evaluation.jsonl", rows)
     found = look(folder, eval_dataset_name=name, eval_strategy="steps")
-    assert found.keys() == {"data"} and found["data"].level == ERROR and name in found["data"].found
+    assert found.keys() == {"data"} and found["data"].level == ERROR and name in found["data"].message
 
 
 def test_nested_answers(folder):
@@ -310,7 +321,7 @@ def test_an_adapter_in_place_of_a_model(folder, tmp_path):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())  # what the finding says
     found = look(folder, model_name_or_path=str(tmp_path))
-    assert found.keys() == {"model"} and found["model"].level == ERROR and "is_trainable" in found["model"].change
+    assert found.keys() == {"model"} and found["model"].level == ERROR and "is_trainable" in found["model"].fix
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine may have bf16")
@@ -320,7 +331,7 @@ def test_a_precision_that_this_machine_lacks(folder):
         BRPOConfig(bf16=True)
     found = look(folder, settings_only=True, bf16=True, use_cpu=False)
     assert found.keys() == {"settings"} and found["settings"].level == ERROR
-    assert str(refused.value) in found["settings"].found and "bf16" in found["settings"].change
+    assert str(refused.value) in found["settings"].message and "bf16" in found["settings"].fix
     # For a run on another machine it is only said
     assert look(folder, gpu_bytes=2**30, settings_only=True, bf16=True, use_cpu=False)["settings"].level == WARNING
     BRPOConfig(bf16=True, use_cpu=True)
@@ -330,7 +341,7 @@ def test_a_precision_that_this_machine_lacks(folder):
 def test_a_template_that_closes_the_thinking(folder, tmp_path):
     name = save_model(tmp_path, OPENED.replace("<think>\n", "<think>\n\n</think>\n"))
     found = look(folder, model_name_or_path=name)
-    assert found.keys() == {"template"} and "already closed the thinking" in found["template"].found
+    assert found.keys() == {"template"} and "already closed the thinking" in found["template"].message
 
 
 def test_a_template_that_closes_the_thinking_of_some_rows(folder, tmp_path):
@@ -342,7 +353,7 @@ def test_a_template_that_closes_the_thinking_of_some_rows(folder, tmp_path):
     for changes in ({"dataset_name": quick}, {"eval_dataset_name": quick, "eval_strategy": "epoch"}):
         found = look(folder, model_name_or_path=name, **changes)
         assert found.keys() == {"template"} and found["template"].level == ERROR
-        assert "quick.jsonl, row 9" in found["template"].found
+        assert "quick.jsonl, row 9" in found["template"].message
 
 
 def test_an_end_of_thinking_that_is_no_token(folder, tmp_path):
@@ -356,10 +367,10 @@ def test_an_end_of_thinking_that_is_no_token(folder, tmp_path):
         tokenizer.save_pretrained(tmp_path)
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"model_name_or_path": name}
         (folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
-        findings = examine(folder / "changed.yaml", {}, Launch(1)).findings
+        findings = check_recipe(folder / "changed.yaml", {}, Launch(1)).findings
         found = [finding for finding in findings if finding.check == "template"]
         assert [finding.level for finding in found] == levels
-        assert "found in the text of the tokens" in found[0].found
+        assert "found in the text of the tokens" in found[0].message
 
 
 def test_a_model_that_is_not_there(folder, tmp_path):
@@ -369,28 +380,28 @@ def test_a_model_that_is_not_there(folder, tmp_path):
     shutil.copytree(folder / "model", without_weights)
     (without_weights / "model.safetensors").unlink()
     found = look(folder, model_name_or_path=str(without_weights))
-    assert found.keys() == {"tree attention"} and "weights" in found["tree attention"].found
+    assert found.keys() == {"tree attention"} and "weights" in found["tree attention"].message
 
 
 def test_a_model_that_cannot_be_packed(folder, tmp_path):
     name = save_model(tmp_path, model_type="mamba", state_size=4)
     found = look(folder, model_name_or_path=name)
-    assert found["tree attention"].level == WARNING and "Rollouts cannot be packed" in found["tree attention"].found
-    found = look(folder, model_name_or_path=name, tree_attention="tree")
+    assert found["tree attention"].level == WARNING and "Rollouts cannot be packed" in found["tree attention"].message
+    found = look(folder, model_name_or_path=name, packing="tree")
     assert found["tree attention"].level == ERROR
 
 
 def test_too_little_memory(folder):
     found = look(folder, gpu_bytes=2**20)
     assert found.keys() == {"memory"} and found["memory"].level == WARNING
-    assert "The largest part: LM head." in found["memory"].found
-    assert "Lower `per_device_train_batch_size`" in found["memory"].change
+    assert "The largest part: LM head." in found["memory"].message
+    assert "Lower `per_device_train_batch_size`" in found["memory"].fix
 
 
 def test_memory_of_a_mixture_of_experts(tmp_path):
     config = make_model("qwen3_moe").config
     finding, table = memory_finding(config, torch.float32, None, make_config(tmp_path), Launch(), 10, 3, 2**10)
-    assert finding.level == WARNING and finding.found.startswith("At least") and "not estimated" in finding.found
+    assert finding.level == WARNING and finding.message.startswith("At least") and "not estimated" in finding.message
     assert "weights" in table and "activations" not in table
 
 
@@ -398,11 +409,11 @@ def test_splices_whose_text_says_something_else():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_bpe()._tokenizer, eos_token="<|end|>")
     markers = find_markers(tokenizer, "How", think_end="much", truncation_bridge=" How much", answer_bridge=" is")
     (melted,) = splice_findings(tokenizer, "How", "is 1 + 1", markers, [0], True)
-    assert melted.level == OK and "otherwise in the bridge" in melted.found
+    assert melted.level == OK and "otherwise in the bridge" in melted.message
     words = make_tokenizer()
     markers = find_markers(words, "<think>", truncation_bridge="so </think>", answer_bridge="answer")
     (lost,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=True)
-    assert lost.level == WARNING and "the reward finds no answer" in lost.found
+    assert lost.level == WARNING and "the reward finds no answer" in lost.message
     (fine,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=False)
     assert fine.level == OK
 
@@ -414,7 +425,7 @@ def test_splices_of_a_tokenizer_that_refuses_other_words():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     markers = find_markers(tokenizer, "<think>", truncation_bridge="</think>", answer_bridge="answer")
     (lost,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=True)
-    assert lost.level == WARNING and "cannot write" in lost.found and "the reward finds no answer" in lost.found
+    assert lost.level == WARNING and "cannot write" in lost.message and "the reward finds no answer" in lost.message
     (fine,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=False)
     assert fine.level == OK
 
@@ -425,10 +436,10 @@ def test_rewards_that_do_not_grade(tmp_path):
     (broken,) = reward_findings(args, [dead], [])
     assert broken.check == "verifier" and broken.level == ERROR
     for gold in (None, "{"):
-        (_, golds) = reward_findings(args, [MathReward()], [{"answer": gold}])
-        assert golds.level == WARNING and repr(gold) in golds.found
+        (_, gold_answers) = reward_findings(args, [MathReward()], [{"answer": gold}])
+        assert gold_answers.level == WARNING and repr(gold) in gold_answers.message
     (_, missing) = reward_findings(args, [MathReward()], [{"result": 1}])
-    assert missing.level == ERROR and str(list(MathReward().answer_columns)) in missing.found
+    assert missing.level == ERROR and str(list(MathReward().answer_columns)) in missing.message
 
 
 # Settings without effect
@@ -464,7 +475,7 @@ def test_unused_settings(tmp_path, settings, unused):
 
 
 def named(settings, findings):
-    found = " ".join(finding.found for finding in findings)
+    found = " ".join(finding.message for finding in findings)
     return {f.name for f in fields(settings) if f"`{f.name}=" in found}
 
 
@@ -500,11 +511,11 @@ def test_a_static_cache_is_ignored(tmp_path):
 def test_the_paper_s_arithmetic(tmp_path):
     args = BRPOConfig(str(tmp_path), per_device_train_batch_size=16, gradient_accumulation_steps=16,
                       steps_per_generation=32, use_cpu=True, bf16=False, num_train_epochs=1)  # fmt: skip
-    batch = BatchArithmetic.of(args, num_prompts=40_000, tokens_per_row=11_000)
+    batch = BatchArithmetic.from_settings(args, num_prompts=40_000, tokens_per_row=11_000)
     assert (batch.prompts_per_generation, batch.prompts_per_step) == (64, 32)
     assert (batch.updates_per_generation, batch.generations_per_epoch, batch.num_updates) == (2, 625, 1250)
     rows = {line[:22].strip(): line[22:].split() for line in batch.table().splitlines()[:5]}
-    assert rows["summaries"] == ["8,192", "4,096", "256"]  # 512 thinkings × 4 budgets × 4 summaries
+    assert rows["summaries"] == ["8,192", "4,096", "256"]  # 512 traces × 4 budgets × 4 summaries
     assert rows["packed tokens, at most"] == ["5,632,000", "2,816,000", "176,000"]
     assert batch.findings() == []
 
@@ -517,7 +528,7 @@ def test_steps_are_those_of_the_trainer(tmp_path, settings):
     settings = {"per_device_train_batch_size": 2, "num_generations": 2, "num_train_epochs": 2, **settings}
     trainer = make_trainer(tmp_path, max_steps=-1, **settings)
     trainer.train()
-    batch = BatchArithmetic.of(trainer.args, 8, None)
+    batch = BatchArithmetic.from_settings(trainer.args, 8, None)
     assert trainer.state.max_steps == trainer.state.global_step == batch.num_updates
 
 
@@ -559,8 +570,8 @@ def test_what_is_held_always_is_exact(tmp_path, lora, optim):
     }
     with without_memory():
         planned = planned_model(config, torch.float32, peft_config)
-        held = held_always(planned, trainer.args, Launch())
-        sharded = held_always(planned, trainer.args, Launch(4, "zero2"))
+        held = static_memory(planned, trainer.args, Launch())
+        sharded = static_memory(planned, trainer.args, Launch(4, "zero2"))
     assert held == {name: sum(x.numel() * x.element_size() for x in tensors) for name, tensors in real.items()}
     assert sharded == {**{name: size // 4 for name, size in held.items()}, "weights": held["weights"]}
 
@@ -614,7 +625,7 @@ def test_activations_are_close(tmp_path, checkpointing):
         parameter.grad = torch.zeros_like(parameter)
     summaries = [[[[1] * 10] * 2] * 2] * 2
     packed = PackedRollouts.pack([[1] * 120] * 2, [budgets] * 2, [[[1] * bridge] * 2] * 2, summaries)
-    layout = TreeLayout.of(packed, torch.tensor([prompt_length] * 2), 200)
+    layout = TreeLayout.from_packed(packed, torch.tensor([prompt_length] * 2), 200)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with layout_in_use():
             output = model.model(

@@ -61,7 +61,7 @@ def test_what_a_token_carries_behind_the_end_stays_in_the_thinking():
     markers = markers_of(tokenizer)
     token_ids = encode(tokenizer, "so it is 4.</think>\n\nSo")
     thinking = Thinking.from_tokens(token_ids, markers, [tokenizer.eos_token_id])
-    assert thinking.finished and not thinking.abandoned
+    assert thinking.finished and not thinking.ended_with_eos
     assert tokenizer.decode(thinking.token_ids) == "so it is 4.</think>\n\n"
     assert tokenizer.decode(thinking.token_ids[-1]) == ">\n\n"
 

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(extra_words=BOXES)
     tokenizer.save_pretrained(folder)
-    # Little likely to end anything, so that thinkings have many lengths
+    # Little likely to end anything, so that traces have many lengths
     model = make_model(vocab_size=len(tokenizer))
     with torch.no_grad():
         model.lm_head.weight[[0, 1, 3]] = -5.0 * model.lm_head.weight[2]
@@ -214,8 +214,8 @@ def test_a_run_goes_on_where_it_stopped(folder, finished, kept):
     keys = [(record["question"], record["sample"]) for record in records_of(output)]
     assert len(keys) == len(set(keys)) == NUM_PROBLEMS * 4
     # New draws, not those at the beginning of the run once more
-    thinkings = [record["thinking"] for record in records_of(output) if record["question"] == 5]
-    assert len(set(thinkings)) == len(thinkings)
+    traces = [record["thinking"] for record in records_of(output) if record["question"] == 5]
+    assert len(set(traces)) == len(traces)
 
 
 def test_a_run_that_is_killed(folder):

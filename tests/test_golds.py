@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_anytime import cli
-from trl_anytime.checks.start_checks import text_golds
+from trl_anytime.checks.start_checks import text_gold_answers
 from trl_anytime.data import DataArguments, read_rows, to_problems
 from trl_anytime.evaluation.problems import load_problems
 from trl_anytime.rewards import ExactMatch, MathReward, MultipleChoice, NumericClose, grade_answers
@@ -158,9 +158,9 @@ def test_lists_of_texts_come_back_as_they_were(items):
 
 
 def test_grading():
-    golds = [f"{SOLUTION}\n#### 1,072", "['12', '13']", "The answer is: 8", [f"{SOLUTION}\n#### 3"]]
-    assert grade_answers(["1072", "13", "8", "3"], golds) == [1.0] * 4
-    assert grade_answers(["1073", "1213", "9", "4"], golds) == [0.0] * 4
+    gold_answers = [f"{SOLUTION}\n#### 1,072", "['12', '13']", "The answer is: 8", [f"{SOLUTION}\n#### 3"]]
+    assert grade_answers(["1072", "13", "8", "3"], gold_answers) == [1.0] * 4
+    assert grade_answers(["1073", "1213", "9", "4"], gold_answers) == [0.0] * 4
     with pytest.raises(ValueError, match="Row 1"):
         grade_answers(["1", "2"], ["1", SOLUTION])
 
@@ -173,7 +173,7 @@ def test_texts_are_answers_for_other_rewards():
     assert choice([""] * 2, [r"\boxed{B}"] * 2, answer=[long, "The answer is: B"]) == [1.0, 1.0]
 
 
-# Where golds come from: training, evaluation and doctor alike
+# Where gold answers come from: training, evaluation and doctor alike
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -277,7 +277,8 @@ def test_files_without_rows(tmp_path, capsys, name, content):
 
 def found(answers, reward=None) -> list[str]:
     return [
-        finding.found for finding in text_golds(reward or MathReward(), "data", Dataset.from_dict({"answer": answers}))
+        finding.message
+        for finding in text_gold_answers(reward or MathReward(), "data", Dataset.from_dict({"answer": answers}))
     ]
 
 

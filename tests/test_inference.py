@@ -79,7 +79,7 @@ def test_the_model_is_left_as_it_was(tokenizer, config):
 
 def test_a_model_without_tree_attention(model, tokenizer, config, monkeypatch, caplog):
     expected = anytime_generate(model, tokenizer, PROMPTS, config=config)
-    monkeypatch.setattr("trl_anytime.modeling.support.structural_objection", lambda model: "it is recurrent")
+    monkeypatch.setattr("trl_anytime.modeling.support.unsupported_structure", lambda model: "it is recurrent")
     found = anytime_generate(model, tokenizer, PROMPTS, config=config)
     assert found == expected
     assert model.config.model_type in caplog.text and "it is recurrent" in caplog.text
@@ -123,11 +123,11 @@ def generate(model, tokenizer, processor_of, streamer=None, rows=slice(None), **
 
 def expected_tokens(output, j=0):
     """
-    Thinking, bridge and answer at budget j, closed by EOS where the answer has reached its limit. A thinking that
+    Thinking, bridge and answer at budget j, closed by EOS where the answer has reached its limit. A trace that
     ends with EOS ends the row: no reward comes after it in training either.
     """
     rollout = output.rollout
-    if rollout.thinking.abandoned and rollout.cuts[j] == len(rollout.thinking.token_ids):
+    if rollout.thinking.ended_with_eos and rollout.cuts[j] == len(rollout.thinking.token_ids):
         return rollout.thinking.token_ids
     tokens = [*rollout.thinking.token_ids[: rollout.cuts[j]], *rollout.bridges[j], *rollout.summaries[j][0]]
     return tokens if tokens[-1] == 2 else [*tokens, 2]
@@ -177,7 +177,7 @@ def test_an_answer_is_limited_after_an_early_end(model, tokenizer):
     """Else it would get the tokens that the thinking has left over."""
     config = replace(make_anytime_config(), eos_token_ids=[2])
     processor = ThinkingBudgetLogitsProcessor(config, 10, 0)
-    # A thinking of 2 that ended, the answer bridge, and 4 tokens of answer
+    # A trace of 2 that ended, the answer bridge, and 4 tokens of answer
     assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6]])).tolist() == [-1]
     assert processor.forced(torch.tensor([[7, 5, 8, 6, 6, 6, 6]])).tolist() == [2]
 
@@ -190,7 +190,7 @@ def test_a_budget_that_is_none():
 def test_budgets_share_a_context_and_its_summaries():
     markers = make_anytime_config().markers
     settings = RolloutSettings([3, 5], 2, 4, markers, [2], share_summaries=True)
-    thinking = Thinking([7, 8], finished=False, abandoned=True)  # shorter than both budgets
+    thinking = Thinking([7, 8], finished=False, ended_with_eos=True)  # shorter than both budgets
     (shared,) = settings.contexts(thinking)
     (separate,) = replace(settings, share_summaries=False).contexts(thinking)
     assert shared.cut == separate.cut == 2 and shared.budgets == separate.budgets == (0, 1)

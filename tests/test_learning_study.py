@@ -192,7 +192,7 @@ def test_every_job_has_a_line(finished):
         for name in ("tokens", "seconds", "cpu_seconds"):  # so far
             so_far = [e[name] for e in record["evaluations"]]
             assert so_far[0] > 0 and so_far == sorted(set(so_far))
-    # 2 prompts × 4 thinkings of 1 to 16 tokens, each with 1 summary, or with 4 × 2, of 1 to 4 tokens
+    # 2 prompts × 4 traces of 1 to 16 tokens, each with 1 summary, or with 4 × 2, of 1 to 4 tokens
     assert 3 * 8 * (1 + 1) <= grpo["evaluations"][-1]["tokens"] <= 3 * 8 * (16 + 4)
     assert 2 * 8 * (1 + 8 * 1) <= uniform["evaluations"][-1]["tokens"] <= 2 * 8 * (16 + 8 * 4)
     assert {(v["num_budgets"], v["prior"]) for v in measured["variance"]} == {

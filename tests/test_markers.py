@@ -26,7 +26,7 @@ def byte_tokenizer():
     ("generation_prompt", "state"),
     [
         ("<｜Assistant｜><think>\n", "opened"),
-        ("<|im_start|>assistant\n", "left"),
+        ("<|im_start|>assistant\n", "model_decides"),
         ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "closed"),
         ("<｜Assistant｜></think>", "closed"),
     ],
@@ -40,7 +40,7 @@ def test_states_of_templates(generation_prompt, state):
 @pytest.mark.parametrize(
     ("prompt", "state"),
     [
-        ("Think between <think> and </think>. 1 + 1?", "left"),
+        ("Think between <think> and </think>. 1 + 1?", "model_decides"),
         ("1 + 1? <think>\n", "opened"),
         ("1 + 1? <think>\n\n</think>\n\n", "closed"),
     ],

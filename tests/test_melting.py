@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def taught(tokenizer):
-    """A model that has been taught one thinking, as its tokenizer writes it, and the answer behind every cut of it."""
+    """A model that has been taught one trace, as its tokenizer writes it, and the answer behind every cut of it."""
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -81,7 +81,7 @@ def make_trainer(model, tokenizer, output_dir, **settings):
 def trained(taught, tokenizer, tmp_path_factory, request):
     """A run of one step by either backend of transformers, with its rollouts; the model is saved before."""
     folder = tmp_path_factory.mktemp("melting")
-    trainer = make_trainer(taught, tokenizer, folder, tree_attention=request.param)
+    trainer = make_trainer(taught, tokenizer, folder, packing=request.param)
     rollouts = []
     roll_out = trainer.generation.roll_out
     trainer.generation.roll_out = lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1]

@@ -1,4 +1,4 @@
-"""The probe's verdicts on servers that keep to budgets, ignore them, or close thinkings in other ways."""
+"""The probe's verdicts on servers that keep to budgets, ignore them, or close traces in other ways."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from tiny_anytime_config import make_anytime_config
 from tiny_server import TinyServer, serving
 
 from trl_anytime import CompletionClient
-from trl_anytime.inference.probe import judge, probe, report, verdict
+from trl_anytime.inference.probe import judge, probe, results_table, verdict
 
 CONFIG = make_anytime_config()  # "so </think>" (9, 5) closes, "answer" (8) follows
 ONE, THREE, SO, END, ANSWER, EOS = 11, 13, 9, 5, 8, 2
@@ -47,39 +47,39 @@ def test_verdicts(answer, expected, field):
     tokenizer = make_tokenizer()
     with serving(TinyServer(chat=chat, tokenizer=tokenizer)) as server:
         client = CompletionClient(server.url, patience=1.0)
-        findings = probe(client, CONFIG, tokenizer, [4, 8], field)
-    wrong = verdict(findings)
+        results = probe(client, CONFIG, tokenizer, [4, 8], field)
+    wrong = verdict(results)
     if expected is None:
         assert wrong is None
-        assert [finding.thinking_tokens for finding in findings] == [4, 8]
+        assert [result.thinking_tokens for result in results] == [4, 8]
     else:
         with pytest.raises(ValueError, match=expected):
             raise ValueError(wrong)
-    assert len(report(findings).splitlines()) == 3
+    assert len(results_table(results).splitlines()) == 3
 
 
 def test_a_server_that_refuses():
     tokenizer = make_tokenizer()
     with serving(TinyServer(tokenizer=tokenizer, faults=["refuses", "refuses"])) as server:
-        findings = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
-    assert "refuses thinking budgets (4, 8 tokens)" in verdict(findings)
-    assert "thinking budgets are not configured" in verdict(findings)
+        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
+    assert "refuses thinking budgets (4, 8 tokens)" in verdict(results)
+    assert "thinking budgets are not configured" in verdict(results)
 
 
 def test_a_thinking_that_ended_by_itself_is_fine():
     tokenizer = make_tokenizer()
-    finding = judge([ONE, ONE, END, THREE, EOS], 4, CONFIG, tokenizer)
-    assert (finding.outcome, finding.thinking_tokens, finding.passed) == ("not reached", 3, True)
-    assert "no answer bridge follows" in report([finding])
+    result = judge([ONE, ONE, END, THREE, EOS], 4, CONFIG, tokenizer)
+    assert (result.outcome, result.thinking_tokens, result.passed) == ("not reached", 3, True)
+    assert "no answer bridge follows" in results_table([result])
 
 
 def test_a_bridge_that_is_nothing_but_the_marker():
-    """Where it stands tells a thinking that was cut from one that ended by itself."""
+    """Where it stands tells a trace that was cut from one that ended by itself."""
     config = replace(CONFIG, markers=replace(CONFIG.markers, truncation_bridge_ids=(END,)))
     tokenizer = make_tokenizer()
     for length, outcome in ((2, "not reached"), (4, "enforced"), (6, "ignored")):
-        finding = judge([*[ONE] * length, END, ANSWER, THREE, EOS], 4, config, tokenizer)
-        assert (finding.outcome, finding.markers) == (outcome, "trained")
+        result = judge([*[ONE] * length, END, ANSWER, THREE, EOS], 4, config, tokenizer)
+        assert (result.outcome, result.markers) == (outcome, "trained")
 
 
 def test_text_of_servers_that_return_no_ids():
@@ -99,6 +99,6 @@ def test_text_of_servers_that_return_no_ids():
                 self.reply({"choices": [{"index": 0, "message": messages[budget]}]})
 
         server.RequestHandlerClass = Parsed
-        findings = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
-    assert verdict(findings) is None
-    assert [finding.thinking_tokens for finding in findings] == [4, 8]
+        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
+    assert verdict(results) is None
+    assert [result.thinking_tokens for result in results] == [4, 8]

@@ -1,4 +1,4 @@
-"""When two answers are equal: families of spellings, real golds, hostile text, and properties of random text."""
+"""When two answers are equal: families of spellings, real gold answers, hostile text, and random text."""
 
 import json
 import random
@@ -22,8 +22,10 @@ FILES = ["aime24", "amc", "math500", "math_train_2000"]
 
 
 def scores(pairs) -> dict:
-    golds, answers = [gold for gold, _ in pairs], [answer for _, answer in pairs]
-    return dict(zip([(str(gold), answer) for gold, answer in pairs], grade_answers(answers, golds), strict=True))
+    gold_answers, answers = [gold for gold, _ in pairs], [answer for _, answer in pairs]
+    return dict(
+        zip([(str(gold), answer) for gold, answer in pairs], grade_answers(answers, gold_answers), strict=True)
+    )
 
 
 @pytest.mark.parametrize("family", EQUAL)
@@ -83,26 +85,30 @@ def test_every_real_gold_equals_itself(name):
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path.name} is not next to the repository")
-    golds = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    golds = [gold for gold in golds if gold is not None]
-    texts = [gold_alternatives(gold)[0] for gold in golds]
-    assert [gold for gold, score in zip(golds, grade_answers(texts, golds), strict=True) if score != 1.0] == []
+    gold_answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    gold_answers = [gold for gold in gold_answers if gold is not None]
+    texts = [gold_alternatives(gold)[0] for gold in gold_answers]
+    assert [
+        gold for gold, score in zip(gold_answers, grade_answers(texts, gold_answers), strict=True) if score != 1.0
+    ] == []
     # Not by string equality alone.
-    assert grade_answers([rf" $\displaystyle {text} $." for text in texts], golds) == [1.0] * len(golds)
+    assert grade_answers([rf" $\displaystyle {text} $." for text in texts], gold_answers) == [1.0] * len(gold_answers)
 
 
-def test_real_golds_against_each_other():
+def test_real_gold_answers_against_each_other():
     path = DATA / "math500.jsonl"
     if not path.exists():
         pytest.skip(f"{path.name} is not next to the repository")
-    golds = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    others = golds[1:] + golds[:1]
-    accepted = [(a, b) for a, b, score in zip(golds, others, grade_answers(others, golds), strict=True) if score]
+    gold_answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+    others = gold_answers[1:] + gold_answers[:1]
+    accepted = [
+        (a, b) for a, b, score in zip(gold_answers, others, grade_answers(others, gold_answers), strict=True) if score
+    ]
     assert [(a, b) for a, b in accepted if a != b] == [("5", "x=5")]  # the only neighbours that are equal, by eye
 
 
-def test_minerva_and_olympiadbench_style_golds():
-    golds = [
+def test_minerva_and_olympiadbench_style_gold_answers():
+    gold_answers = [
         ["2", "-2"],
         [r"$\frac{1}{2}$"],
         ["(1,2)"],
@@ -113,7 +119,7 @@ def test_minerva_and_olympiadbench_style_golds():
         "$x=3$",
     ]
     answers = ["-2", "0.5", "(1, 2)", "4", "7", r"4.5 \times 10^{33}", "0.75", "3"]
-    assert grade_answers(answers, golds) == [1.0] * len(golds)
+    assert grade_answers(answers, gold_answers) == [1.0] * len(gold_answers)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_minerva_and_olympiadbench_style_golds():
 )
 def test_what_is_no_gold(value):
     assert gold_alternatives(value) is None
-    with pytest.raises(ValueError, match="Row 1: column 'golds'"):
+    with pytest.raises(ValueError, match="Row 1: column 'gold_answers'"):
         grade_answers(["1", "2"], ["1", value])
 
 
@@ -229,9 +235,9 @@ def test_every_text_equals_itself_but_nothing(text):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=20, max_size=20))
 def test_random_text_in_workers(pairs):
-    golds = [gold if gold.strip() else "1" for gold, _ in pairs]
-    golds = [gold if gold_alternatives(gold) else "1" for gold in golds]
-    rewards = grade_answers([answer for _, answer in pairs], golds, cpu_limit=0.5)
+    gold_answers = [gold if gold.strip() else "1" for gold, _ in pairs]
+    gold_answers = [gold if gold_alternatives(gold) else "1" for gold in gold_answers]
+    rewards = grade_answers([answer for _, answer in pairs], gold_answers, cpu_limit=0.5)
     assert set(rewards) <= {0.0, 1.0}
 
 

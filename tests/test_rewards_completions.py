@@ -13,7 +13,16 @@ from trl_anytime.rewards.verifier.extraction import after_thinking, answer_parag
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 BRIDGE = "\n\n**Final Answer**\n"
-COUNTERS = {"graded", "timeouts", "dead_workers", "ungraded", "no_box", "too_long", "bad_format", "skipped_golds"}
+COUNTERS = {
+    "graded",
+    "timeouts",
+    "dead_workers",
+    "ungraded",
+    "no_box",
+    "too_long",
+    "bad_format",
+    "skipped_gold_answers",
+}
 EVERY_CLASS = [MathReward, ExactMatch, MultipleChoice, NumericClose, FormatReward]
 
 
@@ -159,14 +168,14 @@ def test_an_answer_that_is_too_long():
 
 
 @pytest.mark.parametrize("value", [None, "", float("nan"), []])
-def test_bad_golds_at_call_time(value):
+def test_bad_gold_answers_at_call_time(value):
     completions = [r"\boxed{2}"] * 3
     with pytest.raises(ValueError, match="Row 1: column 'answer' holds .*on_bad_gold='skip'"):
         MathReward(end_of_thinking=None)([""] * 3, completions, answer=["2", value, "3"])
     reward = MathReward(end_of_thinking=None, on_bad_gold="skip")
     rewards, counts = counted(reward, completions, answer=["2", value, "3"])
     assert rewards == [1.0, None, 0.0]
-    assert counts["skipped_golds"] == 1 and counts["graded"] == 2
+    assert counts["skipped_gold_answers"] == 1 and counts["graded"] == 2
 
 
 def test_check_dataset():
@@ -235,9 +244,9 @@ def test_settings_are_checked(settings, message):
 
 def test_exact_match():
     answers = [r"\boxed{Paris}", r"\boxed{ Paris\n}".replace("\\n", "\n"), r"\boxed{paris}", "Paris", r"\boxed{2.0}"]
-    golds = ["Paris", "Paris", "Paris", "Paris", 2]
-    assert ExactMatch(end_of_thinking=None)([""] * 5, answers, answer=golds) == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert ExactMatch(end_of_thinking=None, ignore_case=True)([""] * 5, answers, answer=golds)[2] == 1.0
+    gold_answers = ["Paris", "Paris", "Paris", "Paris", 2]
+    assert ExactMatch(end_of_thinking=None)([""] * 5, answers, answer=gold_answers) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert ExactMatch(end_of_thinking=None, ignore_case=True)([""] * 5, answers, answer=gold_answers)[2] == 1.0
     assert ExactMatch()([""], [r"\boxed{b}"], well_formed=[True], answer=[["a", "b"]]) == [1.0]
 
 

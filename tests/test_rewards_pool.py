@@ -127,23 +127,23 @@ def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
     """Three answers that take all of their time, more than `batch_limit`, and right ones behind: each has its turn."""
     numbers = range(2, 32)
     answers = [*(f"fault_{{sleep}}+{letter}" for letter in "abc"), *(rf"\sqrt{{{n * n}}}+x" for n in numbers)]
-    golds = ["2"] * 3 + [f"x+{n}" for n in numbers]
+    gold_answers = ["2"] * 3 + [f"x+{n}" for n in numbers]
     # 6 s of sleep. The call has 2 s, and 3 s for each of 33 answers, which leaves time for a loaded machine.
     limits = {"workers": 1, "cpu_limit": 3.0, "hard_limit": 2.0, "batch_limit": 2.0}
     counts: dict[str, float] = {}
     with pytest.warns(UserWarning, match="3 of 33 answers .9.1%"):
-        scores = grade_answers(answers, golds, counts=counts, **limits)
+        scores = grade_answers(answers, gold_answers, counts=counts, **limits)
     assert scores == [0.0] * 3 + [1.0] * 30
     assert counts == {"graded": 33, "too_long": 0, "timeouts": 3, "dead_workers": 0, "ungraded": 0}
 
 
 def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
-    answers, golds = [r"\sqrt8", "fault_{sleep}+x", r"\sqrt8+y", "1"], [r"2\sqrt2", "2", r"2\sqrt2+y", "1"]
+    answers, gold_answers = [r"\sqrt8", "fault_{sleep}+x", r"\sqrt8+y", "1"], [r"2\sqrt2", "2", r"2\sqrt2+y", "1"]
     limits = {"workers": 1, "cpu_limit": 0.2, "hard_limit": 100.0, "batch_limit": 8.0}
     counts: dict[str, float] = {}
     with pytest.warns(UserWarning, match="2 of 4 answers .50.0%"):
         # The last is plain, so no worker is needed for it
-        assert grade_answers(answers, golds, counts=counts, **limits) == [1.0, None, None, 1.0]
+        assert grade_answers(answers, gold_answers, counts=counts, **limits) == [1.0, None, None, 1.0]
     assert counts == {"graded": 2, "too_long": 0, "timeouts": 0, "dead_workers": 0, "ungraded": 2}
 
     reward = MathReward(end_of_thinking=None, **limits)
@@ -152,7 +152,7 @@ def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            assert reward([""] * 4, completions, answer=golds, log_metric=metrics.__setitem__) == [
+            assert reward([""] * 4, completions, answer=gold_answers, log_metric=metrics.__setitem__) == [
                 1.0,
                 None,
                 None,
@@ -263,11 +263,11 @@ def test_the_parser_runs_no_code(tmp_path, monkeypatch):
 
 
 def test_threads_share_the_pool():
-    answers, golds = [answer for _, answer in ORDINARY], [gold for gold, _ in ORDINARY]
+    answers, gold_answers = [answer for _, answer in ORDINARY], [gold for gold, _ in ORDINARY]
     scores: dict[int, list[float]] = {}
 
     def work(number: int) -> None:
-        scores[number] = grade_answers(answers, golds)
+        scores[number] = grade_answers(answers, gold_answers)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -395,11 +395,11 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 hostile = HOSTILE[:6] + ["(" * 900 + "2" + ")" * 900]
 answers = hostile if rank == 0 else [r"\\sqrt8", r"\\sqrt9"] * 3 + [r"2\\sqrt2"]
-golds = ["2"] * 7 if rank == 0 else [r"2\\sqrt2"] * 7
+gold answers = ["2"] * 7 if rank == 0 else [r"2\\sqrt2"] * 7
 metrics = {{}}
 reward = MathReward(end_of_thinking=None, cpu_limit=0.5)
 completions = ["\\\\boxed{{" + answer + "}}" for answer in answers]
-scores = reward([""] * 7, completions, answer=golds, log_metric=metrics.__setitem__)
+scores = reward([""] * 7, completions, answer=gold answers, log_metric=metrics.__setitem__)
 gathered = [torch.zeros(7) for _ in range(2)]
 dist.all_gather(gathered, torch.tensor(scores))
 keys = [None, None]

@@ -19,10 +19,10 @@ def think(text):
 
 def test_a_thinking_ends_at_the_first_end_of_thinking():
     thinking = think("1 2 </think> 3 </think>")
-    assert thinking == Thinking(ids("1 2 </think>"), finished=True, abandoned=False)
-    assert think("1 2") == Thinking(ids("1 2"), finished=False, abandoned=False)
-    assert think("1 <|im_end|>") == Thinking(ids("1 <|im_end|>"), finished=False, abandoned=True)
-    assert think("") == Thinking([], finished=False, abandoned=False)
+    assert thinking == Thinking(ids("1 2 </think>"), finished=True, ended_with_eos=False)
+    assert think("1 2") == Thinking(ids("1 2"), finished=False, ended_with_eos=False)
+    assert think("1 <|im_end|>") == Thinking(ids("1 <|im_end|>"), finished=False, ended_with_eos=True)
+    assert think("") == Thinking([], finished=False, ended_with_eos=False)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_thinking_ends_at_the_first_end_of_thinking():
         ("1 2 </think>", 2, 2, "so </think> answer"),  # finished later
         ("1 2 </think>", 3, 3, "answer"),  # finished exactly at the budget
         ("1 2 </think>", 9, 3, "answer"),
-        ("1 <|im_end|>", 9, 2, "so </think> answer"),  # EOS does not end a thinking
+        ("1 <|im_end|>", 9, 2, "so </think> answer"),  # EOS does not end a trace
         ("</think>", 9, 1, "answer"),
         ("", 9, 0, "so </think> answer"),
     ],

@@ -19,7 +19,7 @@ def test_the_tokens_are_those_of_the_model(model, tokenizer, config, num_summari
         found = anytime_generate(make_client(server), tokenizer, PROMPTS, None, num_summaries, config=config)
         assert found == expected
         assert {body["temperature"] for body in server.bodies} == {0}
-        assert len(server.bodies) == 2 * len(PROMPTS)  # a thinking, and all its summaries
+        assert len(server.bodies) == 2 * len(PROMPTS)  # a trace, and all its summaries
 
 
 RECOVERABLE = [

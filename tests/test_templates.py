@@ -41,7 +41,7 @@ FAMILIES = {
     ),
     "Qwen3": (
         answer("{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"),
-        *(True, {}, ("<think>", "</think>"), "left"),
+        *(True, {}, ("<think>", "</think>"), "model_decides"),
     ),
     "Qwen3 off": (
         answer("{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"),
@@ -61,7 +61,7 @@ FAMILIES = {
         "{% if enable_thinking %}<|turn>system\n<|think|>\n<turn|>{% endif %}"
         + answer("")
         + "{{ '' if true else '<|channel>thought\n<channel|>' }}",
-        *(True, {"enable_thinking": True}, ("<|channel>", "<channel|>"), "left"),
+        *(True, {"enable_thinking": True}, ("<|channel>", "<channel|>"), "model_decides"),
     ),
     "Gemma 4 off": (
         "{% if enable_thinking %}<|turn>system\n<|think|>\n<turn|>{% endif %}"
@@ -80,7 +80,7 @@ FAMILIES = {
     "Olmo 3": (answer("<think>"), False, {}, ("<think>", "</think>"), "opened"),
     "Phi-4": (
         "Think in <think> {thoughts} </think>, then answer." + answer(""),
-        *(True, {}, ("<think>", "</think>"), "left"),
+        *(True, {}, ("<think>", "</think>"), "model_decides"),
     ),
     "Magistral": (answer("[THINK]"), True, {}, ("[THINK]", "[/THINK]"), "opened"),
     "Kimi": (answer("◁think▷"), True, {}, ("◁think▷", "◁/think▷"), "opened"),
@@ -95,7 +95,7 @@ FAMILIES = {
     ),
     "SmolLM3": (
         SYSTEM + answer("{% if '/no_think' in system %}<think>\n\n</think>\n{% endif %}"),
-        *(True, {}, ("<think>", "</think>"), "left"),
+        *(True, {}, ("<think>", "</think>"), "model_decides"),
     ),
 }
 # What opens the thinking of the closed ones
@@ -167,12 +167,12 @@ TRL_TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # Templates that TRL ships, with the state by argument; nothing else of theirs changes it
 SHIPPED = {
     "deepseek_r1_distill": ("</think>", {}, "opened"),
-    "qwen3": ("</think>", {"enable_thinking": False}, "left"),
+    "qwen3": ("</think>", {"enable_thinking": False}, "model_decides"),
     "qwen3_6": ("</think>", {"enable_thinking": False}, "opened"),
-    "glm4moe": ("</think>", {"enable_thinking": False}, "left"),
+    "glm4moe": ("</think>", {"enable_thinking": False}, "model_decides"),
     "nemotron_3_nano": ("</think>", {"enable_thinking": False}, "opened"),
-    "gemma4": ("<channel|>", {}, "left"),
-    "gemma4_v5": ("<channel|>", {}, "left"),
+    "gemma4": ("<channel|>", {}, "model_decides"),
+    "gemma4_v5": ("<channel|>", {}, "model_decides"),
 }
 
 
@@ -252,7 +252,7 @@ def findings(name, tmp_path, **settings):
 def test_doctor_says_how_the_end_is_found(tmp_path):
     for name, said in (("DeepSeek-R1", "by its id"), ("Olmo 3", "in the text of the tokens")):
         (found,) = findings(name, tmp_path)
-        assert found.level == OK and said in found.found
+        assert found.level == OK and said in found.message
 
 
 def test_doctor_warns_of_an_end_that_the_model_may_not_know(tmp_path, bare):
@@ -262,14 +262,14 @@ def test_doctor_warns_of_an_end_that_the_model_may_not_know(tmp_path, bare):
     markers = find_markers(bare, rendered, generation_prompt, think_end="</think>")
     found = template_findings(bare, rendered, generation_prompt, args, markers)
     assert [finding.level for finding in found] == [OK, WARNING]
-    assert "tokenizer as a token" in found[1].change
+    assert "tokenizer as a token" in found[1].fix
 
 
 def test_doctor_warns_of_a_switch_that_is_not_set(tmp_path):
     assert [finding.level for finding in findings("Gemma 4", tmp_path)] == [OK]
     found = findings("Gemma 4", tmp_path, chat_template_kwargs={})
     assert [finding.level for finding in found] == [OK, WARNING]
-    assert "enable_thinking: true" in found[1].change
+    assert "enable_thinking: true" in found[1].fix
     assert [finding.level for finding in findings("Qwen3", tmp_path)] == [OK]
 
 
@@ -310,11 +310,11 @@ def test_rows_that_close_the_thinking():
         (datasets_of(good, eval_dataset=bad), "eval_dataset, row 150"),
     ):
         (found,) = prompt_findings(tokenizer, sets, {}, markers)
-        assert found.level == ERROR and place in found.found
-        assert "chat_template_kwargs" not in found.change  # no argument would help
+        assert found.level == ERROR and place in found.message
+        assert "chat_template_kwargs" not in found.fix  # no argument would help
     texts = ["1 + 1? <think>\n"] * 199 + ["1 + 1? <think>\n</think>\n"]
     (found,) = prompt_findings(tokenizer, datasets_of(texts), {}, markers)
-    assert found.level == ERROR and "row 199" in found.found
+    assert found.level == ERROR and "row 199" in found.message
 
 
 def test_rows_of_several_kinds():
@@ -323,7 +323,7 @@ def test_rows_of_several_kinds():
     markers = find_markers(tokenizer, *render_prompt(tokenizer, USER, {}))
     rows = [conversation(i, "Think." if i == 3 else None) for i in range(8)]
     (found,) = prompt_findings(tokenizer, datasets_of(rows), {}, markers)
-    assert found.level == WARNING and "train_dataset, row 3" in found.found
+    assert found.level == WARNING and "train_dataset, row 3" in found.message
 
 
 TINY = (

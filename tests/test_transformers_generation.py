@@ -14,10 +14,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
-from trl_anytime.modeling.support import decoding_objection
+from trl_anytime.modeling.support import branching_mismatch
 from trl_anytime.modeling.tree_attention import enable_tree_attention
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
-from trl_anytime.rollout.transformers_backend import TransformersGeneration, sampling_objection
+from trl_anytime.rollout.transformers_backend import TransformersGeneration, unsupported_sampling
 
 EOS = 2
 PROMPTS = [[7, 8, 9, 10, 11, 12], [13, 14], [15, 4, 7, 8], [9, 9, 12], [6], [18, 17, 16, 15, 14, 13, 12]]
@@ -63,8 +63,8 @@ def by_prefix(model, **sampling):
 def usual_token(model, position):
     """A token that a greedy thinking of these prompts has at some position: as a marker, it ends that thinking."""
     settings = make_settings((19, 19, 19), num_summaries=1)
-    thinkings = [rollout.thinking.token_ids for rollout in by_prefix(model).roll_out(PROMPTS, settings)]
-    return Counter(ids[position] for ids in thinkings if len(ids) > position).most_common()[-1][0]
+    traces = [rollout.thinking.token_ids for rollout in by_prefix(model).roll_out(PROMPTS, settings)]
+    return Counter(ids[position] for ids in traces if len(ids) > position).most_common()[-1][0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,7 +190,7 @@ def test_finished_rows_and_shared_cuts_cost_nothing():
     assert 1 < sum(length > 60 for length in lengths) < len(lengths)
     thinking_rows = [rows for (rows, _), tree in spy.shapes if not tree]
     branch_shapes = [shape for shape, tree in spy.shapes if tree]
-    # Finished thinkings leave the batch; of 90 steps of six rows a good part is saved
+    # Finished traces leave the batch; of 90 steps of six rows a good part is saved
     assert thinking_rows[0] == len(PROMPTS) and thinking_rows[-1] <= 1.5 * sum(length > 60 for length in lengths)
     # One row for each distinct cut is prefilled, with its bridge and no more than one token of the thinking
     contexts = {
@@ -200,7 +200,7 @@ def test_finished_rows_and_shared_cuts_cost_nothing():
     assert len(contexts) < 4 * len(PROMPTS)
     # All budgets keep summaries of their own, decoded together
     assert branch_shapes[1] == (4 * 3 * len(PROMPTS), 1)
-    summary_lengths = [len(ids) for r in rollouts for of_budget in r.summaries for ids in of_budget]
+    summary_lengths = [len(ids) for r in rollouts for at_budget in r.summaries for ids in at_budget]
     assert len(summary_lengths) == 4 * 3 * len(PROMPTS)
     rows = [rows for rows, _ in branch_shapes[1:]]
     for step, computed in enumerate(rows):
@@ -216,7 +216,7 @@ def test_the_cache_is_bounded():
     spy = Spy(model)
     expected = whole.roll_out(prompts, settings)
     assert max(spy.cached_tokens) > 400
-    limit = 80  # two prompts of 6 with thinkings of 12, and beside them branches of at most 11 tokens
+    limit = 80  # two prompts of 6 with traces of 12, and beside them branches of at most 11 tokens
     spy.shapes.clear(), spy.cached_tokens.clear()
     assert cached(model, max_cached_tokens=limit).roll_out(prompts, settings) == expected
     assert max(shape[0] for shape, tree in spy.shapes if not tree) == 2
@@ -233,27 +233,27 @@ def test_trunks_are_read_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "objection"),
+    ("sampling", "reason"),
     [
         ({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}, None),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"num_beams": 2}, "beam"),
     ],
 )
-def test_sampling_that_branches_cannot_do(sampling, objection):
-    found = sampling_objection(make_tree_model(), GenerationConfig(do_sample=True, **sampling))
-    assert found is None if objection is None else objection in found
+def test_sampling_that_branches_cannot_do(sampling, reason):
+    found = unsupported_sampling(make_tree_model(), GenerationConfig(do_sample=True, **sampling))
+    assert found is None if reason is None else reason in found
 
 
 def test_models_whose_cache_is_another(monkeypatch):
     model = make_tree_model()
-    assert decoding_objection(model) is None
+    assert branching_mismatch(model) is None
     monkeypatch.setattr(Trunk, "of", lambda cache, starts, rollouts: Trunk([], starts, rollouts))
-    assert "its cache is not understood (IndexError" in decoding_objection(model)
+    assert "its cache is not understood (IndexError" in branching_mismatch(model)
     monkeypatch.undo()
     attend = BranchLayout.attend
     monkeypatch.setattr(BranchLayout, "attend", lambda *args, **kwargs: attend(*args, **kwargs) * 1.01)
-    assert "log-probabilities differ by" in decoding_objection(model)
+    assert "log-probabilities differ by" in branching_mismatch(model)
 
 
 def make_trainer(output_dir, model=None, **settings):
@@ -277,7 +277,7 @@ CONTINUOUS_BATCHING = {
     ("settings", "backend", "reason"),
     [
         ({}, TransformersGeneration, None),
-        ({"tree_attention": "rows"}, PrefixGeneration, "the model has no tree attention"),
+        ({"packing": "rows"}, PrefixGeneration, "the model has no tree attention"),
         ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, PrefixGeneration, "NoRepeatNGramLogitsProcessor"),
         (CONTINUOUS_BATCHING, PrefixGeneration, None),
     ],

@@ -7,7 +7,7 @@ from trl_anytime.method.packing import PackedRollouts
 def drawing():
     """The rollout drawn in `trl_anytime.method.packing`: thinking 1 … 4, bridges 9, summaries of 1, 2, 1, 1 tokens."""
     return PackedRollouts.pack(
-        thinkings=[[1, 2, 3, 4]], cuts=[[2, 4]], bridges=[[[9], [9]]], summaries=[[[[5], [6, 6]], [[7], [8]]]]
+        traces=[[1, 2, 3, 4]], cuts=[[2, 4]], bridges=[[[9], [9]]], summaries=[[[[5], [6, 6]], [[7], [8]]]]
     )
 
 
@@ -61,7 +61,7 @@ def test_token_advantages_by_hand():
 
 
 def test_more_budgets_than_segments():
-    # A thinking that ended at token 3 of budgets 2, 4, 6: its third token belongs to the second segment
+    # A trace that ended at token 3 of budgets 2, 4, 6: its third token belongs to the second segment
     packed = PackedRollouts.pack([[1, 2, 3]], [[2, 3, 3]], [[[9]] * 3], [[[[4]]] * 3])
     advantages = packed.token_advantages(torch.tensor([[1.0, 2.0, 3.0]]), torch.zeros(1, 3, 1), budgets=[2, 4, 6])
     assert advantages[0, :3].tolist() == [1.0, 1.0, 2.0]

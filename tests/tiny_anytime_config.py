@@ -1,4 +1,4 @@
-"""A config for the models of tiny.py, with prompts and thinkings that meet its markers."""
+"""A config for the models of tiny.py, with prompts and traces that meet its markers."""
 
 from trl_anytime import AnytimeConfig, Sampling, anytime_generate
 from trl_anytime.rollout.markers import ThinkingMarkers
@@ -18,7 +18,7 @@ def make_markers(think_end=(5,), truncation_bridge=(9,), answer_bridge=(8,)):
 
 
 def make_anytime_config(think_end=(5,), budgets=(3, 7, 11, 12)):
-    """Bridges as in tiny.make_config; `think_end` may be a usual token, so that thinkings end."""
+    """Bridges as in tiny.make_config; `think_end` may be a usual token, so that traces end."""
     markers = make_markers(think_end)
     budgets = list(budgets)
     return AnytimeConfig(markers, budgets, [1 / len(budgets)] * len(budgets), 4, GREEDY, [2])
@@ -27,5 +27,5 @@ def make_anytime_config(think_end=(5,), budgets=(3, 7, 11, 12)):
 def usual_token(model, tokenizer, position=4):
     """A token that a greedy thinking has at some position: as a marker, it ends that thinking."""
     outputs = anytime_generate(model, tokenizer, PROMPTS, config=make_anytime_config((19, 19, 19)))
-    thinkings = [output.rollout.thinking.token_ids for output in outputs]
-    return next(ids[position] for ids in thinkings if len(ids) > position + 1)
+    traces = [output.rollout.thinking.token_ids for output in outputs]
+    return next(ids[position] for ids in traces if len(ids) > position + 1)

@@ -14,7 +14,7 @@ CELL, LEFT = 30, 120
 def example() -> PackedRollouts:
     """Thinking 1 … 4, cuts after 2 and 4 tokens, bridges 9, two summaries at each cut, of 1, 2, 1 and 1 tokens."""
     return PackedRollouts.pack(
-        thinkings=[[1, 2, 3, 4]], cuts=[[2, 4]], bridges=[[[9], [9]]], summaries=[[[[5], [6, 6]], [[7], [8]]]]
+        traces=[[1, 2, 3, 4]], cuts=[[2, 4]], bridges=[[[9], [9]]], summaries=[[[[5], [6, 6]], [[7], [8]]]]
     )
 
 

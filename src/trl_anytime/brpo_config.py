@@ -46,7 +46,7 @@ _FIXED_SETTINGS = (
     (
         "mask_truncated_completions",
         False,
-        "truncated thinkings are what BRPO learns from, and summaries that are clipped have their own reward",
+        "truncated traces are what BRPO learns from, and summaries that are clipped have their own reward",
         "raise `max_summary_length` if too many summaries are clipped (`summary/clipped_ratio`)",
     ),
     (
@@ -63,7 +63,7 @@ _FIXED_SETTINGS = (
     ),
 )
 BASELINES = (*COMPUTED_BASELINES, "adaptive")
-TREE_ATTENTION = ("auto", "tree", "rows")
+PACKING = ("auto", "tree", "rows")
 ON_NONFINITE = ("raise", "skip")
 CARD_METRICS = ("accuracy", "mean_reward")
 _SEQUENCE_LOSSES = ("luspo", "vespo")
@@ -118,7 +118,7 @@ class BRPOConfig(GRPOConfig):
             Weight of each budget in the objective: `"uniform"`, `"linear"` (proportional to the budget), `"base"`
             (only the last budget counts), or, in Python and YAML, a list of one non-negative weight per budget.
         num_summaries (`int`, *optional*, defaults to `4`):
-            Summaries A per thinking and budget during training. Evaluation draws one.
+            Summaries A per trace and budget during training. Evaluation draws one.
         max_summary_length (`int`, *optional*, defaults to `118`):
             Most tokens sampled for one summary.
         eval_budgets (`list[int]`, *optional*):
@@ -133,11 +133,11 @@ class BRPOConfig(GRPOConfig):
         progress_decay (`float`, *optional*, defaults to `0.5`):
             λ in (0, 1]: how fast the rewards of earlier budgets lose weight in V1.
         summary_policy (`str`, *optional*, defaults to `"decoupled"`):
-            `"decoupled"` trains every summary by its own advantage, `"final"` only the last one of each thinking.
+            `"decoupled"` trains every summary by its own advantage, `"final"` only the last one of each trace.
 
         > Parameters that control how a rollout is computed
 
-        tree_attention (`str`, *optional*, defaults to `"auto"`):
+        packing (`str`, *optional*, defaults to `"auto"`):
             `"tree"` computes a rollout as one packed row with tree attention, `"rows"` as one row per summary, at
             several times the cost and with the same result. `"auto"` takes the first if the model passes a check of
             its structure and a comparison on a small example, else the second, with a warning that says why.
@@ -145,7 +145,7 @@ class BRPOConfig(GRPOConfig):
             Most tokens whose keys and values a rank holds at a time while it generates with transformers; more are
             split into parts, one after the other. Not split if not set.
         vllm_overlap (`bool`, *optional*, defaults to `True`):
-            Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed it, while
+            Whether vLLM in colocate mode samples the summaries at a budget as soon as a trace has passed it, while
             others still think. `False` waits for the last thinking, which takes more steps of the engine.
 
         > Parameters that control what happens when something is wrong
@@ -158,12 +158,12 @@ class BRPOConfig(GRPOConfig):
             Whether to warn, once each, of training that goes wrong in a way that shows in what is logged: no rewards,
             nothing to learn from, summaries cut off and the like (docs/monitoring.md).
 
-        > Parameters that control what is spliced into a thinking
+        > Parameters that control what is spliced into a trace
 
         think_end (`str`, *optional*):
             Text that ends the thinking. Found from the chat template and the vocabulary if not set.
         truncation_bridge (`str`, *optional*):
-            Text that closes a thinking that is cut, with `think_end` exactly once. Defaults to Qwen's own for ChatML
+            Text that closes a trace that is cut, with `think_end` exactly once. Defaults to Qwen's own for ChatML
             templates and to the one released with the paper (`"...\n\n...\n\n</think>"`) for all others.
         answer_bridge (`str`, *optional*):
             Text that opens each summary. Defaults to `"\n\n**Final Answer**\n"`.
@@ -213,7 +213,7 @@ class BRPOConfig(GRPOConfig):
         },
     )
     num_summaries: int = field(
-        default=4, metadata={"help": "Summaries per thinking and budget during training. Evaluation draws one."}
+        default=4, metadata={"help": "Summaries per trace and budget during training. Evaluation draws one."}
     )
     max_summary_length: int = field(
         default=PAPER_SUMMARY_LENGTH, metadata={"help": "Most tokens sampled for one summary."}
@@ -234,18 +234,18 @@ class BRPOConfig(GRPOConfig):
     summary_policy: str = field(
         default="decoupled",
         metadata={
-            "help": "'decoupled' trains every summary by its own advantage, 'final' only the last of each thinking.",
+            "help": "'decoupled' trains every summary by its own advantage, 'final' only the last of each trace.",
             "choices": list(SUMMARY_POLICIES),
         },
     )
 
     # Parameters that control how a rollout is computed
-    tree_attention: str = field(
+    packing: str = field(
         default="auto",
         metadata={
             "help": "'tree' computes a rollout as one packed row with tree attention, 'rows' as one row per summary, "
             "'auto' takes the first where the model allows it and says so where it does not.",
-            "choices": list(TREE_ATTENTION),
+            "choices": list(PACKING),
         },
     )
     max_cached_tokens: int | None = field(
@@ -258,7 +258,7 @@ class BRPOConfig(GRPOConfig):
     vllm_overlap: bool = field(
         default=True,
         metadata={
-            "help": "Whether vLLM in colocate mode samples the summaries at a budget as soon as a thinking has passed "
+            "help": "Whether vLLM in colocate mode samples the summaries at a budget as soon as a trace has passed "
             "it, while others still think."
         },
     )
@@ -278,7 +278,7 @@ class BRPOConfig(GRPOConfig):
         metadata={"help": "Whether to warn, once each, of training that goes wrong in a way that shows in the logs."},
     )
 
-    # Parameters that control what is spliced into a thinking
+    # Parameters that control what is spliced into a trace
     think_end: str | None = field(
         default=None,
         metadata={"help": "Text that ends the thinking. Found from chat template and vocabulary if not set."},
@@ -286,7 +286,7 @@ class BRPOConfig(GRPOConfig):
     truncation_bridge: str | None = field(
         default=None,
         metadata={
-            "help": "Text that closes a thinking that is cut, with `think_end` exactly once. By family of chat "
+            "help": "Text that closes a trace that is cut, with `think_end` exactly once. By family of chat "
             "template if not set."
         },
     )
@@ -362,8 +362,8 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
         if self.summary_policy not in SUMMARY_POLICIES:
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
-        if self.tree_attention not in TREE_ATTENTION:
-            raise ValueError(f"`tree_attention` must be one of {TREE_ATTENTION}, got {self.tree_attention!r}.")
+        if self.packing not in PACKING:
+            raise ValueError(f"`packing` must be one of {PACKING}, got {self.packing!r}.")
         check_on_nonfinite(self.on_nonfinite, self.deepspeed_plugin)
         if not 0 < self.progress_decay <= 1:
             raise ValueError(f"`progress_decay` must lie in (0, 1], got {self.progress_decay}.")
@@ -412,6 +412,6 @@ class BRPOConfig(GRPOConfig):
         own = sorted(set(self.generation_kwargs or ()) & set(_OWN_GENERATION_KEYS))
         if own:
             raise ValueError(
-                f"`generation_kwargs` must not set {own}: thinkings end at the last budget and summaries at "
+                f"`generation_kwargs` must not set {own}: traces end at the last budget and summaries at "
                 "`max_summary_length`, and neither is constrained otherwise."
             )

@@ -23,11 +23,11 @@ from .checks.arguments import check_answers, check_arguments, check_prompt_token
 from .checks.batch_sizes import most_tokens
 from .checks.prompts import checked_markers, first_prompt, shortest_and_longest
 from .checks.run_start import StartReport
-from .checks.start_checks import context_objection
+from .checks.start_checks import context_overflow
 from .inference.anytime_config import AnytimeConfig
 from .method.adaptive_baseline import AdaptiveBaseline
 from .method.advantages import segment_returns, summary_advantages, thinking_advantages
-from .method.budgets import live_segments, prior_weights
+from .method.budgets import nonempty_segments, prior_weights
 from .method.packing import PackedRollouts
 from .modeling.support import check_sharded, choose_forward
 from .modeling.tree_attention import forward_packed
@@ -99,7 +99,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
     """
     Trainer for Budget Relative Policy Optimization (BRPO), https://huggingface.co/papers/2505.13438.
 
-    Each sampled thinking is cut at several token budgets; at each cut the model summarises its best answer; every
+    Each sampled trace is cut at several token budgets; at each cut the model summarises its best answer; every
     summary is verified. The thinking is trained for the rewards of all budgets that it can still reach, the summaries
     for their own. A rollout trains as one packed row with tree attention (see `trl_anytime.method.packing`).
 
@@ -236,7 +236,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         self._forward = choose_forward(
             unwrap(self.model),
             None if self.ref_model is None else unwrap(self.ref_model),
-            args.tree_attention,
+            args.packing,
             self._is_sharded,
             separate / packed,
         )
@@ -253,9 +253,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
     def _check_context(self, prompt_ids: Sequence[Sequence[int]]) -> None:
         in_model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(ids) for ids in prompt_ids)
-        objection = context_objection(longest, self.args, self.markers, in_model, self._engine_context)
-        if objection is not None:
-            raise ValueError(" ".join(objection))
+        reason = context_overflow(longest, self.args, self.markers, in_model, self._engine_context)
+        if reason is not None:
+            raise ValueError(" ".join(reason))
 
     # Rollout: think, cut, bridge, summarise
 
@@ -299,7 +299,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         assert batch is not None
         num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
         per_rollout = num_budgets * num_summaries
-        summary_ids = [ids for rollout in batch.rollouts for of_budget in rollout.summaries for ids in of_budget]
+        summary_ids = [ids for rollout in batch.rollouts for at_budget in rollout.summaries for ids in at_budget]
         well_formed = [
             formed for rollout in batch.rollouts for row in rollout.well_formed(self.markers) for formed in row
         ]
@@ -364,7 +364,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         self._log_batch(mode, batch, output["advantages"], rewards_PGMA, cuts_PGM)
         if mode == "train" and self._adaptive_baseline is not None:  # for the batches to come
             returns = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
-            self._adaptive_baseline.update(rewards_PGMA, returns, live_segments(cuts_PGM, batch.budgets))
+            self._adaptive_baseline.update(rewards_PGMA, returns, nonempty_segments(cuts_PGM, batch.budgets))
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
         return output
@@ -493,7 +493,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         markers = {name: getattr(self.markers, name) for name in ("think_end", "truncation_bridge", "answer_bridge")}
         return {
             "fixed": {**{name: getattr(self.args, name) for name in _FIXED}, **markers},
-            "reported": {"tree_attention": self.args.tree_attention},
+            "reported": {"packing": self.args.packing},
         }
 
     def _add_to_checkpoint(self, folder: Path) -> None:

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     problems.add_argument("--instruction", help="text behind each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
     measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
-    measure.add_argument("--samples", type=int, metavar="N", help="thinkings for each question (default: 1)")
+    measure.add_argument("--samples", type=int, metavar="N", help="traces for each question (default: 1)")
     measure.add_argument("--summaries", type=int, default=1, metavar="N", help="answers at each cut (default: 1)")
     measure.add_argument(
         "--reward", metavar="FILE.py:NAME", help="a reward function as TRL's (default: this package's maths verifier)"
@@ -208,7 +208,7 @@ def _add_model(
     parser.add_argument(
         "--think-end", metavar="TEXT", help="text that ends the thinking, for models without anytime_config.json"
     )
-    parser.add_argument("--truncation-bridge", metavar="TEXT", help="likewise, the text that closes a cut thinking")
+    parser.add_argument("--truncation-bridge", metavar="TEXT", help="likewise, the text that closes a cut trace")
     parser.add_argument("--answer-bridge", metavar="TEXT", help="likewise, the text before the answer")
     if not with_server:
         return
@@ -360,11 +360,11 @@ def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> A
 def _doctor(options: argparse.Namespace) -> int:
     import warnings
 
-    from .checks.doctor import examine, read_launch
-    from .checks.finding import as_json, report
+    from .checks.doctor import check_recipe, read_launch
+    from .checks.finding import as_json, as_text
 
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
-    examination = examine(
+    report = check_recipe(
         options.config,
         dict(options.changes),
         read_launch(options.accelerate_config, options.processes, options.sharding),
@@ -372,9 +372,9 @@ def _doctor(options: argparse.Namespace) -> int:
         options.settings_only,
         options.load_model,
     )
-    findings, tables = examination.findings, examination.tables
-    _print((as_json if options.json else report)(findings, tables))
-    return 0 if examination.passed else FAILED
+    findings, tables = report.findings, report.tables
+    _print((as_json if options.json else as_text)(findings, tables))
+    return 0 if report.passed else FAILED
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -494,13 +494,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from .inference.probe import QUESTION, probe, report, verdict
+    from .inference.probe import QUESTION, probe, results_table, verdict
 
     budgets, options.budgets = options.budgets, None  # those of the config stay
     tokenizer, config = _tokenizer_and_config(options)
-    findings = probe(_client(options), config, tokenizer, budgets, options.budget_field, options.question or QUESTION)
-    _print(report(findings))
-    wrong = verdict(findings)
+    results = probe(_client(options), config, tokenizer, budgets, options.budget_field, options.question or QUESTION)
+    _print(results_table(results))
+    wrong = verdict(results)
     _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
     return FAILED if wrong else 0
 

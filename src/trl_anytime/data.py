@@ -106,8 +106,8 @@ def to_problems(dataset: Dataset, data_args: DataArguments, reward: MathReward) 
     columns = [data_args.problem_column, _answer_column(dataset, data_args)]
 
     def to_prompt(row: dict, index: int) -> dict:
-        of_row = {name: [value] for name, value in row.items()}
-        (value,), (answer,) = (column_values(of_row, column, list(row)) for column in columns)
+        as_columns = {name: [value] for name, value in row.items()}
+        (value,), (answer,) = (column_values(as_columns, column, list(row)) for column in columns)
         problem = question_text(value)
         if problem is None:
             raise ValueError(f"Row {index}: column {columns[0]!r} holds no problem but {value!r}. Drop such rows.")

@@ -1,12 +1,12 @@
 """
 How well each baseline predicts the returns, and how noisy the gradient is with it, on one checkpoint.
 
-The baselines are those of training, which compare a thinking with a group that contains it (`v2`, `brpo`), and the
-same with the mean of the *other* thinkings (`v2_others`, `brpo_others`): a mean that contains the sample shrinks the
+The baselines are those of training, which compare a trace with a group that contains it (`v2`, `brpo`), and the
+same with the mean of the *other* traces (`v2_others`, `brpo_others`): a mean that contains the sample shrinks the
 advantage by 1 - 1/G, and with it every variance, without making the gradient any less noisy. `adaptive` is fitted on
 one half of the prompts; everything is judged on the other half.
 
-Dimensions: P prompts, G thinkings per prompt (the group), M budgets, A summaries per thinking and budget.
+Dimensions: P prompts, G traces per prompt (the group), M budgets, A summaries per trace and budget.
 """
 
 import random
@@ -21,7 +21,7 @@ from examples import toy_task
 from trl_anytime import BRPOTrainer
 from trl_anytime.method.adaptive_baseline import AdaptiveBaseline, leave_one_out_mean
 from trl_anytime.method.advantages import Returns, baseline_diagnostics, segment_returns, summary_advantages
-from trl_anytime.method.budgets import live_segments
+from trl_anytime.method.budgets import nonempty_segments
 from trl_anytime.method.packing import PackedRollouts
 
 from .study import Job, Study, even_budgets
@@ -123,7 +123,7 @@ def baselines(segments: Returns, budgets: list[int], adaptive: torch.Tensor) -> 
 
 def fitted_adaptive(fit: Rollouts, budgets: list[int], prior: str) -> AdaptiveBaseline:
     adaptive = AdaptiveBaseline(len(budgets))
-    adaptive.update(fit.rewards, segment_returns(fit.rewards, budgets, prior), live_segments(fit.cuts, budgets))
+    adaptive.update(fit.rewards, segment_returns(fit.rewards, budgets, prior), nonempty_segments(fit.cuts, budgets))
     return adaptive
 
 
@@ -132,7 +132,7 @@ def variance_record(fit: Rollouts, judged: Rollouts, budgets: list[int], prior: 
     segments = segment_returns(judged.rewards, budgets, prior)
     adaptive = fitted_adaptive(fit, budgets, prior)
     predictions = baselines(segments, budgets, adaptive.predict(judged.rewards, segments))
-    live = live_segments(judged.cuts, budgets)
+    live = nonempty_segments(judged.cuts, budgets)
 
     def diagnostics(prompts: Any) -> dict[str, dict[str, torch.Tensor]]:
         chosen = Returns(*(x[prompts] for x in vars(segments).values()))

@@ -131,7 +131,7 @@ def test_greedy_tokens_are_those_of_trl(trainer, vllm, overlap):
 def test_a_marker_of_several_tokens(trainer, vllm, overlap):
     with sampling(vllm, temperature=0.0):
         free = PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS, make_settings(think_end=(0,)))
-        # Some two tokens that the first thinking comes to, and a budget that cuts between them
+        # Some two tokens that the first trace comes to, and a budget that cuts between them
         settings = make_settings(budgets=(4, 5, 80), think_end=tuple(free[0].thinking.token_ids[4:6]))
         expected = PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS, settings)
         generation = ColocateGeneration(vllm, overlap)
@@ -186,7 +186,7 @@ def test_sampling_parameters_are_those_of_trl(trainer, vllm, monkeypatch):
 
 
 def test_summaries_find_their_thinking_in_the_prefix_cache(vllm):
-    # Thinkings that nothing ends, and contexts that no other test has computed
+    # Traces that nothing ends, and contexts that no other test has computed
     settings = make_settings(budgets=(50, 100, 150), num_summaries=4, think_end=(0,), eos=())
     for overlap in (True, False):
         prompts = [[3, 6, 11, 13, 15 + overlap, 17 + i, 2, 3, 7, 4] for i in range(3)]
@@ -207,9 +207,9 @@ def test_a_straggler_does_not_keep_the_summaries_waiting(vllm):
     candidates = [[3, 6, 10 + i % 10, 10 + i // 10, 2, 3, 7, 4] for i in range(100)]
     settings = make_settings(budgets=(20, 60, 100), summary=8, eos=())
     with sampling(vllm, temperature=0.0, ignore_eos=True):
-        thinkings = [rollout.thinking for rollout in ColocateGeneration(vllm).roll_out(candidates, settings)]
-        order = sorted(range(100), key=lambda i: len(thinkings[i].token_ids))
-        lengths = [len(thinkings[i].token_ids) for i in order]
+        traces = [rollout.thinking for rollout in ColocateGeneration(vllm).roll_out(candidates, settings)]
+        order = sorted(range(100), key=lambda i: len(traces[i].token_ids))
+        lengths = [len(traces[i].token_ids) for i in order]
         assert lengths[6] <= 20 and lengths[-1] == 100
         prompts = [candidates[i] for i in [*order[:7], order[-1]]]
         with_overlap, without = ColocateGeneration(vllm, overlap=True), ColocateGeneration(vllm, overlap=False)
@@ -311,7 +311,7 @@ def test_a_prompt_longer_than_the_engines_context(trainer, vllm):
         ValueError, match=r"make 513 tokens, more than vLLM's context of 512\. Raise `vllm_max_model_l"
     ):
         trainer._check_context([[4] * 10, [4] * 497])
-    # The backend by itself: 393 + 120 tokens. vLLM would break off a thinking that no longer fits.
+    # The backend by itself: 393 + 120 tokens. vLLM would break off a trace that no longer fits.
     with pytest.raises(ValueError, match=r"393 tokens and 120 new ones are more than vLLM's context of 512\. Raise"):
         ColocateGeneration(vllm).roll_out([[4] * 10, [4] * 393], make_settings())
     assert not vllm.llm.llm_engine.has_unfinished_requests()

@@ -57,7 +57,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def ending(model, tokenizer, config):
-    """A config in which a token that the thinkings have ends them."""
+    """A config in which a token that the traces have ends them."""
     outputs = anytime_generate(model, tokenizer, PROMPTS, config=config)
     tokens = [token for output in outputs for token in output.rollout.thinking.token_ids[5:12] if token != 2]
     end = tokens[0]

@@ -192,7 +192,7 @@ def _check_embedded(model: PreTrainedModel, token_ids: Iterable[Any], name: str)
 
 
 def check_answers(reward: AnswerReward, dataset: Any) -> Any:
-    """A data set, or several by name, without bad golds, see [`~trl_anytime.rewards.AnswerReward.check_dataset`]."""
+    """Leave bad gold answers out of a data set, or of several by name, see [`~trl_anytime.rewards.AnswerReward`]."""
     if isinstance(dataset, dict):
         return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
     return None if dataset is None else reward.check_dataset(dataset)

@@ -1,4 +1,4 @@
-"""How many prompts, thinkings, summaries and tokens a run makes of its settings, and how often it steps on them."""
+"""How many prompts, traces, summaries and tokens a run makes of its settings, and how often it steps on them."""
 
 import math
 from dataclasses import dataclass
@@ -33,15 +33,15 @@ class BatchArithmetic:
         num_processes (`int`):
             Ranks W.
         thinkings_per_rank (`int`):
-            Thinkings of one generation batch on one rank.
+            Traces of one generation batch on one rank.
         thinkings_per_step (`int`):
-            Thinkings of one optimiser step on one rank.
+            Traces of one optimiser step on one rank.
         micro_batch (`int`):
-            Thinkings that one rank forwards together.
+            Traces that one rank forwards together.
         num_generations (`int`):
-            Thinkings G per prompt.
+            Traces G per prompt.
         summaries_per_thinking (`int`):
-            Summaries m · A of one thinking.
+            Summaries m · A of one trace.
         tokens_per_row (`int`, *optional*):
             Most tokens of a packed row, with its prompt. `None` if it is not known.
         updates_per_generation (`float`):
@@ -67,7 +67,7 @@ class BatchArithmetic:
     max_steps: int | None
 
     @classmethod
-    def of(cls, args: BRPOConfig, num_prompts: int | None, tokens_per_row: int | None) -> "BatchArithmetic":
+    def from_settings(cls, args: BRPOConfig, num_prompts: int | None, tokens_per_row: int | None) -> "BatchArithmetic":
         """The arithmetic of settings, for `num_prompts` rows of data and packed rows of `tokens_per_row` tokens."""
         assert args.steps_per_generation is not None and args.num_generations is not None  # filled in by TRL
         given_steps = args.max_steps > 0
@@ -128,7 +128,7 @@ class BatchArithmetic:
         rows = [
             ["", *columns],
             ["prompts", *(f"{n / self.num_generations:,g}" for n in columns.values())],
-            ["thinkings", *(f"{n:,}" for n in columns.values())],
+            ["traces", *(f"{n:,}" for n in columns.values())],
             ["summaries", *(f"{n * self.summaries_per_thinking:,}" for n in columns.values())],
             ["packed tokens, at most", *("?" if tokens is None else f"{n * tokens:,}" for n in columns.values())],
         ]
@@ -158,7 +158,7 @@ class BatchArithmetic:
                     f"The data has {self.num_prompts} prompts and a generation batch takes "
                     f"{self.prompts_per_generation}: batches that are not full are left out, so nothing is trained.",
                     "Lower `generation_batch_size` (or `steps_per_generation`, `per_device_train_batch_size`) to at "
-                    f"most {self.num_prompts * self.num_generations} thinkings on all ranks together.",
+                    f"most {self.num_prompts * self.num_generations} traces on all ranks together.",
                 )
             )
         if self.prompts_per_step <= 1:
@@ -167,7 +167,7 @@ class BatchArithmetic:
                     "batch",
                     WARNING,
                     f"An optimiser step sees {self.prompts_per_step:g} of a prompt's groups of "
-                    f"{self.num_generations} thinkings: its gradient is that of one problem.",
+                    f"{self.num_generations} traces: its gradient is that of one problem.",
                     "Raise `gradient_accumulation_steps` (the paper has 32 prompts in a step).",
                 )
             )
@@ -177,7 +177,7 @@ class BatchArithmetic:
                 Finding(
                     "batch",
                     WARNING,
-                    f"A generation batch is trained on in {updates:g} optimiser steps: some steps mix thinkings of "
+                    f"A generation batch is trained on in {updates:g} optimiser steps: some steps mix traces of "
                     "two policies.",
                     "Make `steps_per_generation` × `num_iterations` a multiple of `gradient_accumulation_steps`, or "
                     "the other way round.",

@@ -27,7 +27,7 @@ from ..data import (
     read_rows,
     to_problems,
 )
-from ..modeling.support import admit, decoding_objection, measured_objection, structural_objection
+from ..modeling.support import admit, branching_mismatch, packing_mismatch, unsupported_structure
 from ..outside.validation import Unfit, fields, integer, or_null, read_yaml, string
 from ..rewards import MathReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
@@ -54,7 +54,7 @@ _MOST_LONG_PROMPTS = 0.05
 
 
 @dataclass
-class Examination:
+class Report:
     """
     What the checks of a recipe have found.
 
@@ -111,14 +111,14 @@ def read_launch(accelerate_config: Path | None, num_processes: int | None, shard
     return Launch(count, sharding or found)
 
 
-def examine(
+def check_recipe(
     path: Path,
     changes: Mapping[str, str],
     launch: Launch,
     gpu_bytes: int | None = None,
     settings_only: bool = False,
     load_model: bool = False,
-) -> Examination:
+) -> Report:
     """
     Check a recipe.
 
@@ -139,7 +139,7 @@ def examine(
     Raises:
         `ValueError`: If the file holds no settings.
     """
-    found = Examination()
+    found = Report()
     try:
         data_args, args, model_args = _read_settings(found, path, changes, launch, gpu_bytes is not None)
     except UnreadableRecipe:
@@ -179,7 +179,7 @@ def examine(
     row = None
     if markers is not None and prompt_length is not None:
         row = prompt_length + most_tokens(args, markers.max_bridge_length)[0]
-    batch = BatchArithmetic.of(args, None if dataset is None else len(dataset), row)
+    batch = BatchArithmetic.from_settings(args, None if dataset is None else len(dataset), row)
     found.findings += batch.findings() or [
         Finding("batch", OK, f"{batch.prompts_per_step:g} prompts in an optimiser step; see the table.")
     ]
@@ -210,7 +210,7 @@ def examine(
 
 
 def _read_settings(
-    found: Examination, path: Path, changes: Mapping[str, str], launch: Launch, is_elsewhere: bool
+    found: Report, path: Path, changes: Mapping[str, str], launch: Launch, is_elsewhere: bool
 ) -> tuple[DataArguments, BRPOConfig, ModelConfig]:
     """The settings of a recipe. Those that only this machine refuses, such as bf16 without a GPU, are a finding."""
     try:
@@ -258,9 +258,9 @@ def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool
         warnings.simplefilter("always")
         available = is_vllm_available()
     if not available:
-        said = "`use_vllm` is set, and vLLM is not installed here."
+        message = "`use_vllm` is set, and vLLM is not installed here."
         return [
-            Finding("vllm", ERROR, said, "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`.")
+            Finding("vllm", ERROR, message, "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`.")
         ], context
     findings = []
     if raised:
@@ -285,13 +285,13 @@ def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool
             findings.append(Finding("vllm", ERROR, str(error), advice))
     assert args.steps_per_generation is not None  # filled in by TRL
     requests = args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size
-    said = f"vLLM {_installed_version()}, {args.vllm_mode} mode"
+    message = f"vLLM {_installed_version()}, {args.vllm_mode} mode"
     if args.vllm_mode == "colocate":
-        said += (
+        message += (
             f", at most {requests} continuations at a time in an engine, "
             f"{args.vllm_gpu_memory_utilization:.0%} of a GPU's memory"
         )
-    return findings or [Finding("vllm", OK, f"{said}.")], context
+    return findings or [Finding("vllm", OK, f"{message}.")], context
 
 
 def _installed_version() -> str:
@@ -309,7 +309,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _model_files(
-    found: Examination, name: str, init_kwargs: Mapping[str, Any]
+    found: Report, name: str, init_kwargs: Mapping[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, PretrainedConfig | None]:
     """The model's tokenizer and configuration, or why they are not there."""
     if Path(name, "adapter_config.json").is_file():
@@ -345,7 +345,7 @@ def _model_files(
 
 
 def _data(
-    found: Examination, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
+    found: Report, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
 ) -> dict[str, Dataset]:
     """The problems to train and to evaluate on, as the training script reads them; why there are none is a finding."""
     sources = [(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)]
@@ -384,18 +384,18 @@ def _of_problems(
     source: str, rows: Dataset, problems: Dataset, kept: Dataset, data_args: DataArguments, raised: Sequence[str]
 ) -> Finding:
     long = len(problems) - len(kept)
-    said = " ".join([f"{source}: {len(kept):,} of {len(rows):,} rows are problems.", *raised])
+    message = " ".join([f"{source}: {len(kept):,} of {len(rows):,} rows are problems.", *raised])
     if long:
-        said += f" {long:,} prompts have more than {data_args.max_prompt_length} tokens and are left out."
+        message += f" {long:,} prompts have more than {data_args.max_prompt_length} tokens and are left out."
     if not len(kept):
-        return Finding("data", ERROR, f"{said} Nothing is left.", "Give problems, or raise `max_prompt_length`.")
+        return Finding("data", ERROR, f"{message} Nothing is left.", "Give problems, or raise `max_prompt_length`.")
     if long > _MOST_LONG_PROMPTS * len(rows):
-        return Finding("data", WARNING, said, "Raise `max_prompt_length`, and `vllm_max_model_length` with it.")
-    return Finding("data", OK, said)
+        return Finding("data", WARNING, message, "Raise `max_prompt_length`, and `vllm_max_model_length` with it.")
+    return Finding("data", OK, message)
 
 
 def _prompts(
-    found: Examination, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig
+    found: Report, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig
 ) -> ThinkingMarkers | None:
     """Markers of a prompt, with what template and splices make of them."""
     try:
@@ -443,14 +443,14 @@ def _tree_attention(
     config: PretrainedConfig, name: str, args: BRPOConfig, init_kwargs: Mapping[str, Any], load_model: bool
 ) -> list[Finding]:
     """Whether rollouts can be packed: by the model's structure, and by its weights if it is small or loaded."""
-    if args.tree_attention == "rows":
-        said = "`tree_attention` is 'rows': rollouts are not packed, at several times the cost."
-        return [Finding("tree attention", WARNING, said, "Set `tree_attention: auto`.")]
+    if args.packing == "rows":
+        message = "`packing` is 'rows': rollouts are not packed, at several times the cost."
+        return [Finding("tree attention", WARNING, message, "Set `packing: auto`.")]
     with without_memory():
         planned = planned_model(config, torch.float32)
-    objection = structural_objection(planned)
+    reason = unsupported_structure(planned)
     measured = False
-    if objection is None and (load_model or sum(p.numel() for p in planned.parameters()) <= _SMALL):
+    if reason is None and (load_model or sum(p.numel() for p in planned.parameters()) <= _SMALL):
         try:
             model = AutoModelForCausalLM.from_pretrained(name, **{**init_kwargs, "dtype": _dtype(config, init_kwargs)})
         except (OSError, ValueError) as error:
@@ -463,8 +463,8 @@ def _tree_attention(
                 )
             ]
         add_fused_lm_head(model)
-        objection, measured = admit(model, (measured_objection,)), True
-        decoding = decoding_objection(model) if objection is None and not args.use_vllm else None
+        reason, measured = admit(model, (packing_mismatch,)), True
+        decoding = branching_mismatch(model) if reason is None and not args.use_vllm else None
         if decoding is not None:
             return [
                 Finding(
@@ -475,20 +475,20 @@ def _tree_attention(
                     "Set `use_vllm: true`.",
                 )
             ]
-    if objection is not None:
-        level = ERROR if args.tree_attention == "tree" else WARNING
+    if reason is not None:
+        level = ERROR if args.packing == "tree" else WARNING
         return [
             Finding(
                 "tree attention",
                 level,
-                f"Rollouts cannot be packed: {objection}. Separate rows cost several times as much.",
-                "Train a model with plain attention layers, or set `tree_attention: rows` if that is accepted.",
+                f"Rollouts cannot be packed: {reason}. Separate rows cost several times as much.",
+                "Train a model with plain attention layers, or set `packing: rows` if that is accepted.",
             )
         ]
-    said = (
+    message = (
         "Packed rollouts agree with separate rows on these weights."
         if measured
         else "The model's structure allows it. The trainer measures it on the weights when it starts, `--load-model` "
         "does so here."
     )
-    return [Finding("tree attention", OK, said)]
+    return [Finding("tree attention", OK, message)]

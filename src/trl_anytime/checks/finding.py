@@ -20,32 +20,32 @@ class Finding:
             Name of the check.
         level (`str`):
             `"OK"`; `"WARNING"`, the run works but perhaps not as meant; `"ERROR"`, it would fail.
-        found (`str`):
+        message (`str`):
             What was found.
-        change (`str`, *optional*):
+        fix (`str`, *optional*):
             What to change; every warning and error says it.
     """
 
     check: str
     level: str
-    found: str
-    change: str = ""
+    message: str
+    fix: str = ""
 
     def __post_init__(self) -> None:
-        assert bool(self.change) == (self.level != OK), "what is wrong comes with what to change"
+        assert bool(self.fix) == (self.level != OK), "what is wrong comes with what to change"
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.found} {self.change}".strip()
+        return f"{self.check}: {self.message} {self.fix}".strip()
 
 
-def report(findings: Sequence[Finding], tables: Sequence[str]) -> str:
+def as_text(findings: Sequence[Finding], tables: Sequence[str]) -> str:
     """Findings and tables as text for a terminal."""
     room = 119 - sum(max(map(len, column)) + 2 for column in zip(*((f.level, f.check) for f in findings), strict=True))
     rows = []
     for finding in findings:
-        lines = textwrap.wrap(finding.found, room, break_on_hyphens=False)
+        lines = textwrap.wrap(finding.message, room, break_on_hyphens=False)
         lines += textwrap.wrap(
-            finding.change, room, initial_indent="-> ", subsequent_indent="   ", break_on_hyphens=False
+            finding.fix, room, initial_indent="-> ", subsequent_indent="   ", break_on_hyphens=False
         )
         rows += [[finding.level, finding.check, lines[0]], *(["", "", line] for line in lines[1:])]
     counts = {level: sum(finding.level == level for finding in findings) for level in (ERROR, WARNING)}

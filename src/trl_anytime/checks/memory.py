@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..brpo_config import BRPOConfig
 from ..method.packing import PackedRollouts
-from ..modeling.support import structural_objection
+from ..modeling.support import unsupported_structure
 from ..modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
 from ..outside.tables import aligned
 from .batch_sizes import most_tokens
@@ -185,14 +185,14 @@ def memory_finding(
     """
     with without_memory() as mode:
         model = planned_model(config, dtype, peft_config)
-        objection = "`tree_attention` is 'rows'" if args.tree_attention == "rows" else structural_objection(model)
-        if objection is None:
+        reason = "`packing` is 'rows'" if args.packing == "rows" else unsupported_structure(model)
+        if reason is None:
             try:
                 estimate = estimate_memory(model, args, launch, prompt_length, max_bridge_length, mode, available)
             except Exception as error:  # whatever layers that need the content of tensors come to, such as experts
-                objection = f"the model's layers do not run without content ({type(error).__name__})"
-        if objection is not None:
-            estimate = MemoryEstimate(held_always(model, args, launch), {}, {}, missing=objection)
+                reason = f"the model's layers do not run without content ({type(error).__name__})"
+        if reason is not None:
+            estimate = MemoryEstimate(static_memory(model, args, launch), {}, {}, missing=reason)
     return estimate.finding(available), estimate.table()
 
 
@@ -200,7 +200,7 @@ def _size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def held_always(model: torch.nn.Module, args: BRPOConfig, launch: Launch) -> dict[str, int]:
+def static_memory(model: torch.nn.Module, args: BRPOConfig, launch: Launch) -> dict[str, int]:
     """
     Bytes of weights, gradients and optimiser states on one GPU: those of the tensors, divided by the GPUs where they
     are sharded.
@@ -220,12 +220,12 @@ def held_always(model: torch.nn.Module, args: BRPOConfig, launch: Launch) -> dic
         states = _BYTES_OF_OPTIMIZER[optim] * sum(parameter.numel() for parameter in trained)
     else:  # Adam's two moments, and the number of steps of each tensor; others come to about as much or less
         states = 2 * _size(trained) + (4 * len(trained) if optim in _ADAM else 0)
-    of_weights = launch.num_processes if launch.sharding in _FULL_SHARD else 1
-    of_states = launch.num_processes if launch.sharding != "none" else 1
+    weight_shards = launch.num_processes if launch.sharding in _FULL_SHARD else 1
+    by_state = launch.num_processes if launch.sharding != "none" else 1
     held = {
-        "weights": _size(weights) // of_weights,
-        "gradients": _size(trained) // of_states,
-        "optimiser states": states // of_states,
+        "weights": _size(weights) // weight_shards,
+        "gradients": _size(trained) // by_state,
+        "optimiser states": states // by_state,
     }
     if args.beta and not is_peft_model(model):
         held["reference model"] = held["weights"]
@@ -260,7 +260,7 @@ def estimate_memory(
         available (`int`, *optional*):
             Bytes of the GPU, of which vLLM takes a share in colocate mode.
     """
-    always = held_always(model, args, launch)
+    always = static_memory(model, args, launch)
     config = model.config.get_text_config()
     half_precision = args.bf16 or args.fp16
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
@@ -294,7 +294,7 @@ def estimate_memory(
 
 
 def _cached_tokens(args: BRPOConfig, prompt_length: int, max_bridge_length: int) -> int:
-    """Tokens whose keys and values a rank holds while transformers generate: thinkings, and summaries at all cuts."""
+    """Tokens whose keys and values a rank holds while transformers generate: traces, and summaries at all cuts."""
     assert args.steps_per_generation is not None  # filled in by TRL
     per_rollout = prompt_length + most_tokens(args, max_bridge_length)[0]
     tokens = args.per_device_train_batch_size * args.steps_per_generation * per_rollout
@@ -321,7 +321,7 @@ def run_layers(
             [[[[0] * args.max_summary_length] * num_summaries] * len(budgets)] * batch,
         )
         length = prompt_length + packed.token_ids.size(1)
-        layout = TreeLayout.of(packed, torch.full((batch,), prompt_length), length)
+        layout = TreeLayout.from_packed(packed, torch.full((batch,), prompt_length), length)
     layout = _emptied(layout, mode)
 
     base_model: Any = cast(Any, model).get_base_model() if is_peft_model(model) else model

@@ -67,7 +67,7 @@ def checked_markers(
     )
     for finding in prompt_findings(tokenizer, datasets, chat_template_kwargs, markers):
         if finding.level == ERROR:
-            raise ValueError(f"{finding.found} {finding.change}")
+            raise ValueError(f"{finding.message} {finding.fix}")
         logger.warning(str(finding))
     return markers
 

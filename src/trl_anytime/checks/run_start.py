@@ -73,7 +73,9 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     args, data, markers = trainer.args, trainer.train_dataset, trainer.markers
     rows = [next(iter(data))] if isinstance(data, IterableDataset) else sampled_rows(data)
     num_prompts = None if isinstance(data, IterableDataset) else len(data)
-    batch = BatchArithmetic.of(args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0])
+    batch = BatchArithmetic.from_settings(
+        args, num_prompts, prompt_length + most_tokens(args, markers.max_bridge_length)[0]
+    )
     sets = _evaluated(trainer.eval_dataset)
     gold_rows = [*rows, *(row for part in sets.values() for row in sampled_rows(part))]
     if not isinstance(data, IterableDataset):

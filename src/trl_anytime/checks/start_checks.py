@@ -79,14 +79,14 @@ def template_findings(
     opened = thinking_state(rendered, generation_prompt, start, end) == "opened"
     opening = f"opens the thinking with {start!r}" if opened else "leaves it to the model to start thinking"
     size = len(markers.think_end_ids)
-    said = (
+    message = (
         f"The prompt ends in {rendered[-30:]!r} and {opening}; {end!r} is "
         f"{'one token' if size == 1 else f'{size} tokens'}, found "
-        f"{'in the text of the tokens' if markers.in_text else 'by its id'}. A cut thinking is closed by "
+        f"{'in the text of the tokens' if markers.in_text else 'by its id'}. A cut trace is closed by "
         f"{markers.truncation_bridge!r} ({len(markers.truncation_bridge_ids)} tokens), a summary opened by "
         f"{markers.answer_bridge!r} ({len(markers.answer_bridge_ids)} tokens)."
     )
-    findings = [Finding("template", OK, said)]
+    findings = [Finding("template", OK, message)]
 
     def warn(found: str, change: str) -> None:
         findings.append(Finding("template", WARNING, found, change))
@@ -101,7 +101,7 @@ def template_findings(
         (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching
     ):
         warn(
-            f"Sampling cannot stop at {end!r} in the text here: every thinking goes on to the last budget.",
+            f"Sampling cannot stop at {end!r} in the text here: every trace goes on to the last budget.",
             "Set `vllm_mode: colocate`, or `use_vllm: false`.",
         )
     kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
@@ -143,7 +143,9 @@ def prompt_findings(
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names and len(dataset)
     }
     end = markers.think_end
-    some = [render_prompt(tokenizer, of_set[0], chat_template_kwargs)[0] for of_set in prompts.values()]
+    some = [
+        render_prompt(tokenizer, dataset_prompts[0], chat_template_kwargs)[0] for dataset_prompts in prompts.values()
+    ]
     start = find_think_start(end, *some, template_of(tokenizer))
     rows = states_of_rows(tokenizer, prompts, chat_template_kwargs, start, end)
     num_seen = sum(map(len, rows.values()))
@@ -162,7 +164,7 @@ def prompt_findings(
             )
         ]
     if len(rows) > 1:
-        opened, left = rows["opened"], rows["left"]
+        opened, left = rows["opened"], rows["model_decides"]
         return [
             Finding(
                 "template",
@@ -212,7 +214,7 @@ def splice_findings(
         rendered (`str`):
             A prompt as the model will see it.
         thinking (`str`):
-            Text that stands for a thinking, which is cut in the middle.
+            Text that stands for a trace, which is cut in the middle.
         markers ([`ThinkingMarkers`]):
             What is spliced in.
         eos_token_ids (`Container[int]`):
@@ -260,13 +262,13 @@ def splice_findings(
     kept = spliced[len(parts["prompt"]) :]
     if not findings:
         differs = _first_difference(parts, again)
-        said = f"{len(kept)} tokens of thinking, bridge and summary come back from their text as they are."
+        message = f"{len(kept)} tokens of thinking, bridge and summary come back from their text as they are."
         if differs is not None:
-            said = (
+            message = (
                 f"From their text, tokens come back otherwise {differs}. That does not matter: rollouts, training and "
                 "`trl-anytime` splice token ids; only a server that is sent text sees it."
             )
-        findings.append(Finding("splice", OK, said))
+        findings.append(Finding("splice", OK, message))
     return findings
 
 
@@ -286,7 +288,7 @@ def _first_difference(parts: dict[str, list[int]], again: Sequence[int]) -> str 
 # Context
 
 
-def context_objection(
+def context_overflow(
     prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
 ) -> tuple[str, str] | None:
     """
@@ -332,22 +334,24 @@ def _longest_context(prompt_length: int, args: BRPOConfig, markers: ThinkingMark
 def context_findings(
     prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
 ) -> list[Finding]:
-    """The sum of [`context_objection`], for a report."""
-    objection = context_objection(prompt_length, args, markers, in_model, in_engine)
-    if objection is not None:
-        return [Finding("context", ERROR, *objection)]
+    """The sum of [`context_overflow`], for a report."""
+    reason = context_overflow(prompt_length, args, markers, in_model, in_engine)
+    if reason is not None:
+        return [Finding("context", ERROR, *reason)]
     thinking, needed = _longest_context(prompt_length, args, markers)
     limits = [
         f"{whose} context of {context}"
         for whose, context in (("the model's", in_model), ("vLLM's", in_engine))
         if context is not None
     ]
-    said = (
+    message = (
         f"{prompt_length} (longest prompt) + {thinking} (thinking) + {markers.max_bridge_length} (bridges) + "
         f"{args.max_summary_length} (summary) = {needed} tokens"
     )
     return [
-        Finding("context", OK, f"{said}, within {' and '.join(limits)}." if limits else f"{said}; no limit known.")
+        Finding(
+            "context", OK, f"{message}, within {' and '.join(limits)}." if limits else f"{message}; no limit known."
+        )
     ]
 
 
@@ -376,16 +380,18 @@ def reward_findings(
     findings = []
     for reward in reward_funcs:
         if isinstance(reward, AnswerReward):
-            texts = [found for name, data in (datasets or {}).items() for found in text_golds(reward, name, data)]
-            sampled = _golds(args, reward, rows)
+            texts = [
+                found for name, data in (datasets or {}).items() for found in text_gold_answers(reward, name, data)
+            ]
+            sampled = _gold_answers(args, reward, rows)
             findings += _self_test(reward) + [found for found in sampled if found.level != OK or not texts] + texts
     return findings
 
 
-def _grade(reward: AnswerReward, answers: Sequence[str], golds: Sequence[str]) -> list[float | None]:
+def _grade(reward: AnswerReward, answers: Sequence[str], gold_answers: Sequence[str]) -> list[float | None]:
     summaries = [rf"\boxed{{{answer}}}" for answer in answers]
     formed = [True] * len(summaries)
-    columns: dict[str, Any] = {reward.answer_columns[0]: list(golds)}
+    columns: dict[str, Any] = {reward.answer_columns[0]: list(gold_answers)}
     return reward([""] * len(summaries), summaries, well_formed=formed, **columns)
 
 
@@ -414,7 +420,7 @@ def _self_test(reward: AnswerReward) -> list[Finding]:
     return [Finding("verifier", OK, f"It tells right from wrong, in {seconds:.1f} s with the start of its workers.")]
 
 
-def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]]) -> list[Finding]:
+def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]]) -> list[Finding]:
     """Sampled gold answers, graded against themselves."""
     if not rows:
         return []
@@ -422,7 +428,7 @@ def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]
     if None in columns:
         return [
             Finding(
-                "golds",
+                "gold answers",
                 ERROR,
                 f"None of the columns {list(reward.answer_columns)} is in the data, which has "
                 f"{sorted(rows[columns.index(None)])}.",
@@ -432,28 +438,30 @@ def _golds(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]
     if args.remove_unused_columns:
         return [
             Finding(
-                "golds",
+                "gold answers",
                 ERROR,
                 f"`remove_unused_columns` takes the column {columns[0]!r} away before the reward sees it.",
                 "Remove the setting.",
             )
         ]
     values = [gold_of(row, column) for row, column in zip(rows, columns, strict=True) if column is not None]
-    golds = [alternatives[0] for value in values if (alternatives := reward._gold(value))]
-    scores = _grade(reward, golds, golds)
-    wrong = [gold for gold, score in zip(golds, scores, strict=True) if score != 1.0]
-    if len(golds) < len(rows) or wrong:
+    gold_answers = [alternatives[0] for value in values if (alternatives := reward._gold(value))]
+    scores = _grade(reward, gold_answers, gold_answers)
+    wrong = [gold for gold, score in zip(gold_answers, scores, strict=True) if score != 1.0]
+    if len(gold_answers) < len(rows) or wrong:
         bad = [repr(value) for value in values if not reward._gold(value)] + [repr(gold) for gold in wrong]
         return [
             Finding(
-                "golds",
+                "gold answers",
                 WARNING,
                 f"{len(bad)} of {len(rows)} sampled answers are not gold answers, or not equal to themselves for the "
                 f"verifier: {', '.join(bad[:3])[:300]}. No summary can be right there.",
                 f"Mend or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         ]
-    return [Finding("golds", OK, f"{len(golds)} sampled answers are right when graded against themselves.")]
+    return [
+        Finding("gold answers", OK, f"{len(gold_answers)} sampled answers are right when graded against themselves.")
+    ]
 
 
 def gold_of(row: dict[str, Any], column: str) -> Any:
@@ -462,7 +470,7 @@ def gold_of(row: dict[str, Any], column: str) -> Any:
     return value
 
 
-def text_golds(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
+def text_gold_answers(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
     """
     Look for gold answers that are texts rather than answers, in all rows.
 
@@ -482,31 +490,39 @@ def text_golds(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
     )
     if not isinstance(reward, MathReward) or column is None:
         return []
-    golds = [golds for value in column_values(dataset, column, dataset.column_names) if (golds := reward._gold(value))]
-    words = [[_word(gold) for gold in alternatives] for alternatives in golds]
-    formulas = sum("" in of_row for of_row in words)
-    counts = Counter(word for of_row in words for word in set(of_row) if word and "" not in of_row)
+    gold_answers = [
+        gold_answers
+        for value in column_values(dataset, column, dataset.column_names)
+        if (gold_answers := reward._gold(value))
+    ]
+    words = [[_word(gold) for gold in alternatives] for alternatives in gold_answers]
+    formulas = sum("" in row_words for row_words in words)
+    counts = Counter(word for row_words in words for word in set(row_words) if word and "" not in row_words)
     findings = []
     for word, count in counts.most_common(3):
-        if word in _ANSWERING_WORDS or count < max(2, _SHARED * len(golds)) or formulas < (len(golds) - count) / 2:
+        if (
+            word in _ANSWERING_WORDS
+            or count < max(2, _SHARED * len(gold_answers))
+            or formulas < (len(gold_answers) - count) / 2
+        ):
             continue
         findings.append(
             Finding(
-                "golds",
+                "gold answers",
                 WARNING,
-                f"{name}: {count:,} of {len(golds):,} rows have the gold answer {word[:80]!r}. If it says that there "
-                "is no answer, a policy learns to write it.",
+                f"{name}: {count:,} of {len(gold_answers):,} rows have the gold answer {word[:80]!r}. If it says that "
+                "there is no answer, a policy learns to write it.",
                 "Drop these rows with `dataset.filter`, or give their answers. Leave them if the word is the answer.",
             )
         )
-    long = [alternatives[0] for alternatives in golds if min(map(count_words, alternatives)) > _MANY_WORDS]
+    long = [alternatives[0] for alternatives in gold_answers if min(map(count_words, alternatives)) > _MANY_WORDS]
     if long:
         findings.append(
             Finding(
-                "golds",
+                "gold answers",
                 WARNING,
-                f"{name}: {len(long):,} of {len(golds):,} gold answers have more than {_MANY_WORDS} words, such as "
-                f"{long[0][:100]!r}. Only the same text is equal to them.",
+                f"{name}: {len(long):,} of {len(gold_answers):,} gold answers have more than {_MANY_WORDS} words, "
+                f"such as {long[0][:100]!r}. Only the same text is equal to them.",
                 f"Give the answer alone, or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         )

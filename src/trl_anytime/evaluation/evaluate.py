@@ -1,7 +1,7 @@
 """
 A whole accuracy-versus-budget curve for about the cost of one evaluation.
 
-There is one thinking per sample, which is cut at every budget. Every finished sample is written to a journal at once;
+There is one trace per sample, which is cut at every budget. Every finished sample is written to a journal at once;
 a run that is started again goes on from there.
 """
 
@@ -85,9 +85,9 @@ class Protocol:
         instruction (`str`):
             Text behind each question.
         num_samples (`int`):
-            Thinkings for each question.
+            Traces for each question.
         num_summaries (`int`):
-            Summaries for each thinking and cut.
+            Summaries for each trace and cut.
         reward (`str`):
             Name of the reward.
         seed (`int`):
@@ -254,9 +254,9 @@ class Evaluation:
         name (`str`):
             Name of the model.
         num_samples (`int`, *optional*, defaults to `1`):
-            Thinkings for each question.
+            Traces for each question.
         num_summaries (`int`, *optional*, defaults to `1`):
-            Summaries for each thinking and cut.
+            Summaries for each trace and cut.
         instruction (`str`, *optional*):
             Text behind each question. Defaults to the paper's.
         reward (`Callable`, *optional*):
@@ -326,7 +326,7 @@ class Evaluation:
             ]
             for problems in self.problem_sets
         }
-        return {name: self.config.prompt_ids(self.tokenizer, of_set) for name, of_set in prompts.items()}
+        return {name: self.config.prompt_ids(self.tokenizer, messages) for name, messages in prompts.items()}
 
     def run(self, journal_path: Path) -> list[dict[str, Any]]:
         """
@@ -340,7 +340,7 @@ class Evaluation:
             server refuses a request for good.
             `ConnectionError`: If the server fails for longer than its client's patience. What is finished is kept.
         """
-        longest = max(len(ids) for of_set in self._prompt_ids.values() for ids in of_set)
+        longest = max(len(ids) for dataset_ids in self._prompt_ids.values() for ids in dataset_ids)
         whose = "the server's" if isinstance(self.model, CompletionClient) else "the model's"
         self.config.check_context(longest, self.config.budgets[-1], context_length(self.model), whose)
         journal = Journal(journal_path, self.protocol)
@@ -383,9 +383,9 @@ class Evaluation:
         pool = ThreadPoolExecutor(num_threads)
         try:
             futures: list[Future] = [pool.submit(self._draw, batch) for batch in batches]
-            of_batch = dict(zip(futures, batches, strict=True))
+            batch_of_future = dict(zip(futures, batches, strict=True))
             for future in as_completed(futures):
-                yield self._grade(of_batch[future], *future.result())
+                yield self._grade(batch_of_future[future], *future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -502,11 +502,11 @@ def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[st
     sums: dict[str, dict[int, list[np.ndarray]]] = {}
     for record in records:
         at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
-        of_sample = np.array([at[budget] for budget in budgets])
-        sums.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(of_sample)
+        sample_scores = np.array([at[budget] for budget in budgets])
+        sums.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(sample_scores)
     return {
-        name: np.array([np.mean(of_set[question], axis=0) for question in sorted(of_set)])
-        for name, of_set in sums.items()
+        name: np.array([np.mean(by_question[question], axis=0) for question in sorted(by_question)])
+        for name, by_question in sums.items()
     }
 
 
@@ -530,18 +530,20 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
         groups[AVERAGE] = list(protocol.problems)
     for group, names in groups.items():
         curve, average = estimates([by_set[name] for name in names])
-        of_group = [record for record in records if record["dataset"] in names]
-        lengths = [record["thinking_tokens"] for record in of_group]
+        group_records = [record for record in records if record["dataset"] in names]
+        lengths = [record["thinking_tokens"] for record in group_records]
         results["curves"][group] = {
             "accuracy": [asdict(estimate) for estimate in curve],
             "anytime_average": asdict(average),
             "thinking": {
                 "mean_tokens": float(np.mean(lengths)),
-                "finished": float(np.mean([record["finished"] for record in of_group])),
+                "finished": float(np.mean([record["finished"] for record in group_records])),
                 "mean_tokens_at": [float(np.minimum(lengths, budget).mean()) for budget in budgets],
             },
             "well_formed": float(
-                np.mean([formed for record in of_group for cut in record["cuts"] for formed in cut["well_formed"]])
+                np.mean(
+                    [formed for record in group_records for cut in record["cuts"] for formed in cut["well_formed"]]
+                )
             ),
         }
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
@@ -560,9 +562,9 @@ def limited_answers(results: dict[str, Any]) -> str:
     answers = results["limited"]["answers"]
     if not counts:
         return ""
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    message = ", ".join(f"{count} {name}" for name, count in counts.items())
     share = sum(counts.values()) / answers
-    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {said}."
+    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {message}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:

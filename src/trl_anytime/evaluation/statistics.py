@@ -104,8 +104,8 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
     observed_M = np.mean([d.mean(axis=0) for d in differences], axis=0)
     flipped = []
     for _ in range(_RESAMPLES // _ROWS_AT_ONCE):
-        of_sets = [generator.choice([-1.0, 1.0], size=(_ROWS_AT_ONCE, len(d))) @ d / len(d) for d in differences]
-        flipped.append(np.mean(of_sets, axis=0))
+        flips = [generator.choice([-1.0, 1.0], size=(_ROWS_AT_ONCE, len(d))) @ d / len(d) for d in differences]
+        flipped.append(np.mean(flips, axis=0))
     flipped_BM = np.concatenate(flipped)
 
     def p_value(observed: float, under_exchange_B: np.ndarray) -> float:

@@ -12,12 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ..method.budgets import check_budgets
-from ..modeling.support import admit, decoding_objection
+from ..modeling.support import admit, branching_mismatch
 from ..modeling.tree_attention import plain_attention
 from ..rollout.backend import Generation, PrefixGeneration
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.sampling import Sampling
-from ..rollout.transformers_backend import TransformersGeneration, sampling_objection
+from ..rollout.transformers_backend import TransformersGeneration, unsupported_sampling
 from ..rollout.types import Rollout
 from .anytime_config import AnytimeConfig
 
@@ -252,7 +252,7 @@ def _transformers_backend(
 ) -> Generation:
     generation_config = sampling.generation_config()
     pad_token_id = padding_token(tokenizer)
-    reason = admit(model, (partial(sampling_objection, generation_config=generation_config), decoding_objection))
+    reason = admit(model, (partial(unsupported_sampling, generation_config=generation_config), branching_mismatch))
     if reason is None:
         return TransformersGeneration(lambda: nullcontext(model), generation_config, pad_token_id, max_cached_tokens)
     logger.warning_once(

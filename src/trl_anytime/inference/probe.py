@@ -26,7 +26,7 @@ _ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """
     Says what a server made of one budget.
 
@@ -59,7 +59,7 @@ class Finding:
         return self.outcome in ("enforced", "not reached") and self.answered and self.markers == "trained"
 
 
-def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> Finding:
+def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> ProbeResult:
     """
     Judge by the tokens of an answer whether a budget was kept.
 
@@ -77,7 +77,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     end = markers.end_of_thinking(token_ids)
     if end is None:
         outcome = "ignored" if len(token_ids) > budget else "not reached"
-        return Finding(budget, len(token_ids), outcome, False, "the trace was never ended")
+        return ProbeResult(budget, len(token_ids), outcome, False, "the trace was never ended")
 
     # Where the bridge begins, if it is the one that stands there
     before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])
@@ -107,7 +107,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
         found = f"no {markers.answer_bridge!r} before the answer"
     elif not has_answer_bridge:
         detail = "it ended by itself, and no answer bridge follows"
-    return Finding(budget, thinking, outcome, answered, found, detail)
+    return ProbeResult(budget, thinking, outcome, answered, found, detail)
 
 
 def probe(
@@ -117,7 +117,7 @@ def probe(
     budgets: list[int],
     budget_field: str = "thinking_token_budget",
     question: str = QUESTION,
-) -> list[Finding]:
+) -> list[ProbeResult]:
     """
     Ask a server at several budgets through `/v1/chat/completions`.
 
@@ -143,7 +143,7 @@ def probe(
     num_prompt_tokens = len(config.prompt_ids(tokenizer, [messages])[0])
     config.check_context(num_prompt_tokens, max(budgets), client.max_model_len, "the server's")
     most = None if client.max_model_len is None else client.max_model_len - num_prompt_tokens
-    findings = []
+    results = []
     for budget in budgets:
         needed = budget + config.markers.max_bridge_length + config.max_summary_length + _HEADROOM
         body: dict[str, Any] = {
@@ -165,15 +165,15 @@ def probe(
         try:
             answer = client.request("/v1/chat/completions", body, check=_ANSWER)
         except ValueError as error:
-            findings.append(Finding(budget, None, "refused", False, "-", str(error)))
+            results.append(ProbeResult(budget, None, "refused", False, "-", str(error)))
             continue
         (choice,) = answer["choices"]
         token_ids = choice.get("token_ids")
         if token_ids is None:
             written = _text(choice["message"], config)
             token_ids = encode(tokenizer, written) if written else []
-        findings.append(judge(token_ids, budget, config, tokenizer))
-    return findings
+        results.append(judge(token_ids, budget, config, tokenizer))
+    return results
 
 
 def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
@@ -185,39 +185,39 @@ def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
     return f"{reasoning}{config.markers.think_end}{content}" if content else reasoning
 
 
-def verdict(findings: list[Finding]) -> str | None:
+def verdict(results: list[ProbeResult]) -> str | None:
     """Say what is wrong with a server, or return `None`."""
-    for outcome, said in (
+    for outcome, message in (
         ("refused", "The server refuses thinking budgets"),
         ("ignored", "The server ignores thinking budgets"),
     ):
-        at = [finding for finding in findings if finding.outcome == outcome]
+        at = [result for result in results if result.outcome == outcome]
         if at:
-            return f"{said} ({', '.join(str(finding.budget) for finding in at)} tokens). {at[0].detail}".strip()
-    for finding in findings:
-        if finding.markers != "trained":
-            return f"At {finding.budget} tokens: {finding.markers}."
-        if not finding.answered:
-            return f"At {finding.budget} tokens no answer came."
-    if not any(finding.outcome == "enforced" for finding in findings):
+            return f"{message} ({', '.join(str(result.budget) for result in at)} tokens). {at[0].detail}".strip()
+    for result in results:
+        if result.markers != "trained":
+            return f"At {result.budget} tokens: {result.markers}."
+        if not result.answered:
+            return f"At {result.budget} tokens no answer came."
+    if not any(result.outcome == "enforced" for result in results):
         return "No trace reached its budget, so nothing is proved. Ask at smaller budgets, or something harder."
     return None
 
 
-def report(findings: list[Finding]) -> str:
-    """Show the findings as a table."""
+def results_table(results: list[ProbeResult]) -> str:
+    """Show the results as a table."""
     rows = [["budget", "thinking", "outcome", "answered", "markers"]]
     rows += [
         [
-            str(finding.budget),
-            "-" if finding.thinking_tokens is None else str(finding.thinking_tokens),
-            finding.outcome,
-            "yes" if finding.answered else "no",
+            str(result.budget),
+            "-" if result.thinking_tokens is None else str(result.thinking_tokens),
+            result.outcome,
+            "yes" if result.answered else "no",
             for_terminal(
-                f"{finding.markers}{f' ({finding.detail})' if finding.detail and finding.passed else ''}",
+                f"{result.markers}{f' ({result.detail})' if result.detail and result.passed else ''}",
                 one_line=True,
             ),
         ]
-        for finding in findings
+        for result in results
     ]
     return aligned(rows, left=(4,))

@@ -1,7 +1,7 @@
 """
 A baseline for the thinking's advantage that is learned: what earlier generation batches say about the return.
 
-Dimensions: P prompts, G thinkings per prompt (the group), M budgets, A summaries per thinking and budget, F features.
+Dimensions: P prompts, G traces per prompt (the group), M budgets, A summaries per trace and budget, F features.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ class AdaptiveBaseline:
     """
     Least-squares prediction of the return R_j of a segment from what is known before it, fitted on earlier batches.
 
-    The features of segment j are r̄_1 … r̄_{j-1} of the own thinking, the mean of R_j over the *other* thinkings of the
+    The features of segment j are r̄_1 … r̄_{j-1} of the own trace, the mean of R_j over the *other* traces of the
     group, and 1. None of them depends on the tokens of the segment, and neither do the coefficients, so that the
     gradient stays unbiased. V1, V2 and V without the own sample are special cases of such a prediction.
 
-    Batches that lie further back count less. Until a segment has seen 20 thinkings per coefficient, it uses the
+    Batches that lie further back count less. Until a segment has seen 20 traces per coefficient, it uses the
     paper's mix V, and so do rows whose features are not all known (NaN).
 
     On several ranks all see the same gathered rewards and fit in float64 on the CPU: the coefficients are the same.
@@ -117,7 +117,7 @@ class AdaptiveBaseline:
 
 def leave_one_out_mean(returns: torch.Tensor) -> torch.Tensor:
     """
-    Mean of the returns over the *other* thinkings of the group.
+    Mean of the returns over the *other* traces of the group.
 
     Args:
         returns (`torch.Tensor`):

@@ -4,10 +4,10 @@ From rewards to advantages: the mathematics of Budget Relative Policy Optimizati
 Source: https://huggingface.co/papers/2505.13438, section 3; where the paper leaves a choice, its released
 implementation decides.
 
-Dimensions: P prompts, G thinkings per prompt (the group), M budgets, A summaries per thinking and budget.
+Dimensions: P prompts, G traces per prompt (the group), M budgets, A summaries per trace and budget.
 
 A reward of NaN marks a summary that no reward function scored. It is left out of every mean. Where all A summaries of
-a thinking at a budget are NaN, the returns that include this budget are unknown: they are left out of the group's
+a trace at a budget are NaN, the returns that include this budget are unknown: they are left out of the group's
 mean, and their advantages are NaN, for the caller to leave out of the loss.
 """
 
@@ -25,7 +25,7 @@ SUMMARY_POLICIES = ("decoupled", "final")
 @dataclass(frozen=True)
 class Returns:
     """
-    What each segment of each thinking earns and what it was expected to earn; every tensor has shape (P, G, M).
+    What each segment of each trace earns and what it was expected to earn; every tensor has shape (P, G, M).
 
     Segment j holds the thinking tokens b_{j-1} < t ≤ b_j, with b_0 = 0.
 
@@ -140,7 +140,7 @@ def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = 
             Shape (P, G, M), the thinking tokens that the summaries of each budget saw. Budgets with the same cut share
             a context, and so a baseline.
         policy (`str`, *optional*, defaults to `"decoupled"`):
-            `"decoupled"`: reward minus the mean reward of all summaries drawn from the same cut of the same thinking,
+            `"decoupled"`: reward minus the mean reward of all summaries drawn from the same cut of the same trace,
             or, when A = 1, minus the group's mean at that budget. `"final"`: the same for the last summary of each
             thinking, 0 for all others.
 
@@ -165,7 +165,7 @@ def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = 
 
 
 def baseline_diagnostics(
-    segments: Returns, live: torch.Tensor, further: Mapping[str, torch.Tensor] | None = None
+    segments: Returns, live: torch.Tensor, extra_baselines: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """
     How well each baseline predicts the returns, per segment (the paper's variance analysis).
@@ -175,13 +175,13 @@ def baseline_diagnostics(
             Returns and baselines of a batch.
         live (`torch.Tensor`):
             Bool of shape (P, G, M), True where the segment has tokens.
-        further (`Mapping[str, torch.Tensor]`, *optional*):
+        extra_baselines (`Mapping[str, torch.Tensor]`, *optional*):
             Other baselines by name, each of shape (P, G, M).
 
     Returns:
         `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and
-        Corr[V, R] over the live segments, for `"v1"`, `"v2"`, `"brpo"` and those of `further`; NaN where a variance
-        is zero.
+        Corr[V, R] over the live segments, for `"v1"`, `"v2"`, `"brpo"` and `extra_baselines`. NaN where a
+        variance is zero.
     """
 
     def mean(x_PGM):
@@ -198,7 +198,7 @@ def baseline_diagnostics(
     var_R = positive(covariance(R, R), mean(R**2))
     diagnostics: dict[str, dict[str, torch.Tensor]] = {"variance_ratio": {}, "correlation": {}}
     baselines = {name: segments.baseline(name) for name in ("v1", "v2", "brpo")}
-    for name, V in {**baselines, **(further or {})}.items():
+    for name, V in {**baselines, **(extra_baselines or {})}.items():
         V = V.nan_to_num()
         var_V = positive(covariance(V, V), mean(V**2))
         diagnostics["variance_ratio"][name] = covariance(R - V, R - V) / var_R

@@ -1,5 +1,5 @@
 """
-Thinking budgets, the prior over them, and where a thinking is cut.
+Thinking budgets, the prior over them, and where a trace is cut.
 
 Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, https://huggingface.co/papers/2505.13438.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-# The paper's settings for a thinking of 8k tokens, and the most tokens of one of its summaries
+# The paper's settings for a trace of 8k tokens, and the most tokens of one of its summaries
 PAPER_BUDGETS = (2000, 4000, 6000, 8000)
 PAPER_SUMMARY_LENGTH = 118
 
@@ -78,7 +78,7 @@ def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch
 
 def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
     """
-    Where each thinking is cut, c_j = min(b_j, |z|).
+    Where each trace is cut, c_j = min(b_j, |z|).
 
     Args:
         thinking_lengths (`torch.Tensor`):
@@ -87,13 +87,13 @@ def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> tor
             Thinking budgets b_1 < … < b_m in tokens.
 
     Returns:
-        `torch.Tensor`: int64 of shape (..., M), in tokens. Budgets beyond the end of a thinking share its last cut.
+        `torch.Tensor`: int64 of shape (..., M), in tokens. Budgets beyond the end of a trace share its last cut.
     """
     limits = torch.tensor(list(budgets), device=thinking_lengths.device)
     return torch.minimum(thinking_lengths.unsqueeze(-1), limits)
 
 
-def live_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
+def nonempty_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
     """
     Which segments b_{j-1} < t ≤ b_j have tokens.
 

@@ -46,7 +46,7 @@ class PackedRollouts:
     @classmethod
     def pack(
         cls,
-        thinkings: Sequence[Sequence[int]],
+        traces: Sequence[Sequence[int]],
         cuts: Sequence[Sequence[int]],
         bridges: Sequence[Sequence[Sequence[int]]],
         summaries: Sequence[Sequence[Sequence[Sequence[int]]]],
@@ -56,8 +56,8 @@ class PackedRollouts:
         Pack rollouts given as token ids.
 
         Args:
-            thinkings (`Sequence[Sequence[int]]`):
-                R thinkings.
+            traces (`Sequence[Sequence[int]]`):
+                R traces.
             cuts (`Sequence[Sequence[int]]`):
                 R × M cuts in tokens, c_1 ≤ … ≤ c_M ≤ |z|.
             bridges (`Sequence[Sequence[Sequence[int]]]`):
@@ -68,7 +68,7 @@ class PackedRollouts:
                 Filler on the right of the shorter rollouts.
         """
         rows, spans = [], []
-        for thinking, row_bridges, row_summaries in zip(thinkings, bridges, summaries, strict=True):
+        for thinking, row_bridges, row_summaries in zip(traces, bridges, summaries, strict=True):
             row, row_spans = list(thinking), []
             for bridge, budget_summaries in zip(row_bridges, row_summaries, strict=True):
                 assert len(bridge) > 0, "a bridge has at least one token"
@@ -154,6 +154,6 @@ class PackedRollouts:
         branch_RT = self.branches()
         limits = torch.tensor(list(budgets), device=branch_RT.device)
         segment_RT = torch.searchsorted(limits, self.indices().contiguous(), right=True).clamp(max=len(budgets) - 1)
-        of_summary = summary.flatten(1).gather(1, branch_RT.clamp(min=0))
-        of_thinking = thinking.gather(1, segment_RT)
-        return torch.where(branch_RT < 0, of_thinking, of_summary) * self.trained()
+        summary_values = summary.flatten(1).gather(1, branch_RT.clamp(min=0))
+        thinking_values = thinking.gather(1, segment_RT)
+        return torch.where(branch_RT < 0, thinking_values, summary_values) * self.trained()

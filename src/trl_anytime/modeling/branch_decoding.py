@@ -1,5 +1,5 @@
 """
-Branches of a thinking, decoded on top of its keys and values: m·A summaries for little more than their own tokens.
+Branches of a trace, decoded on top of its keys and values: m·A summaries for little more than their own tokens.
 
 The keys and values of prompt and thinking (the trunk) are neither repeated nor recomputed. Branches are the rows of an
 ordinary decoding batch with a small cache of their own (the tail). Attention takes one softmax over both parts, and
@@ -44,7 +44,7 @@ class Trunk:
     rollouts: list[int]
 
     @classmethod
-    def of(cls, cache: Cache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
+    def from_cache(cls, cache: Cache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
         """The trunk in a cache."""
         layers = cast(list[Any], cache.layers)
         return cls([(layer.keys, layer.values) for layer in layers], starts, rollouts)
@@ -59,7 +59,7 @@ class Trunk:
 @dataclass(frozen=True)
 class BranchContext:
     """
-    What branches have in common that leave a thinking at the same cut with the same bridge.
+    What branches have in common that leave a trace at the same cut with the same bridge.
 
     Args:
         rollout (`int`):
@@ -259,18 +259,18 @@ class BranchRows:
         self._read_trunks()
 
     def _read_trunks(self) -> None:
-        of_rollout: dict[int, list[int]] = {}
+        in_rollout: dict[int, list[int]] = {}
         for row, owner in enumerate(self.owners):
-            of_rollout.setdefault(self.contexts[owner].rollout, []).append(row)
+            in_rollout.setdefault(self.contexts[owner].rollout, []).append(row)
         self.readers = []
         trunks, self.trunks = self.trunks, []
         for trunk in trunks:
-            used = [row for row, rollout in enumerate(trunk.rollouts) if rollout in of_rollout]
+            used = [row for row, rollout in enumerate(trunk.rollouts) if rollout in in_rollout]
             if not used:
                 continue
             if len(used) <= len(trunk.rollouts) // 2:  # worth a copy of the others
                 trunk = trunk.select(used)
-            branches = [of_rollout.get(rollout, []) for rollout in trunk.rollouts]
+            branches = [in_rollout.get(rollout, []) for rollout in trunk.rollouts]
             most = max(map(len, branches))
             index = torch.tensor([rows + [0] * (most - len(rows)) for rows in branches], device=self.device)
             real = torch.tensor([[k < len(rows) for k in range(most)] for rows in branches], device=self.device)

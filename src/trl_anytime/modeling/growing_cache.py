@@ -42,7 +42,7 @@ def growing_cache() -> Cache:
     """
     An empty cache for `generate()` and for forward passes without gradients.
 
-    Every layer keeps all tokens, also one with a sliding window: a branch that leaves a thinking early on sees the
+    Every layer keeps all tokens, also one with a sliding window: a branch that leaves a trace early on sees the
     tokens before its cut.
     """
     return Cache(layer_class_to_replicate=_GrowingLayer)

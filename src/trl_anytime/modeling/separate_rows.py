@@ -48,8 +48,8 @@ def forward_rows(
         prompt = attention_mask[i, :prompt_width].nonzero()[:, 0]
         index = torch.arange(prompt_width, num_tokens, device=input_ids.device)
         rows = [(index[:thinking_length], len(prompt))]
-        for cut, of_budget in zip(packed.cuts[i].tolist(), spans.tolist(), strict=True):
-            for start, summary_start, end in of_budget:
+        for cut, at_budget in zip(packed.cuts[i].tolist(), spans.tolist(), strict=True):
+            for start, summary_start, end in at_budget:
                 first_sampled = len(prompt) + cut + summary_start - start
                 rows.append((torch.cat([index[:cut], index[start:end]]), first_sampled))
         for tokens, first_sampled in rows:

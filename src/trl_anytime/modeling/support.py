@@ -33,7 +33,7 @@ def admit(model: Any, checks: Sequence[Callable[[Any], str | None]]) -> str | No
         `str`, *optional*: why the model must not have tree attention.
     """
     base = cast(PreTrainedModel, model.get_base_model() if is_peft_model(model) else model)
-    reason = structural_objection(base)
+    reason = unsupported_structure(base)
     if reason is not None:
         return reason
     plain = base.config._attn_implementation
@@ -67,7 +67,7 @@ def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost
     """
     if mode == "rows":
         return forward_rows
-    reason = admit(model, () if is_sharded else (measured_objection,))
+    reason = admit(model, () if is_sharded else (packing_mismatch,))
     if reason is None:
         if ref_model is not None:
             enable_tree_attention(ref_model)
@@ -75,7 +75,7 @@ def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost
     base = model.get_base_model() if is_peft_model(model) else model
     message = f"{type(base).__name__} cannot train on packed rollouts: {reason}."
     if mode == "tree":
-        raise ValueError(f"{message} Set `tree_attention='auto'` to train on separate rows instead.")
+        raise ValueError(f"{message} Set `packing='auto'` to train on separate rows instead.")
     logger.warning(
         f"{message} It trains on separate rows, one for each summary, which forward up to {cost_of_rows:.1f} times as "
         "many tokens."
@@ -89,20 +89,20 @@ def check_sharded(wrapped: torch.nn.Module, model: PreTrainedModel, half_precisi
 
     Args:
         wrapped, model, half_precision:
-            See [`sharded_objection`].
+            See [`sharded_packing_mismatch`].
 
     Raises:
         `ValueError`: With what to set.
     """
-    reason = sharded_objection(wrapped, model, half_precision)
+    reason = sharded_packing_mismatch(wrapped, model, half_precision)
     if reason is not None:
         raise ValueError(
-            f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `tree_attention='rows'` to train "
+            f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `packing='rows'` to train "
             "on separate rows instead."
         )
 
 
-def structural_objection(model: PreTrainedModel) -> str | None:
+def unsupported_structure(model: PreTrainedModel) -> str | None:
     """Why the structure of `model` rules out tree attention, or `None`."""
     others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others:
@@ -130,7 +130,7 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
         return words[torch.randint(len(words), (length,), generator=generator).to(words.device)].tolist()
 
     packed = PackedRollouts.pack(
-        thinkings=[sample(7)],
+        traces=[sample(7)],
         cuts=[[3, 7]],
         bridges=[[sample(2), sample(1)]],
         summaries=[[[sample(2), sample(1)], [sample(1), sample(3)]]],
@@ -140,9 +140,9 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
     return packed, row, words, generator
 
 
-def sharded_objection(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
+def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
     """
-    Collective: as [`measured_objection`], for a model whose parameters are gathered in its forward pass. Compares
+    Collective: as [`packing_mismatch`], for a model whose parameters are gathered in its forward pass. Compares
     log-probabilities alone, since gradients go through the hooks that shard.
 
     Args:
@@ -177,7 +177,7 @@ def sharded_objection(wrapped: torch.nn.Module, model: PreTrainedModel, half_pre
     )
 
 
-def measured_objection(model: PreTrainedModel) -> str | None:
+def packing_mismatch(model: PreTrainedModel) -> str | None:
     """
     Compare a tiny packed rollout with separate rows on the real model: log-probabilities, and the gradient of their
     weighted sum with respect to the embeddings.
@@ -226,7 +226,7 @@ def measured_objection(model: PreTrainedModel) -> str | None:
     )
 
 
-def decoding_objection(model: PreTrainedModel) -> str | None:
+def branching_mismatch(model: PreTrainedModel) -> str | None:
     """
     Compare a few branches that are decoded on top of a cache with plain forward passes on the real model.
 
@@ -251,7 +251,7 @@ def decoding_objection(model: PreTrainedModel) -> str | None:
             cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)
-            branches = BranchRows(model, [Trunk.of(cache, start, [0])], contexts)
+            branches = BranchRows(model, [Trunk.from_cache(cache, start, [0])], contexts)
             decoded = branches.forward(branches.first_tokens).float().log_softmax(-1)
             separate = torch.cat(
                 [

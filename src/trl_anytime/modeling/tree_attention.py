@@ -110,7 +110,7 @@ class TreeLayout:
     source: torch.Tensor
 
     @classmethod
-    def of(cls, packed: PackedRollouts, prompt_lengths: torch.Tensor, row_length: int) -> "TreeLayout":
+    def from_packed(cls, packed: PackedRollouts, prompt_lengths: torch.Tensor, row_length: int) -> "TreeLayout":
         """
         Layout of rows that hold a prompt, then its packed rollout, then padding.
 
@@ -147,8 +147,8 @@ class TreeLayout:
         offsets_M = torch.tensor([0, *sizes[0][:-1]], device=branch_RT.device).cumsum(0) + trunk
         budget_RT = branch_RT.clamp(min=0) // packed.spans.size(2)
         index_RT = packed.indices()
-        of_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
-        source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], of_branch_RT)
+        in_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
+        source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], in_branch_RT)
         padding_RT = index_RT >= packed.lengths[:, None]
 
         index_L = torch.arange(row_length, device=branch_RT.device)
@@ -468,7 +468,7 @@ def forward_packed(
     index_L = torch.arange(num_tokens, device=input_ids.device)
     padding_R1 = prompt_width - prompt_lengths[:, None]
     to_left = (index_L[:length] + padding_R1) % num_tokens
-    layout = TreeLayout.of(packed, prompt_lengths, length)
+    layout = TreeLayout.from_packed(packed, prompt_lengths, length)
     with layout_in_use():
         outputs = model(
             input_ids=input_ids.gather(1, to_left),

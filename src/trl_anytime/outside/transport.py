@@ -22,7 +22,7 @@ from urllib.request import (
 
 from .validation import MEBIBYTE, Check, parse_json
 
-# All summaries of a thinking at 32 budgets, with the ids of their prompts, come to a few MiB
+# All summaries of a trace at 32 budgets, with the ids of their prompts, come to a few MiB
 MOST_BYTES = 256 * MEBIBYTE
 
 

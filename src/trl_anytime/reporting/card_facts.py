@@ -86,7 +86,7 @@ class CardFacts:
         eval_datasets (`dict[str, DataSet]`):
             Evaluation data by the names of the sets; a single set has the name `""`.
         num_generations_eval (`int`):
-            Thinkings for each problem in an evaluation.
+            Traces for each problem in an evaluation.
         log_history (`list[dict]`):
             What the run has logged.
         step, num_steps (`int`):
@@ -331,13 +331,11 @@ def _settings(trainer: Any, config: AnytimeConfig, adapter: Any) -> dict[str, st
         "thinking budgets (weight of each)": ", ".join(f"{budget} ({weight:.3g})" for budget, weight in weights),
         "prior": args.prior if isinstance(args.prior, str) else "list of weights",
         "baseline": baseline.get(args.baseline, args.baseline),
-        "summaries per thinking and budget": f"{args.num_summaries}, {args.summary_policy}",
+        "summaries per trace and budget": f"{args.num_summaries}, {args.summary_policy}",
         "tokens of a summary": f"at most {args.max_summary_length}",
-        "thinkings per problem": str(trainer.num_generations),
+        "traces per problem": str(trainer.num_generations),
         "problems": "a stream" if is_stream else f"{len(trainer.train_dataset):,}",
-        "thinkings per optimiser step": str(
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        ),
+        "traces per optimiser step": str(args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
         "rewards (weight of each)": ", ".join(f"{name} ({weight:g})" for name, weight in rewards),
         "learning rate": f"{args.learning_rate:g}, {scheduler}",
         "loss": f"{args.loss_type}, clipped at {args.epsilon:g}, KL coefficient {args.beta:g}",

@@ -95,7 +95,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
 def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     """
     A training run over its steps: the mean reward at each budget, on training prompts and in the evaluations of each
-    set, and the length of the thinkings.
+    set, and the length of the traces.
 
     Args:
         log_history (`Sequence[dict]`):

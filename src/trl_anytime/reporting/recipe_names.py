@@ -28,7 +28,7 @@ def recipe_name(
         prior (`str` or `Sequence[float]`):
             Weight of each budget, by name or as m numbers.
         num_summaries (`int`):
-            Summaries A per thinking and budget.
+            Summaries A per trace and budget.
         max_summary_length (`int`):
             Most tokens of a summary.
         baseline (`str`):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .verifier.extraction import answer_part, last_boxed
-from .verifier.gold_answers import bad_gold_message, check_golds, column_values, find_column, gold_alternatives
+from .verifier.gold_answers import bad_gold_message, check_gold_answers, column_values, find_column, gold_alternatives
 
 ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")
 """Where gold answers usually are; the last is verl's."""
@@ -46,7 +46,7 @@ class AnswerReward:
     on_bad_gold: str = "raise"
     max_answer_length: int = 2000
 
-    COUNTERS: ClassVar[tuple[str, ...]] = ("graded", "no_box", "too_long", "bad_format", "skipped_golds")
+    COUNTERS: ClassVar[tuple[str, ...]] = ("graded", "no_box", "too_long", "bad_format", "skipped_gold_answers")
 
     def __post_init__(self) -> None:
         if self.on_bad_gold not in ("raise", "skip"):
@@ -96,11 +96,11 @@ class AnswerReward:
         rows, pairs = [], []
         values = column_values(columns, column, list(columns))
         for row, (completion, value) in enumerate(zip(completions, values, strict=True)):
-            golds = self._gold(value)
-            if golds is None:
+            gold_answers = self._gold(value)
+            if gold_answers is None:
                 if self.on_bad_gold == "raise":
                     raise ValueError(bad_gold_message(row, column, value))
-                counts["skipped_golds"] += 1
+                counts["skipped_gold_answers"] += 1
                 rewards[row] = None
                 continue
             formed = None if well_formed is None else well_formed[row]
@@ -111,11 +111,11 @@ class AnswerReward:
             answer = (last_boxed(part) or "").strip()
             if not answer:
                 counts["no_box"] += 1
-            elif len(answer) > self.max_answer_length and answer not in golds:
+            elif len(answer) > self.max_answer_length and answer not in gold_answers:
                 counts["too_long"] += 1
             else:
                 rows.append(row)
-                pairs.append((golds, answer))
+                pairs.append((gold_answers, answer))
         for row, score in zip(rows, self._grade(pairs, counts), strict=True):
             rewards[row] = score
             counts["graded"] += score is not None
@@ -137,14 +137,14 @@ class AnswerReward:
             their number.
 
         Raises:
-            `ValueError`: Naming row, column and value of the first bad gold, or the columns if none holds golds.
+            `ValueError`: Names row, column and value of the first bad gold answer, or the columns if none holds any.
         """
-        return check_golds(dataset, self.answer_columns, self._gold, skip=self.on_bad_gold == "skip")
+        return check_gold_answers(dataset, self.answer_columns, self._gold, skip=self.on_bad_gold == "skip")
 
     def _gold(self, value: Any) -> list[str] | None:
         """Alternatives of a gold answer, `None` for a value that is none."""
         return gold_alternatives(value)
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> Sequence[float | None]:
-        """Score answers against the alternatives of their golds, adding to `counts`."""
+        """Score answers against the alternatives of their gold answers, adding to `counts`."""
         raise NotImplementedError

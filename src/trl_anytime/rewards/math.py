@@ -79,8 +79,8 @@ class MathReward(AnswerReward):
     def _score(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
         exact = Exact()
         outcomes: dict[tuple[str, str], str | None] = {}  # of a gold and an answer, each pair once; None: for a worker
-        for golds, answer in pairs:
-            for gold in golds:
+        for gold_answers, answer in pairs:
+            for gold in gold_answers:
                 if (gold, answer) not in outcomes:
                     verdict = answers_equal(gold, answer, exact)
                     outcomes[gold, answer] = None if verdict is None else "equal" if verdict else "different"
@@ -88,8 +88,8 @@ class MathReward(AnswerReward):
         if pending:
             outcomes |= zip(pending, get_pool(self._pool_settings()).grade(pending), strict=True)
         scores: list[float | None] = []
-        for golds, answer in pairs:
-            found = {outcomes[gold, answer] for gold in golds}
+        for gold_answers, answer in pairs:
+            found = {outcomes[gold, answer] for gold in gold_answers}
             late = "late" in found and "equal" not in found
             scores.append(None if late else float("equal" in found))
             if late:
@@ -131,7 +131,11 @@ def _shortfall(counts: Mapping[str, float], total: int) -> str:
 
 
 def grade_answers(
-    answers: Sequence[str], golds: Sequence[Any], *, counts: MutableMapping[str, float] | None = None, **settings: Any
+    answers: Sequence[str],
+    gold_answers: Sequence[Any],
+    *,
+    counts: MutableMapping[str, float] | None = None,
+    **settings: Any,
 ) -> list[float | None]:
     r"""Grade bare answers, as they stand in a box, in bulk.
 
@@ -140,7 +144,7 @@ def grade_answers(
     Args:
         answers (`Sequence[str]`):
             Contents of boxes, without `\boxed{}`.
-        golds (`Sequence`):
+        gold_answers (`Sequence`):
             One gold answer for each: a string, an int, a float, or a list of these, of which any is right.
         counts (`MutableMapping[str, float]`, *optional*):
             Gets the numbers of answers that are `graded`, `too_long` (score 0), `timeouts` and `dead_workers` (of
@@ -163,16 +167,16 @@ def grade_answers(
     [1.0, 0.0, 1.0]
     ```
     """
-    if len(answers) != len(golds):
-        raise ValueError(f"There are {len(answers)} answers but {len(golds)} gold answers.")
+    if len(answers) != len(gold_answers):
+        raise ValueError(f"There are {len(answers)} answers but {len(gold_answers)} gold answers.")
     reward = MathReward(**settings)
     found = Counter(dict.fromkeys(("graded", "too_long", "timeouts", "dead_workers", "ungraded"), 0))
     scores: list[float | None] = [0.0] * len(answers)
     rows, pairs = [], []
-    for row, (answer, value) in enumerate(zip(answers, golds, strict=True)):
+    for row, (answer, value) in enumerate(zip(answers, gold_answers, strict=True)):
         alternatives = gold_alternatives(value)
         if alternatives is None:
-            raise ValueError(bad_gold_message(row, "golds", value, "drop them"))
+            raise ValueError(bad_gold_message(row, "gold_answers", value, "drop them"))
         if len(answer) <= reward.max_answer_length or answer in alternatives:
             rows.append(row)
             pairs.append((alternatives, answer))

@@ -32,7 +32,7 @@ class ExactMatch(AnswerReward):
         return gold_alternatives(value, any_text=True)
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
-        return [float(self._key(answer) in map(self._key, golds)) for golds, answer in pairs]
+        return [float(self._key(answer) in map(self._key, gold_answers)) for gold_answers, answer in pairs]
 
     def _key(self, text: str) -> str:
         text = " ".join(text.split())
@@ -61,7 +61,7 @@ class MultipleChoice(AnswerReward):
         return known if known and len(known) == len(letters) else None
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
-        return [float(self._letter(answer) in golds) for golds, answer in pairs]
+        return [float(self._letter(answer) in gold_answers) for gold_answers, answer in pairs]
 
     def _letter(self, text: str) -> str | None:
         """The one choice that a text names, `None` if it names none or several."""
@@ -106,11 +106,11 @@ class NumericClose(AnswerReward):
     def _gold(self, value: Any) -> list[str] | None:
         # Within a tolerance, the last digits of a large float do not matter
         is_float = isinstance(value, float) and math.isfinite(value)
-        golds = [repr(value)] if is_float else gold_alternatives(value)
-        return golds if golds and all(_number(gold) is not None for gold in golds) else None
+        gold_answers = [repr(value)] if is_float else gold_alternatives(value)
+        return gold_answers if gold_answers and all(_number(gold) is not None for gold in gold_answers) else None
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float]:
-        return [float(any(self._close(gold, answer) for gold in golds)) for golds, answer in pairs]
+        return [float(any(self._close(gold, answer) for gold in gold_answers)) for gold_answers, answer in pairs]
 
     def _close(self, gold: str, answer: str) -> bool:
         target, value = _number(gold), _number(answer)

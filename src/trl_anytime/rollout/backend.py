@@ -29,9 +29,9 @@ class RolloutSettings:
         max_summary_length (`int`):
             Most tokens sampled for one summary.
         markers ([`ThinkingMarkers`]):
-            What ends a thinking and what is spliced in after it.
+            What ends a trace and what is spliced in after it.
         eos_token_ids (`list[int]`):
-            Tokens that end a summary, or a thinking without its end.
+            Tokens that end a summary, or a trace without its end.
         num_generations (`int`, *optional*, defaults to `1`):
             So many adjacent prompts are the same.
         share_summaries (`bool`, *optional*, defaults to `False`):
@@ -49,13 +49,13 @@ class RolloutSettings:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens at which the sampling of a thinking may stop. A marker that is found in the text cannot stop it: what
+        """Tokens at which the sampling of a trace may stop. A marker that is found in the text cannot stop it: what
         follows it is dropped afterwards."""
         end = self.markers.think_end_ids
         return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
 
     def contexts(self, thinking: Thinking) -> list[Context]:
-        """Where a thinking is summarised: the distinct cuts, each with the budgets that share it."""
+        """Where a trace is summarised: the distinct cuts, each with the budgets that share it."""
         budgets_at: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for j, budget in enumerate(self.budgets):
             budgets_at.setdefault(thinking.cut(budget, self.markers), []).append(j)
@@ -146,12 +146,12 @@ class PrefixGeneration(Generation):
             sampled, logprobs = self._sample(
                 prompts, settings.budgets[-1], settings.stop_token_ids, settings.num_generations
             )
-        thinkings = [
+        traces = [
             Thinking.from_tokens(ids, markers, settings.eos_token_ids, None if logprobs is None else logprobs[i])
             for i, ids in enumerate(sampled)
         ]
 
-        contexts = [settings.contexts(thinking) for thinking in thinkings]
+        contexts = [settings.contexts(thinking) for thinking in traces]
         # Ordered by budget, so that rows of similar length meet in a batch
         slots = sorted(
             ((i, k) for i in range(len(prompts)) for k in range(len(contexts[i]))),
@@ -160,7 +160,7 @@ class PrefixGeneration(Generation):
         rows = [
             context_ids
             for i, k in slots
-            for context_ids in [contexts[i][k].token_ids(prompts[i], thinkings[i])] * contexts[i][k].num_summaries
+            for context_ids in [contexts[i][k].token_ids(prompts[i], traces[i])] * contexts[i][k].num_summaries
         ]
         with self.times("summarising"):
             sampled, logprobs = self._sample(
@@ -169,12 +169,12 @@ class PrefixGeneration(Generation):
 
         def by_context(values: list) -> list[list[list]]:
             rest = iter(values)
-            of_slot = {(i, k): list(islice(rest, contexts[i][k].num_summaries)) for i, k in slots}
-            return [[of_slot[i, k] for k in range(len(contexts[i]))] for i in range(len(prompts))]
+            by_slot = {(i, k): list(islice(rest, contexts[i][k].num_summaries)) for i, k in slots}
+            return [[by_slot[i, k] for k in range(len(contexts[i]))] for i in range(len(prompts))]
 
         summaries = by_context(sampled)
         summary_logprobs = [None] * len(prompts) if logprobs is None else by_context(logprobs)
         return [
-            Rollout.assemble(prompt, thinkings[i], contexts[i], summaries[i], summary_logprobs[i])
+            Rollout.assemble(prompt, traces[i], contexts[i], summaries[i], summary_logprobs[i])
             for i, prompt in enumerate(prompts)
         ]

@@ -141,7 +141,7 @@ class CompletionClient:
                 raise Unfit("`choices` are not numbered from 0 on")
             if any(choice.get("token_ids") is None for choice in choices):
                 raise ValueError(
-                    f"{self.base_url} returns no token ids, without which thinkings cannot be cut exactly: serve the "
+                    f"{self.base_url} returns no token ids, without which traces cannot be cut exactly: serve the "
                     "model with vLLM (`trl-anytime serve-command`), which knows `return_token_ids`."
                 )
             for choice in choices:
@@ -321,7 +321,7 @@ def _retry_after(error: HTTPError) -> float:
 
 class ServerGeneration(Generation):
     """
-    The two phases by an OpenAI-compatible server: one request for a thinking, and one for all its summaries.
+    The two phases by an OpenAI-compatible server: one request for a trace, and one for all its summaries.
 
     Args:
         client ([`CompletionClient`]):

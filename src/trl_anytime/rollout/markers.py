@@ -11,7 +11,7 @@ from .end_search import TextSearch, TokenBytes, TokenSearch
 from .templates import advise_open, find_think_end, find_think_start, template_of, thinking_state
 from .templates import render_prompt as render_prompt  # which most users of this module need, too
 
-# Text that closes a thinking that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
+# Text that closes a trace that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
 # else the one released with the paper for DeepSeek-R1-Distill.
 _TRUNCATION_BRIDGES = (
     (
@@ -21,7 +21,7 @@ _TRUNCATION_BRIDGES = (
     ),
     ("", "...\n\n...\n\n{think_end}"),
 )
-# What may stand before and behind the end of a thinking
+# What may stand before and behind the end of a trace
 _NEIGHBOURS = ((".", ""), (" ", ""), (")", "\n"), ("\n", "\n\n"), ("4", "4"), ("a", "a"))
 _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 
@@ -29,7 +29,7 @@ _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 @dataclass(frozen=True)
 class ThinkingMarkers:
     """
-    What ends a thinking and what is spliced in after it.
+    What ends a trace and what is spliced in after it.
 
     A marker that is one token is found by its id; text that spells it does not count. One that tokenizers write in
     more than one way is found in the text of the tokens, for which the tokenizer is needed ([`with_tokenizer`]): a
@@ -41,11 +41,11 @@ class ThinkingMarkers:
         think_end_ids (`tuple[int, ...]`):
             Its token ids.
         truncation_bridge (`str`):
-            Text that closes a thinking that is cut before its end.
+            Text that closes a trace that is cut before its end.
         truncation_bridge_ids (`tuple[int, ...]`):
             Its token ids.
         answer_bridge (`str`):
-            Text that opens the summary, after a thinking that ended by itself or was closed.
+            Text that opens the summary, after a trace that ended by itself or was closed.
         answer_bridge_ids (`tuple[int, ...]`):
             Its token ids.
         in_text (`bool`, *optional*):
@@ -104,7 +104,7 @@ class ThinkingMarkers:
 
 class EndScan:
     """
-    Looks for the end of a thinking that grows, at each token once.
+    Looks for the end of a trace that grows, at each token once.
 
     Args:
         markers ([`ThinkingMarkers`]):
@@ -150,7 +150,7 @@ def find_markers(
         think_end (`str`, *optional*):
             Text that ends the thinking. Found from prompt, template and vocabulary if not set.
         truncation_bridge (`str`, *optional*):
-            Text that closes a cut thinking; contains `think_end` exactly once. By family of template if not set.
+            Text that closes a cut trace; contains `think_end` exactly once. By family of template if not set.
         answer_bridge (`str`, *optional*, defaults to `"\\n\\n**Final Answer**\\n"`):
             Text that opens the summary.
         conversation (`list[dict]`, *optional*):

@@ -20,7 +20,7 @@ SAMPLING = {
 @dataclass(frozen=True)
 class Sampling:
     """
-    How tokens are drawn, in thinkings and summaries alike.
+    How tokens are drawn, in traces and summaries alike.
 
     Args:
         temperature (`float`, *optional*, defaults to `1.0`):

@@ -53,7 +53,7 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
 
 def find_think_start(think_end: str, *texts: str) -> str:
     """
-    Find the text that starts a thinking which ends with `think_end`, or `""` if nothing tells it.
+    Find the text that starts a trace which ends with `think_end`, or `""` if nothing tells it.
 
     Args:
         think_end (`str`):
@@ -96,7 +96,7 @@ def thinking_state(prompt: str, generation_prompt: str | None, think_start: str,
             Text that ends the thinking.
 
     Returns:
-        `str`: `"opened"` (the model goes on thinking), `"closed"` (the model must answer at once) or `"left"`
+        `str`: `"opened"` (the model goes on thinking), `"closed"` (the model must answer at once) or `"model_decides"`
         (starting to think is left to the model).
     """
     tail = prompt if generation_prompt is None else generation_prompt
@@ -105,7 +105,7 @@ def thinking_state(prompt: str, generation_prompt: str | None, think_start: str,
     # Without a template, earlier text may talk about the markers: then only the very end can have closed the thinking
     if prompt.rstrip().endswith(end) if generation_prompt is None else ended > started:
         return "closed"
-    return "opened" if started > ended else "left"
+    return "opened" if started > ended else "model_decides"
 
 
 def render_prompt(
@@ -192,7 +192,7 @@ def advise_open(
         thinking_state(*render_prompt(tokenizer, prompt, chat_template_kwargs), think_start, think_end) == "closed"
     )
     closing = {name for (name, _), state in states.items() if state == "closed"}
-    for wanted in ("opened", "left"):
+    for wanted in ("opened", "model_decides"):
         for (name, value), state in states.items():
             if state == wanted and (closed_as_it_is or name in closing):
                 kwargs = {**chat_template_kwargs, name: value}

@@ -68,7 +68,7 @@ class TransformersGeneration(Generation):
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.times.seconds.clear()
         prompts = [list(ids) for ids in prompt_ids]
-        # A thinking, and room for the summaries of one budget
+        # A trace, and room for the summaries of one budget
         per_branch = settings.markers.max_bridge_length + settings.max_summary_length
         per_rollout = max(map(len, prompts)) + settings.budgets[-1] + settings.num_summaries * per_branch
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
@@ -77,15 +77,15 @@ class TransformersGeneration(Generation):
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
                 with self.times("thinking"):
-                    thinkings, trunks = self._think(model, part, settings)
+                    traces, trunks = self._think(model, part, settings)
                 with self.times("summarising"):
-                    rollouts += self._summarise(model, part, thinkings, trunks, settings)
+                    rollouts += self._summarise(model, part, traces, trunks, settings)
         return rollouts
 
     def _think(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
     ) -> tuple[list[Thinking], list[Trunk]]:
-        """One thinking for each prompt, and the trunks that hold their keys and values."""
+        """One trace for each prompt, and the trunks that hold their keys and values."""
         width, most = max(map(len, prompts)), settings.budgets[-1]
         padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         token_ids = torch.tensor(padded, device=model.device)
@@ -117,7 +117,7 @@ class TransformersGeneration(Generation):
             finished = [r for r, row in enumerate(rows) if row not in running]
             if running and len(finished) <= _FINISHED_SHARE * len(rows):
                 continue
-            trunk = Trunk.of(cache, starts, rows)
+            trunk = Trunk.from_cache(cache, starts, rows)
             if not running:
                 trunks.append(trunk)
                 break
@@ -132,7 +132,7 @@ class TransformersGeneration(Generation):
         self,
         model: PreTrainedModel,
         prompts: list[list[int]],
-        thinkings: list[Thinking],
+        traces: list[Thinking],
         trunks: list[Trunk],
         settings: RolloutSettings,
     ) -> list[Rollout]:
@@ -141,11 +141,11 @@ class TransformersGeneration(Generation):
             for trunk in trunks
             for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
         }
-        contexts = [settings.contexts(thinking) for thinking in thinkings]
-        slots = [(i, context) for i, of_thinking in enumerate(contexts) for context in of_thinking]
+        contexts = [settings.contexts(thinking) for thinking in traces]
+        slots = [(i, context) for i, trace_contexts in enumerate(contexts) for context in trace_contexts]
         branch_contexts = []
         for i, context in slots:
-            history = context.token_ids(prompts[i], thinkings[i])
+            history = context.token_ids(prompts[i], traces[i])
             seen = min(cached[i], len(prompts[i]) + context.cut)
             branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
@@ -162,11 +162,11 @@ class TransformersGeneration(Generation):
                 eos_token_ids=settings.eos_token_ids,
                 max_new_tokens=settings.max_summary_length,
             )
-            for (c, _), of_context in zip(part, branches, strict=True):
-                decoded[c] += of_context
+            for (c, _), context_samples in zip(part, branches, strict=True):
+                decoded[c] += context_samples
         rest = iter(decoded)
         return [
-            Rollout.assemble(prompts[i], thinkings[i], contexts[i], list(islice(rest, len(contexts[i]))))
+            Rollout.assemble(prompts[i], traces[i], contexts[i], list(islice(rest, len(contexts[i]))))
             for i in range(len(prompts))
         ]
 
@@ -236,7 +236,7 @@ def _prepared_sampling(
     )
 
 
-def sampling_objection(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
+def unsupported_sampling(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
     """Why branches cannot be sampled as `generation_config` asks, or `None`."""
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):

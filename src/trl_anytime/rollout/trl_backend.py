@@ -11,10 +11,10 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 
-from ..modeling.support import decoding_objection
+from ..modeling.support import branching_mismatch
 from ..modeling.tree_attention import plain_attention
 from .backend import Generation, PrefixGeneration
-from .transformers_backend import TransformersGeneration, sampling_objection
+from .transformers_backend import TransformersGeneration, unsupported_sampling
 from .vllm_backend import ColocateGeneration, ServerSampler
 
 logger = get_logger(__name__)
@@ -46,7 +46,7 @@ def choose_backend(trainer: Any, has_tree_attention: bool) -> Generation:
         reason = "the model has no tree attention"
     else:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        reason = sampling_objection(model, trainer.generation_config) or decoding_objection(model)
+        reason = unsupported_sampling(model, trainer.generation_config) or branching_mismatch(model)
     if reason is None:
         return TransformersGeneration(
             partial(_hold_model, trainer),

@@ -1,4 +1,4 @@
-"""One rollout: a thinking, its cuts, and the summaries drawn at each of them, as token ids."""
+"""One rollout: a trace, its cuts, and the summaries drawn at each of them, as token ids."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from .markers import ThinkingMarkers
 @dataclass(frozen=True)
 class Thinking:
     """
-    A sampled thinking.
+    A sampled trace.
 
     Args:
         token_ids (`list[int]`):
             At most b_m tokens, up to and including the end of thinking or EOS if one came.
         finished (`bool`):
             Whether it ends with the end of thinking.
-        abandoned (`bool`):
+        ended_with_eos (`bool`):
             Whether it ends with EOS instead.
         logprobs (`list[float]`, *optional*):
             Log-probabilities of its tokens in the sampling distribution, where the backend knows them.
@@ -28,7 +28,7 @@ class Thinking:
 
     token_ids: list[int]
     finished: bool
-    abandoned: bool
+    ended_with_eos: bool
     logprobs: list[float] | None = None
 
     @classmethod
@@ -42,8 +42,8 @@ class Thinking:
         """The thinking in sampled `token_ids`: what comes after the first end of thinking is dropped."""
         end = markers.end_of_thinking(token_ids)
         kept = list(token_ids[:end])
-        abandoned = end is None and bool(kept) and kept[-1] in eos_token_ids
-        return cls(kept, end is not None, abandoned, None if logprobs is None else list(logprobs[: len(kept)]))
+        ended_with_eos = end is None and bool(kept) and kept[-1] in eos_token_ids
+        return cls(kept, end is not None, ended_with_eos, None if logprobs is None else list(logprobs[: len(kept)]))
 
     def cut(self, budget: int, markers: ThinkingMarkers) -> tuple[int, tuple[int, ...]]:
         """
@@ -62,7 +62,7 @@ class Thinking:
 @dataclass(frozen=True)
 class Context:
     """
-    Where a thinking is summarised.
+    Where a trace is summarised.
 
     Args:
         cut (`int`):
@@ -98,7 +98,7 @@ class Context:
 @dataclass(frozen=True)
 class Rollout:
     """
-    A thinking with A summaries at each of M budgets.
+    A trace with A summaries at each of M budgets.
 
     Args:
         prompt_ids (`list[int]`):
@@ -151,8 +151,8 @@ class Rollout:
 
         def by_budget(sampled: Sequence[Sequence[Any]]) -> list[list[Any]]:
             dealt: dict[int, list[Any]] = {}
-            for context, of_context in zip(contexts, sampled, strict=True):
-                dealt |= context.by_budget(of_context)
+            for context, context_samples in zip(contexts, sampled, strict=True):
+                dealt |= context.by_budget(context_samples)
             return [dealt[j] for j in range(len(dealt))]
 
         return cls(
@@ -183,8 +183,8 @@ class Rollout:
         if self.thinking.logprobs is None or self.summary_logprobs is None:
             return None
         packed = list(self.thinking.logprobs)
-        for bridge, of_budget in zip(self.bridges, self.summary_logprobs, strict=True):
-            for logprobs in of_budget:
+        for bridge, at_budget in zip(self.bridges, self.summary_logprobs, strict=True):
+            for logprobs in at_budget:
                 packed += [0.0] * len(bridge) + logprobs
         return packed
 
@@ -198,7 +198,7 @@ class Rollout:
         overlap = markers.max_end_length
         return [
             [
-                not self.thinking.abandoned
+                not self.thinking.ended_with_eos
                 and markers.count_think_end([*self.thinking.token_ids[max(cut - overlap, 0) : cut], *bridge, *summary])
                 == 1
                 for summary in budget_summaries

@@ -104,7 +104,7 @@ class _EngineLoop:
                 f"context of {context}. Raise `vllm_max_model_length`, lower `budgets` or "
                 "`max_summary_length`, or drop the longest prompts."
             )
-        # Deltas, as otherwise a thinking would be copied as a whole for each of its tokens
+        # Deltas, as otherwise a trace would be copied as a whole for each of its tokens
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
         continuation = _Continuation(f"rollout-{self._num_requests}")
         self._num_requests += 1
@@ -213,8 +213,8 @@ class _OpenRollout:
             self.thinking(settings),
             settings.budgets,
             settings.markers,
-            [[summary.token_ids for summary in of_budget] for of_budget in self.summaries],
-            [[summary.logprobs for summary in of_budget] for of_budget in self.summaries],
+            [[summary.token_ids for summary in at_budget] for at_budget in self.summaries],
+            [[summary.logprobs for summary in at_budget] for at_budget in self.summaries],
         )
 
 
@@ -224,7 +224,7 @@ class EngineGeneration(Generation):
 
     A summary's context is a prefix that the engine has just computed, and whose keys and values are in its prefix
     cache. With `overlap` the summaries at a budget are requested as soon as the thinking has passed it, and take the
-    places of thinkings that have ended while others still run.
+    places of traces that have ended while others still run.
 
     Args:
         engine (`vllm.v1.engine.llm_engine.LLMEngine`):

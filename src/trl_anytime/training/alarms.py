@@ -41,7 +41,7 @@ GRAD_NORM_GROWTH = 10.0
 # The norm is logged for one update, and says nothing of the others since the last log: one alone may be a chance
 GRAD_NORMS = 3
 
-_PIECE = 80  # characters of a prompt, of either end of a thinking, of a summary: all four make a few lines
+_PIECE = 80  # characters of a prompt, of either end of a trace, of a summary: all four make a few lines
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ ALARMS = (
         "the spread of `anytime/reward@…`, as a share of the largest,",
         _reward_spread,
         SAME,
-        "lower the first of `budgets` if thinkings end before it, and else check that the reward function reads the "
+        "lower the first of `budgets` if traces end before it, and else check that the reward function reads the "
         "completion",
         low=True,
     ),

@@ -236,7 +236,7 @@ def settings(
     num_prompts: int | None,
     prompts: str | None,
     rollouts_in_use: bool,
-    further: Mapping[str, Mapping[str, Any]],
+    extra_settings: Mapping[str, Mapping[str, Any]],
     evaluation_due: bool,
 ) -> dict[str, Any]:
     """
@@ -256,7 +256,7 @@ def settings(
             Fingerprint of their prompts, see [`fingerprint_of_prompts`].
         rollouts_in_use (`bool`):
             Whether training is in the middle of a generation batch.
-        further (`Mapping`):
+        extra_settings (`Mapping`):
             What a trainer adds to `"fixed"`, which must not change, and to `"reported"`, which may.
         evaluation_due (`bool`):
             Whether the evaluation of this step was left out, to be done first when the run goes on.
@@ -272,7 +272,7 @@ def settings(
     compared = {
         "fixed": {
             **{name: getattr(args, name) for name in _FIXED},
-            **further["fixed"],
+            **extra_settings["fixed"],
             **{f"model.config.{name}": value for name, value in config.items()},
             **{
                 f"peft_config[{name!r}].{key}": value
@@ -285,7 +285,7 @@ def settings(
             "weights of the base or reference model": None if frozen is None else fingerprint_of_weights(frozen),
         },
         "geometry": {name: getattr(args, name) for name in _GEOMETRY},
-        "reported": {**{name: getattr(args, name) for name in _REPORTED}, **further["reported"]},
+        "reported": {**{name: getattr(args, name) for name in _REPORTED}, **extra_settings["reported"]},
         "rollouts_in_use": rollouts_in_use,
         "evaluation_due": evaluation_due,
         "steps_between_generations": generate_every(args) / args.gradient_accumulation_steps,

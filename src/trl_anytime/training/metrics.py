@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..method.advantages import Returns, baseline_diagnostics
-from ..method.budgets import live_segments
+from ..method.budgets import nonempty_segments
 from ..outside.display import for_terminal
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
@@ -85,9 +85,9 @@ def rollout_metrics(
             (
                 len(thinking.token_ids),
                 thinking.finished,
-                not (thinking.finished or thinking.abandoned),
+                not (thinking.finished or thinking.ended_with_eos),
                 thinking.finished and len(thinking.token_ids) <= len(markers.think_end_ids),
-                (thinking.finished or thinking.abandoned) and len(thinking.token_ids) <= budgets[0],
+                (thinking.finished or thinking.ended_with_eos) and len(thinking.token_ids) <= budgets[0],
             )
             for thinking in (rollout.thinking for rollout in rollouts)
         ],
@@ -98,9 +98,9 @@ def rollout_metrics(
             [
                 [
                     (len(ids), len(ids) == max_summary_length and ids[-1] not in eos_token_ids, formed)
-                    for ids, formed in zip(*of_budget, strict=True)
+                    for ids, formed in zip(*at_budget, strict=True)
                 ]
-                for of_budget in zip(rollout.summaries, rollout.well_formed(markers), strict=True)
+                for at_budget in zip(rollout.summaries, rollout.well_formed(markers), strict=True)
             ]
             for rollout in rollouts
         ],
@@ -133,7 +133,7 @@ def baseline_metrics(
     segments: Returns,
     cuts: torch.Tensor,
     budgets: Sequence[int],
-    further: Mapping[str, torch.Tensor] | None = None,
+    extra_baselines: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """
     The paper's diagnostics per segment: Var[R - V] / Var[R] and Corr[V, R] for each baseline.
@@ -145,14 +145,14 @@ def baseline_metrics(
             Shape (P, G, M), the thinking tokens up to each budget.
         budgets (`Sequence[int]`):
             The M budgets in tokens.
-        further (`Mapping[str, torch.Tensor]`, *optional*):
+        extra_baselines (`Mapping[str, torch.Tensor]`, *optional*):
             Baselines that are not in `segments`, by name, each of shape (P, G, M).
 
     Returns:
         `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends. What is not
         defined, because a variance is zero, is left out.
     """
-    diagnostics = baseline_diagnostics(segments, live_segments(cuts, budgets), further)
+    diagnostics = baseline_diagnostics(segments, nonempty_segments(cuts, budgets), extra_baselines)
     return {
         f"baseline/{statistic}/{name}@{budget}": [value]
         for statistic, by_baseline in diagnostics.items()

@@ -18,10 +18,10 @@ def weighs_rollouts_alike(args: Any, aux_loss_enabled: bool) -> bool:
         aux_loss_enabled (`bool`):
             Whether the loss that balances experts counts.
     """
-    of_micro_batches = (  # a mean, a quantile and a product of means over the tokens of a micro-batch
+    per_micro_batch = (  # a mean, a quantile and a product of means over the tokens of a micro-batch
         args.entropy_coef != 0 or args.use_adaptive_entropy or args.top_entropy_quantile < 1 or aux_loss_enabled
     )
-    return args.loss_type in _EXACT_LOSSES and not of_micro_batches
+    return args.loss_type in _EXACT_LOSSES and not per_micro_batch
 
 
 def sort_by_length(batches: list[dict[str, Any]], accumulated: int) -> list[dict[str, Any]]:

@@ -334,14 +334,16 @@ class ReliableGRPOTrainer(GRPOTrainer):
     @property
     def _num_real(self) -> int:
         """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
-        of_all = self._num_of_all_ranks
+        on_all_ranks = self._num_of_all_ranks
         state = self.accelerator.gradient_state
         if self.model.training or not state.end_of_dataloader:
-            return of_all
+            return on_all_ranks
         loader = state.active_dataloader
         if not hasattr(loader.dataset, "__len__"):  # a stream does not know where it began anew
-            return of_all
-        return min(of_all, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or of_all)
+            return on_all_ranks
+        return min(
+            on_all_ranks, len(loader.dataset) * self.num_generations_eval % loader.total_batch_size or on_all_ranks
+        )
 
     def _count_lengths_anew(self, completion_ids: list[list[int]], masks: list[list[int]] | None) -> None:
         """Replace the lengths that TRL has logged by those without the rollouts that fill up an evaluation's batch."""

@@ -220,7 +220,7 @@ def _inside(value: Any, keys: Sequence[str]) -> Any:
     return value
 
 
-def check_golds(
+def check_gold_answers(
     dataset: Any, answer_columns: Sequence[str], read_gold: Callable[[Any], list[str] | None], *, skip: bool
 ) -> Any:
     """Check every gold answer of a dataset, see [`AnswerReward.check_dataset`].
