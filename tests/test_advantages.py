@@ -9,6 +9,7 @@ from trl_anytime.method.advantages import (
     baseline_diagnostics,
     segment_returns,
     summary_advantages,
+    summary_weights,
     thinking_advantages,
 )
 from trl_anytime.method.budgets import thinking_cuts
@@ -94,6 +95,96 @@ def test_summary_advantages_by_hand():
     torch.testing.assert_close(summary_advantages(rewards, cuts, "final"), final)
 
 
+def test_summary_weights_by_hand():
+    # Priors of budgets 1 and 3: uniform 1/2 1/2, linear 1/4 3/4, base 0 1; divided by A = 2
+    expected = {"uniform": [1 / 4, 1 / 4], "linear": [1 / 8, 3 / 8], "base": [0, 1 / 2]}
+    for prior, weights in expected.items():
+        torch.testing.assert_close(summary_weights("objective", [1, 3], prior, 2), torch.tensor(weights))
+    assert summary_weights(0.25, [1, 3], "linear", 2).tolist() == [0.25, 0.25]
+
+    # Cut 1: mean 1/2; cut 3: mean 1/4. Times 1/8 and 3/8
+    rewards = torch.tensor([[[[1.0, 0], [0.5, 0]]]])
+    advantages = summary_advantages(rewards, torch.tensor([[[1, 3]]]), weights=torch.tensor(expected["linear"]))
+    torch.testing.assert_close(advantages, torch.tensor([[[[1 / 16, -1 / 16], [3 / 32, -3 / 32]]]]))
+    last = summary_advantages(rewards, torch.tensor([[[1, 3]]]), "final", torch.tensor(expected["linear"]))
+    torch.testing.assert_close(last, torch.tensor([[[[0, 0], [0, -3 / 32]]]]))
+
+
+class Enumerable:
+    """
+    A policy of two thinking tokens and one-token answers, all of whose groups can be listed.
+
+    Budgets 1 and 2, so that no two budgets share a cut. `thought` holds the logits of both thinking tokens,
+    `answers[j]` those of the answer at budget j after each prefix.
+    """
+
+    budgets = (1, 2)
+    prior = (1.0, 3.0)
+
+    def __init__(self, num_summaries):
+        generator = torch.Generator().manual_seed(0)
+
+        def logits(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        self.parameters = [logits(2), logits(2, 2), logits(2, 2), logits(4, 2)]
+        self.rewards = [torch.rand((rows, 2), generator=generator, dtype=torch.float64) for rows in (2, 4)]
+        sizes = [2, 2] + [2] * (2 * num_summaries)
+        one = torch.cartesian_prod(*(torch.arange(size) for size in sizes))  # (outcomes, tokens) of one trace
+        prefixes = torch.stack([one[:, 0], one[:, 0] * 2 + one[:, 1]], dim=1)
+        answers = one[:, 2:].view(-1, 2, num_summaries)
+        first, second, *tables = (x.log_softmax(-1) for x in self.parameters)
+        self.thought = torch.stack([first[one[:, 0]], second[one[:, 0], one[:, 1]]], dim=1)  # log π of each token
+        self.answer = torch.stack([tables[j][prefixes[:, j, None], answers[:, j]] for j in range(2)], dim=1)
+        self.scores = torch.stack([self.rewards[j][prefixes[:, j, None], answers[:, j]] for j in range(2)], dim=1)
+
+    def gradient_of_objective(self):
+        weights = torch.tensor(self.prior) / sum(self.prior)
+        one = self.thought[:, 0].exp() * self.thought[:, 1].exp() * self.answer.exp().flatten(1).prod(1)
+        objective = (one * (self.scores.mean(2) * weights).sum(1)).sum()
+        return torch.cat([x.flatten() for x in torch.autograd.grad(objective, self.parameters, retain_graph=True)])
+
+    def expected_gradient(self, baseline, weight):
+        """Of the loss on a group of two: Σ over all pairs of outcomes of probability · Σ A ∇log π."""
+        num, num_summaries = len(self.scores), self.scores.size(2)
+        pairs = torch.cartesian_prod(torch.arange(num), torch.arange(num))  # (P, G)
+        thinking = thinking_advantages(self.scores[pairs], self.budgets, self.prior, baseline)
+        cuts = torch.tensor(self.budgets).expand(len(pairs), 2, 2)
+        weights = summary_weights(weight, self.budgets, self.prior, num_summaries)
+        summary = summary_advantages(self.scores[pairs], cuts, weights=weights)
+        log_thought, log_answer = self.thought[pairs], self.answer[pairs]
+        probability = (log_thought.sum((1, 2)) + log_answer.sum((1, 2, 3))).exp().detach()
+        per_group = (thinking * log_thought).sum((1, 2)) + (summary * log_answer).sum((1, 2, 3))
+        loss = (probability * per_group).sum() / 2  # a mean over the group's traces
+        return torch.cat([x.flatten() for x in torch.autograd.grad(loss, self.parameters, retain_graph=True)])
+
+
+@pytest.mark.parametrize("num_summaries", [1, 2])
+def test_expected_gradient_of_an_enumerable_policy(num_summaries):
+    """
+    With the objective's weights, thinking and summaries follow the gradient of J; with the released ones they do not.
+
+    A mean over n rewards that holds the own one leaves 1 - 1/n of the gradient. The group's mean does so for the
+    thinking, G = 2; for the summaries that of the group (A = 1) or of the cut (A = 2): 1/2 in all cases.
+    """
+    policy = Enumerable(num_summaries)
+    exact = policy.gradient_of_objective()
+    torch.testing.assert_close(policy.expected_gradient("v2", "objective"), exact / 2, atol=1e-6, rtol=0)
+
+    released = policy.expected_gradient("v2", 1.0)
+    thinking = slice(6)  # the logits of the thinking tokens come first
+    torch.testing.assert_close(released[thinking], exact[thinking] / 2, atol=1e-6, rtol=0)
+    # Weight 1 in place of P_j / A, with P = 1/4, 3/4
+    factors = torch.tensor([4.0] * 4 + [4 / 3] * 8).double() * num_summaries
+    torch.testing.assert_close(released[6:], exact[6:] / 2 * factors, atol=1e-6, rtol=0)
+    assert torch.cosine_similarity(released, exact, dim=0) < 0.95
+
+    # Without the own trace in the thinking's baseline, its gradient is whole
+    for baseline in ("none", "v1"):
+        gradient = policy.expected_gradient(baseline, "objective")
+        torch.testing.assert_close(gradient[thinking], exact[thinking], atol=1e-6, rtol=0)
+
+
 def test_a_single_summary_is_compared_with_the_group():
     # One budget, rewards 1 and 0: the group's mean is 1/2, whatever the cuts
     rewards = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
@@ -152,6 +243,9 @@ def test_diagnostics_look_at_live_segments_only():
         (lambda r: thinking_advantages(r, [1, 2], "uniform", progress_decay=0.0), "`progress_decay` must lie"),
         (lambda r: thinking_advantages(r, [1, 2, 3], "uniform"), r"shape \(P, G, M, A\) with M = 3"),
         (lambda r: summary_advantages(r, torch.ones(1, 1, 2), "coupled"), "`summary_policy` must be one of"),
+        (lambda r: summary_weights("J", [1, 2], "uniform", 1), "`summary_weight`"),
+        (lambda r: summary_weights(-0.1, [1, 2], "uniform", 1), "`summary_weight`"),
+        (lambda r: summary_weights(math.nan, [1, 2], "uniform", 1), "`summary_weight`"),
     ],
 )
 def test_bad_arguments(call, message):

@@ -42,6 +42,7 @@ ARMS = {
     "8k_grpo_decouple": (4, "brpo", 4, "base", "v2"),
     "8k_grpo_vr": (1, "grpo", 4, "base", "brpo"),
 }
+OBJECTIVE = ("8k_anytime_uniform_objective", "16k_anytime_uniform_objective")
 SUMMARY_POLICIES = {"brpo": "decoupled", "grpo": "final"}  # the released names -> ours
 
 
@@ -67,7 +68,7 @@ def check_recipe(data_args, args, model_args, prompts: int, group: int):
 
 def test_every_configuration_is_checked():
     names = {path.stem for path in (EXAMPLES / "configs").iterdir()}
-    assert names == {*ARMS, "16k_anytime_uniform", "elastic_reasoning"}
+    assert names == {*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE}
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -89,6 +90,15 @@ def test_16k_recipe():
     assert args.budgets == [2000, 4000, 6000, 8000, 10000, 12000, 14000, 16000]
     assert (args.prior, args.baseline, args.num_summaries, args.summary_policy) == ("uniform", "brpo", 4, "decoupled")
     assert args.max_completion_length == 16000 + 33 * 128  # 8 budgets · 4 summaries, and one branch of slack
+
+
+@pytest.mark.parametrize("name", OBJECTIVE)
+def test_recipes_with_the_objectives_weight(name):
+    ours, papers = (
+        yaml.safe_load((EXAMPLES / "configs" / f"{stem}.yaml").read_text())
+        for stem in (name, name.removesuffix("_objective"))
+    )
+    assert ours == {**papers, "summary_weight": "objective", "output_dir": f"outputs/{name}"}
 
 
 def test_elastic_reasoning():
@@ -262,7 +272,7 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", "elastic_reasoning"])
+@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE])
 def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
     """One generation batch and its two optimizer steps, every budget divided by 500."""
     config = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())

@@ -85,6 +85,7 @@ UNIFORM = {
         ({"progress_decay": 0.9}, "custom"),
         ({"num_summaries": 1}, "custom"),
         ({"summary_policy": "final"}, "custom"),
+        ({"summary_weight": "objective"}, "custom"),
         ({"budgets": [3], "num_summaries": 1}, "GRPO"),
         ({"budgets": [3], "num_summaries": 1, "baseline": "none"}, "custom"),
         ({"budgets": [3]}, "custom"),

@@ -1,6 +1,7 @@
 """Settings of the [`BRPOTrainer`]: what BRPO adds to TRL's [`~trl.GRPOConfig`], and what it sets differently."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,13 +10,15 @@ from huggingface_hub.utils import validate_repo_id
 from trl import GRPOConfig
 
 from .method.advantages import BASELINES as COMPUTED_BASELINES
-from .method.advantages import SUMMARY_POLICIES
+from .method.advantages import OBJECTIVE, SUMMARY_POLICIES, summary_weights
 from .method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
 
 if TYPE_CHECKING:
     Prior = str | list[float]
+    Weight = float | str
 else:
     Prior = str  # HfArgumentParser takes `str | list[float]` for a list of floats, and `--prior linear` would fail
+    Weight = str
 
 # Inherited settings that have no meaning for packed rollouts: (name, the only value allowed, why, what to do instead)
 _FIXED_SETTINGS = (
@@ -134,6 +137,9 @@ class BRPOConfig(GRPOConfig):
             λ in (0, 1]: how fast the rewards of earlier budgets lose weight in V1.
         summary_policy (`str`, *optional*, defaults to `"decoupled"`):
             `"decoupled"` trains every summary by its own advantage, `"final"` only the last one of each trace.
+        summary_weight (`float` or `str`, *optional*, defaults to `1.0`):
+            Factor of the summaries' advantages. 1 is the released implementation's. `"objective"` gives each summary
+            its weight in the objective, P_j / A, so that thinking and summaries follow the gradient of the same J.
 
         > Parameters that control how a rollout is computed
 
@@ -236,6 +242,13 @@ class BRPOConfig(GRPOConfig):
         metadata={
             "help": "'decoupled' trains every summary by its own advantage, 'final' only the last of each trace.",
             "choices": list(SUMMARY_POLICIES),
+        },
+    )
+    summary_weight: Weight = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the summaries' advantages: a number, or 'objective' for the weight that each summary "
+            "has in the objective, its budget's prior divided by `num_summaries`."
         },
     )
 
@@ -362,6 +375,10 @@ class BRPOConfig(GRPOConfig):
             raise ValueError(f"`baseline` must be one of {BASELINES}, got {self.baseline!r}.")
         if self.summary_policy not in SUMMARY_POLICIES:
             raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {self.summary_policy!r}.")
+        if self.summary_weight != OBJECTIVE:
+            with suppress(ValueError):  # a number on the command line is a text; what is none is refused below
+                self.summary_weight = float(self.summary_weight)
+        summary_weights(self.summary_weight, self.budgets, self.prior, self.num_summaries)
         if self.packing not in PACKING:
             raise ValueError(f"`packing` must be one of {PACKING}, got {self.packing!r}.")
         check_on_nonfinite(self.on_nonfinite, self.deepspeed_plugin)

@@ -26,7 +26,7 @@ from .checks.run_start import StartReport
 from .checks.start_checks import context_overflow
 from .inference.anytime_config import AnytimeConfig
 from .method.adaptive_baseline import AdaptiveBaseline
-from .method.advantages import segment_returns, summary_advantages, thinking_advantages
+from .method.advantages import segment_returns, summary_advantages, summary_weights, thinking_advantages
 from .method.budgets import nonempty_segments, prior_weights
 from .method.packing import PackedRollouts
 from .modeling.support import check_sharded, choose_forward
@@ -63,6 +63,7 @@ _FIXED = (
     "baseline",
     "progress_decay",
     "summary_policy",
+    "summary_weight",
 )
 _BASELINE = "adaptive_baseline.pth"  # in a checkpoint
 
@@ -352,7 +353,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         thinking_PGM = thinking_advantages(
             rewards_PGMA, batch.budgets, batch.prior, baseline, self.args.progress_decay
         )
-        summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy)
+        weights_M = summary_weights(self.args.summary_weight, batch.budgets, batch.prior, batch.num_summaries)
+        summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy, weights_M)
         # Unknown where summaries could not be scored: no signal, counted in `anytime/unscored_ratio`
         thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
         summary = summary_PGMA.reshape(-1, num_budgets, batch.num_summaries).nan_to_num()

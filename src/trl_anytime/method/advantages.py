@@ -11,6 +11,7 @@ a trace at a budget are NaN, the returns that include this budget are unknown: t
 mean, and their advantages are NaN, for the caller to leave out of the loss.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from .budgets import prior_weights
 
 BASELINES = ("brpo", "v1", "v2", "none")
 SUMMARY_POLICIES = ("decoupled", "final")
+OBJECTIVE = "objective"
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,42 @@ def thinking_advantages(
     return segments.returns - (baseline(rewards, segments) if callable(baseline) else segments.baseline(baseline))
 
 
-def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = "decoupled") -> torch.Tensor:
+def summary_weights(
+    weight: float | str, budgets: Sequence[int], prior: str | Sequence[float], num_summaries: int
+) -> torch.Tensor:
     """
-    Advantage of every summary's tokens; it does not depend on the prior.
+    Return what each summary counts beside a thinking token.
+
+    The gradient of J = E[Σ_j P_j r(x, z_{≤ b_j})] by the summaries' tokens is Σ_j P_j / A Σ_a (r_{j,a} - b_j) ∇log π.
+
+    Args:
+        weight (`float` or `str`):
+            The same number for all summaries (1, the released implementation's), or `"objective"` for P_j / A.
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens.
+        prior (`str` or `Sequence[float]`):
+            Weights P_j of the budgets, see [`prior_weights`].
+        num_summaries (`int`):
+            Summaries A per trace and budget.
+
+    Returns:
+        `torch.Tensor`: float32 of shape (M,).
+
+    Raises:
+        `ValueError`: If `weight` is neither `"objective"` nor a finite number of at least 0.
+    """
+    if weight == OBJECTIVE:
+        return prior_weights(prior, budgets) / num_summaries
+    if isinstance(weight, str) or not 0 <= weight < math.inf:
+        raise ValueError(f"`summary_weight` must be a finite number of at least 0 or {OBJECTIVE!r}, got {weight!r}.")
+    return torch.full((len(budgets),), float(weight))
+
+
+def summary_advantages(
+    rewards: torch.Tensor, cuts: torch.Tensor, policy: str = "decoupled", weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Return the advantage of every summary's tokens.
 
     Args:
         rewards (`torch.Tensor`):
@@ -143,6 +178,8 @@ def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = 
             `"decoupled"`: reward minus the mean reward of all summaries drawn from the same cut of the same trace,
             or, when A = 1, minus the group's mean at that budget. `"final"`: the same for the last summary of each
             thinking, 0 for all others.
+        weights (`torch.Tensor`, *optional*):
+            Shape (M,), factor of the advantages at each budget, see [`summary_weights`]. Defaults to 1.
 
     Returns:
         `torch.Tensor`: shape (P, G, M, A).
@@ -157,6 +194,8 @@ def summary_advantages(rewards: torch.Tensor, cuts: torch.Tensor, policy: str = 
         count_PGM = (same_cut_PGMM @ rewards.isfinite().sum(dim=3).to(rewards).unsqueeze(-1)).squeeze(-1)
         baseline = (total_PGM / count_PGM).unsqueeze(-1)
     advantages = rewards - baseline
+    if weights is not None:
+        advantages = advantages * weights.to(advantages)[:, None]
     if policy == "final":
         final = torch.zeros_like(advantages)
         final[:, :, -1, -1] = advantages[:, :, -1, -1]

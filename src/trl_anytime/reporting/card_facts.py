@@ -266,6 +266,7 @@ def _recipe(args: BRPOConfig) -> str:
         args.baseline,
         args.progress_decay,
         args.summary_policy,
+        args.summary_weight,
     )
 
 
@@ -332,6 +333,7 @@ def _settings(trainer: Any, config: AnytimeConfig, adapter: Any) -> dict[str, st
         "prior": args.prior if isinstance(args.prior, str) else "list of weights",
         "baseline": baseline.get(args.baseline, args.baseline),
         "summaries per trace and budget": f"{args.num_summaries}, {args.summary_policy}",
+        "weight of a summary": str(args.summary_weight),
         "tokens of a summary": f"at most {args.max_summary_length}",
         "traces per problem": str(trainer.num_generations),
         "problems": "a stream" if is_stream else f"{len(trainer.train_dataset):,}",

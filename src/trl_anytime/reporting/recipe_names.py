@@ -15,6 +15,7 @@ def recipe_name(
     baseline: str,
     progress_decay: float,
     summary_policy: str,
+    summary_weight: float | str = 1.0,
 ) -> str:
     """
     Name the recipe that these settings of [`BRPOConfig`] make up, by the papers' tables.
@@ -37,12 +38,16 @@ def recipe_name(
             λ of the baseline V1.
         summary_policy (`str`):
             `"decoupled"` or `"final"`.
+        summary_weight (`float` or `str`, *optional*, defaults to `1.0`):
+            Factor of the summaries' advantages; that of the papers is 1.
 
     Returns:
         `str`: one of the seven variants in arXiv 2505.13438 (`"AnytimeReasoner-uniform"`, `"-linear"` and `"-base"`,
         `"GRPO"`, `"GRPO+linear"`, `"GRPO+decouple"`, `"GRPO+vr"`), `"Elastic Reasoning"` (arXiv 2505.05315: GRPO whose
         solution may be as long as its thinking), or `"custom"`.
     """
+    if summary_weight != 1:
+        return "custom"
     if len(budgets) == 1:
         if num_summaries > 1 or baseline not in ("brpo", "v2"):
             return "custom"
