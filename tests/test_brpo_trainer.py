@@ -17,10 +17,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_anytime import BRPOTrainer
 from trl_anytime.method.advantages import summary_advantages, thinking_advantages
+from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.rewards import MathReward
 from trl_anytime.rewards.returned import checked_rewards
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.trl_backend import TRLSampler
+from trl_anytime.training.micro_batches import prune_batch
 
 
 def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):
@@ -94,6 +96,7 @@ def test_one_budget_one_summary_is_grpo(tmp_path, steps):
         summary_policy="final",
         baseline="v2",
         callbacks=[gradients],
+        prune=False,  # TRL's entropy is over all tokens
         **settings,
     )
     ours.train()
@@ -144,7 +147,7 @@ def test_one_budget_one_summary_is_grpo(tmp_path, steps):
 
 def test_advantages_of_every_token(tmp_path):
     """The batch that TRL trains on: recomputed from the rollouts and rewards, rollout by rollout."""
-    trainer = make_trainer(tmp_path, Recorder, prior="linear", max_steps=1)
+    trainer = make_trainer(tmp_path, Recorder, prior="linear", max_steps=1, prune=False)
     trainer.train()
     (_, batch, _), scored = trainer.rolled[0], trainer.scored[0]
     rewards = torch.tensor(
@@ -291,6 +294,109 @@ def test_dealing_out_changes_no_gradient(tmp_path, monkeypatch, settings, exact)
     torch.testing.assert_close(gradient(backwards), plain, rtol=1e-4, atol=1e-6 * plain.abs().max().item())
     difference = (gradient(mixed) - plain).norm() / plain.norm()
     assert (difference < 1e-4) == exact, difference
+
+
+@pytest.mark.parametrize("packing", ["tree", "rows"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"loss_type": name} for name in ("dr_grpo", "grpo", "dapo", "cispo", "sapo", "bnpo")),
+        {"loss_type": "grpo", "peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        {"delta": 1.5},
+    ],
+    ids=lambda settings: "-".join(str(value)[:8] for value in settings.values()),
+)
+def test_pruning_changes_no_gradient(tmp_path, settings, packing):
+    """Loss and gradients of pruned micro-batches, against an old policy and with vLLM's importance correction."""
+    settings = {"per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 2, **settings}
+    trainer = make_trainer(tmp_path, optim="sgd", max_steps=1, prune=False, packing=packing, **settings)
+    prepare, batches = trainer._prepare_inputs, []
+
+    def keep(inputs):
+        output = prepare(inputs)
+        batches[:] = batches or [{**batch} for batch in trainer._buffered_inputs]
+        return output
+
+    trainer._prepare_inputs = keep
+    trainer.train()
+    trainer.use_vllm = True  # from here on for its correction alone
+    generator = torch.Generator().manual_seed(1)
+    for batch in batches:
+        shape = batch["completion_ids"].shape
+        batch["importance_sampling_ratio"] = torch.rand(shape, generator=generator) + 0.5
+        batch["old_per_token_logps"] = -torch.rand(shape, generator=generator) * 4
+        # By hand, so that each case is there: rollouts and summaries without any, rollouts with a part
+        advantages = batch["advantages"] = batch["advantages"].clone()
+        advantages[0] = 0
+        for row, spans in enumerate(batch["spans"].tolist()):
+            for j, at_budget in enumerate(spans):
+                for a, (start, _, end) in enumerate(at_budget):
+                    if (row + j + a) % 3:
+                        advantages[row, start:end] = 0
+    batches[1]["advantages"][:3] = 0
+
+    def evaluate(batches):
+        trainer.model.zero_grad()
+        losses = []
+        for batch in batches:
+            loss = trainer._compute_loss(trainer.model, batch)
+            loss.backward()
+            losses.append(loss.item())
+        return losses, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    full_losses, full = evaluate(batches)
+    pruned = [
+        prune_batch(batch, PackedRollouts(batch["completion_ids"], batch["cuts"], batch["spans"])) for batch in batches
+    ]
+    widths = [(len(batch["prompt_ids"]), batch["completion_ids"].size(1)) for batch in pruned]
+    assert all(width < batch["completion_ids"].size(1) for (_, width), batch in zip(widths, batches, strict=True))
+    losses, gradient = evaluate(pruned)
+    assert full.abs().max() > 0
+    assert losses == pytest.approx(full_losses, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(gradient, full, rtol=1e-4, atol=2e-6 * full.abs().max().item())
+
+
+def test_a_run_without_what_has_no_advantage(tmp_path):
+    """The same weights, step by step, and the share that was left out."""
+    weights, logs = [], []
+    for prune in (True, False):
+        trainer = make_trainer(tmp_path, prune=prune, optim="sgd", learning_rate=1.0, num_iterations=2, max_steps=4)
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
+        logs.append([log for log in trainer.state.log_history if "loss" in log])
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
+    for log, full_log in zip(*logs, strict=True):
+        assert log["loss"] == pytest.approx(full_log["loss"], abs=1e-5, rel=1e-4)
+        assert log["grad_norm"] == pytest.approx(full_log["grad_norm"], abs=1e-5, rel=1e-4)
+    ratios = [log["anytime/pruned_ratio"] for log in logs[0] if "anytime/pruned_ratio" in log]
+    assert len(ratios) == 2 and all(0 < ratio < 1 for ratio in ratios)
+    assert not any("anytime/pruned_ratio" in log for log in logs[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.1, "peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        {"entropy_coef": 0.1},
+        {"top_entropy_quantile": 0.5},
+    ],
+)
+def test_tokens_that_count_without_advantage_stay(tmp_path, settings):
+    trainer = make_trainer(tmp_path, max_steps=1, **settings)
+    trainer.train()
+    assert not any("anytime/pruned_ratio" in log for log in trainer.state.log_history)
+
+
+def test_nothing_to_learn_trains_nothing(tmp_path):
+    """All rewards are equal: a token for each row is left, and weights stay."""
+    trainer = make_trainer(tmp_path, reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=1)
+    before = torch.cat([p.flatten() for p in trainer.model.parameters()]).clone()
+    trainer.train()
+    assert torch.equal(before, torch.cat([p.flatten() for p in trainer.model.parameters()]))
+    (log,) = (log for log in trainer.state.log_history if "loss" in log)
+    assert log["anytime/pruned_ratio"] > 0.9 and log["loss"] == 0
 
 
 def _mixed(batches):

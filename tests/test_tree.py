@@ -52,6 +52,46 @@ def test_unequal_rollouts_and_empty_parts():
     assert packed.visible()[1, 2].tolist() == [False, True, True] + [False] * 5
 
 
+def pruned(*trained, packed=None):
+    """What is left of the drawing if the tokens at these places have an advantage."""
+    packed = packed or drawing()
+    advantages = torch.zeros(packed.token_ids.shape)
+    advantages[0, list(trained)] = -0.5
+    left, source = packed.prune(advantages)
+    assert left.thinking_lengths[0] + (left.spans[0, ..., 2] - left.spans[0, ..., 0]).sum() == left.lengths[0]
+    return left, source
+
+
+def test_pruning_by_hand():
+    # The first summary sees z1 z2; the last one all four
+    left, source = pruned(5)
+    assert source.tolist() == [[0, 1, 4, 5]] and left.token_ids.tolist() == [[1, 2, 9, 5]]
+    assert left.cuts.tolist() == [[2, 2]]  # there is no more thinking
+    assert left.spans.tolist() == [[[[2, 3, 4], [4, 4, 4]], [[4, 4, 4], [4, 4, 4]]]]
+    assert left.positions().tolist() == [[0, 1, 2, 3]] and left.trained().tolist() == [[True, True, False, True]]
+    left, source = pruned(12)
+    assert source.tolist() == [[0, 1, 2, 3, 11, 12]] and left.positions().tolist() == [[0, 1, 2, 3, 4, 5]]
+    # A token of a summary keeps all of it; two branches are not neighbours any more
+    left, source = pruned(7, 10)
+    assert source.tolist() == [[0, 1, 2, 3, 6, 7, 8, 9, 10]]
+    assert torch.equal(left.visible()[0], drawing().visible()[0][source[0]][:, source[0]])
+    # Thinking alone, up to what has an advantage; with nothing to train a single token
+    assert pruned(1)[1].tolist() == [[0, 1]]
+    assert pruned()[1].tolist() == [[0]]
+    assert pruned(*range(13))[1].tolist() == [list(range(13))]
+
+
+def test_pruning_rows_of_several_lengths():
+    packed = PackedRollouts.pack(
+        [[1, 2], []], [[1, 2], [0, 0]], [[[9], [9, 9]], [[9], [9]]], [[[[3]], [[4, 5]]], [[[7]], [[6]]]]
+    )
+    # No thinking and nothing to train: the first branch stays
+    left, source = pruned(3, packed=packed)
+    assert source.tolist() == [[0, 2, 3], [0, 1, -1]]
+    assert left.token_ids.tolist() == [[1, 9, 3], [9, 7, 0]] and left.lengths.tolist() == [3, 2]
+    assert left.thinking_lengths.tolist() == [1, 0]
+
+
 def test_token_advantages_by_hand():
     # Budgets 2 and 4: tokens 1-2 and 3-4 are the segments; bridges and padding get none
     advantages = drawing().token_advantages(

@@ -147,6 +147,11 @@ class BRPOConfig(GRPOConfig):
             `"tree"` computes a rollout as one packed row with tree attention, `"rows"` as one row per summary, at
             several times the cost and with the same result. `"auto"` takes the first if the model passes a check of
             its structure and a comparison on a small example, else the second, with a warning that says why.
+        prune (`bool`, *optional*, defaults to `True`):
+            Whether the update leaves out summaries and rollouts without advantage. The gradient stays the same. It is
+            not done where such tokens count: with a KL term (`beta`), an entropy bonus, `top_entropy_quantile` below 1
+            or a loss that balances experts. Metrics of the update (entropy, clip ratios) are over what is left, whose
+            share of all packed tokens is 1 - `anytime/pruned_ratio`.
         max_cached_tokens (`int`, *optional*):
             Most tokens whose keys and values a rank holds at a time while it generates with transformers; more are
             split into parts, one after the other. Not split if not set.
@@ -259,6 +264,13 @@ class BRPOConfig(GRPOConfig):
             "help": "'tree' computes a rollout as one packed row with tree attention, 'rows' as one row per summary, "
             "'auto' takes the first where the model allows it and says so where it does not.",
             "choices": list(PACKING),
+        },
+    )
+    prune: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the update leaves out summaries and rollouts without advantage. That changes no "
+            "gradient, and is not done where it would (KL term, entropy bonus, loss that balances experts)."
         },
     )
     max_cached_tokens: int | None = field(

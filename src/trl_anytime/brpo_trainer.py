@@ -49,7 +49,13 @@ from .training.metrics import (
     reward_metrics,
     rollout_metrics,
 )
-from .training.micro_batches import sort_by_length, weighs_rollouts_alike
+from .training.micro_batches import (
+    can_prune,
+    prune_batch,
+    prune_micro_batch,
+    sort_by_length,
+    weighs_rollouts_alike,
+)
 from .training.reliable_trainer import ReliableGRPOTrainer
 
 logger = get_logger(__name__)
@@ -369,6 +375,11 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self._adaptive_baseline.update(rewards_PGMA, returns, nonempty_segments(cuts_PGM, batch.budgets))
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
+        if mode == "train" and self.args.prune and can_prune(self.args, self.aux_loss_enabled):
+            output = prune_batch(output, packed)
+            lengths = torch.stack([packed.lengths, output["spans"][:, -1, -1, 2]])
+            before, now = self.accelerator.reduce(lengths.sum(1), reduction="sum").tolist()
+            self._metrics[mode]["anytime/pruned_ratio"].append(1 - now / before)
         return output
 
     def _new_batch(self, mode: str) -> _GenerationBatch:
@@ -411,6 +422,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         return chunks[0] if len(chunks) == 1 else tuple(map(_joined, zip(*chunks, strict=True)))
 
     def _compute_loss(self, model, inputs):
+        inputs = prune_micro_batch(inputs, self.args.loss_type)
         with self._forwarding(PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])):
             return super()._compute_loss(model, inputs)
 

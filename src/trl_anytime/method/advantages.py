@@ -22,6 +22,8 @@ from .budgets import prior_weights
 BASELINES = ("brpo", "v1", "v2", "none")
 SUMMARY_POLICIES = ("decoupled", "final")
 OBJECTIVE = "objective"
+# Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)

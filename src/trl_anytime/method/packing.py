@@ -36,7 +36,8 @@ class PackedRollouts:
             int64 of shape (R, M), thinking tokens that the branches of each budget see.
         spans (`torch.Tensor`):
             int64 of shape (R, M, A, 3): start of the bridge, start of the summary, end of the summary. A bridge has at
-            least one token, so that the left neighbour of every trained token is also its predecessor.
+            least one token, so that the left neighbour of every trained token is also its predecessor. A branch that
+            [`~PackedRollouts.prune`] has left out has none.
     """
 
     token_ids: torch.Tensor
@@ -135,6 +136,46 @@ class PackedRollouts:
         sees_own_branch = (branch_RT[:, :, None] == branch_RT[:, None, :]) & (key <= query)
         real_RT = index_RT < self.lengths[:, None]
         return (sees_thinking | sees_own_branch) & real_RT[:, None, :] & real_RT[:, :, None]
+
+    def prune(self, advantages: torch.Tensor) -> tuple["PackedRollouts", torch.Tensor]:
+        """
+        Leave out what a gradient does not need: summaries without advantage, and thinking that nothing kept looks at.
+
+        A branch is kept if any of its tokens has an advantage. The thinking is kept up to its last token with an
+        advantage, and up to the last cut of a kept branch. A branch that is left out has no tokens.
+
+        Args:
+            advantages (`torch.Tensor`):
+                Shape (R, T), per token.
+
+        Returns:
+            `tuple`: the rows that are left, with T' tokens (at least one each), and int64 of shape (R, T'), where each
+            of their tokens stood, -1 for padding.
+        """
+        index_RT, branch_RT = self.indices(), self.branches()
+        real_RT = index_RT < self.lengths[:, None]
+        needed_RT = (advantages != 0) & real_RT
+        num_branches = self.spans[0, ..., 0].numel()
+        # Column 0 stands for the thinking, whose branch is -1
+        live = torch.zeros(len(branch_RT), num_branches + 1, device=branch_RT.device)
+        live_RB = live.scatter_add(1, branch_RT + 1, needed_RT.to(live))[:, 1:] > 0
+        thinking_RT = branch_RT < 0
+        cuts_RB = self.cuts.repeat_interleave(self.spans.size(2), dim=1)
+        last_R = torch.where(needed_RT & thinking_RT, index_RT + 1, 0).amax(1)
+        length_R = torch.maximum(last_R, torch.where(live_RB, cuts_RB, 0).amax(1))
+        # A row has at least one token, for a forward pass needs one
+        empty_R = (length_R == 0) & ~live_RB.any(1)
+        length_R = torch.where(empty_R, self.thinking_lengths.clamp(max=1), length_R)
+        live_RB[:, 0] |= empty_R & (self.thinking_lengths == 0)
+
+        in_live_branch_RT = live_RB.gather(1, branch_RT.clamp(min=0)) & real_RT
+        kept_RT = torch.where(thinking_RT, index_RT < length_R[:, None], in_live_branch_RT)
+        before_RT = torch.nn.functional.pad(kept_RT.cumsum(1), (1, 0))  # kept tokens before each place
+        spans = before_RT.gather(1, self.spans.flatten(1)).view_as(self.spans)
+        order_RT = (~kept_RT).int().argsort(dim=1, stable=True)[:, : int(kept_RT.sum(1).amax())]
+        source_RT = order_RT.masked_fill(~kept_RT.gather(1, order_RT), -1)
+        token_ids = self.token_ids.gather(1, order_RT).masked_fill(source_RT < 0, 0)
+        return PackedRollouts(token_ids, torch.minimum(self.cuts, length_R[:, None]), spans), source_RT
 
     def token_advantages(self, thinking: torch.Tensor, summary: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
         """

@@ -50,6 +50,8 @@ def forward_rows(
         rows = [(index[:thinking_length], len(prompt))]
         for cut, at_budget in zip(packed.cuts[i].tolist(), spans.tolist(), strict=True):
             for start, summary_start, end in at_budget:
+                if start == end:  # left out
+                    continue
                 first_sampled = len(prompt) + cut + summary_start - start
                 rows.append((torch.cat([index[:cut], index[start:end]]), first_sampled))
         for tokens, first_sampled in rows:

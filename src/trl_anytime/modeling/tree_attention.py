@@ -123,7 +123,8 @@ class TreeLayout:
                 L in tokens.
         """
         starts_RM, ends_RM = packed.spans[:, :, 0, 0], packed.spans[:, :, -1, 2]
-        sees_RM = packed.cuts + prompt_lengths[:, None]  # trunk tokens that the branches of each budget see
+        # Trunk tokens that the branches of each budget see
+        sees_RM = torch.where(ends_RM > starts_RM, packed.cuts + prompt_lengths[:, None], 0)
         # The sizes reach the host in one transfer
         sizes = torch.stack([(ends_RM - starts_RM).amax(0), sees_RM.amax(0)]).tolist()
         trunk = int((packed.thinking_lengths + prompt_lengths).amax())
@@ -188,6 +189,8 @@ class TreeLayout:
         trunk = [x[:, :, : self.trunk] for x in (query, key, value)]
         outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
         for branches in self.budgets:
+            if not branches.index.numel():  # all were left out
+                continue
             mask = branches.mask
             if sliding_window is not None:
                 trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..method.advantages import Returns, baseline_diagnostics
+from ..method.advantages import ROUNDING, Returns, baseline_diagnostics
 from ..method.budgets import nonempty_segments
 from ..outside.display import for_terminal
 from ..rollout.markers import ThinkingMarkers
@@ -22,8 +22,6 @@ METRICS_OF_PLAIN_ROWS = (
     "completions/min_terminated_length",
     "completions/max_terminated_length",
 )
-# Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
-_ROUNDING = 1e-6
 # Columns of the table of completions besides those named after reward functions: TRL's and ours
 TABLE_COLUMNS = ("step", "prompt", "completion", "budget", "thinking", "thinking_advantage", "advantage")
 
@@ -106,7 +104,7 @@ def rollout_metrics(
         ],
         dtype=torch.float32,
     )
-    no_advantage = (advantages.abs() < _ROUNDING).all(dim=1, keepdim=True).float()
+    no_advantage = (advantages.abs() < ROUNDING).all(dim=1, keepdim=True).float()
     length, finished, cut, empty, uncut, no_advantage = gather(
         torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
     ).unbind(1)
