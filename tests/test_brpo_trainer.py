@@ -347,9 +347,8 @@ def test_pruning_changes_no_gradient(tmp_path, settings, packing):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
     full_losses, full = evaluate(batches)
-    pruned = [
-        prune_batch(batch, PackedRollouts(batch["completion_ids"], batch["cuts"], batch["spans"])) for batch in batches
-    ]
+    packed = [PackedRollouts(batch["completion_ids"], batch["cuts"], batch["spans"]) for batch in batches]
+    pruned = [prune_batch(batch, rows)[0] for batch, rows in zip(batches, packed, strict=True)]
     widths = [(len(batch["prompt_ids"]), batch["completion_ids"].size(1)) for batch in pruned]
     assert all(width < batch["completion_ids"].size(1) for (_, width), batch in zip(widths, batches, strict=True))
     losses, gradient = evaluate(pruned)

@@ -39,6 +39,7 @@ from .rollout.backend import RolloutSettings
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
 from .rollout.vllm_backend import check_server
+from .training import micro_batches
 from .training.alarms import Alarms
 from .training.metrics import (
     METRICS_OF_PLAIN_ROWS,
@@ -48,13 +49,6 @@ from .training.metrics import (
     completion_table,
     reward_metrics,
     rollout_metrics,
-)
-from .training.micro_batches import (
-    can_prune,
-    prune_batch,
-    prune_micro_batch,
-    sort_by_length,
-    weighs_rollouts_alike,
 )
 from .training.reliable_trainer import ReliableGRPOTrainer
 
@@ -205,7 +199,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
         # What is in flight while TRL's methods run around ours: the generation batch, and the rows of the loss
         self._batch: _GenerationBatch | None = None
-        self._packed: PackedRollouts | None = None
+        self._micro_batch: tuple[PackedRollouts, torch.Tensor] | None = None
         self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
 
         self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
@@ -375,10 +369,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self._adaptive_baseline.update(rewards_PGMA, returns, nonempty_segments(cuts_PGM, batch.budgets))
         if self.log_completions:
             self._log_table(batch, [x["prompt"] for x in inputs], thinking, summary)
-        if mode == "train" and self.args.prune and can_prune(self.args, self.aux_loss_enabled):
-            output = prune_batch(output, packed)
-            lengths = torch.stack([packed.lengths, output["spans"][:, -1, -1, 2]])
-            before, now = self.accelerator.reduce(lengths.sum(1), reduction="sum").tolist()
+        if mode == "train" and self.args.prune and micro_batches.can_prune(self.args, self.aux_loss_enabled):
+            output, lengths = micro_batches.prune_batch(output, packed)
+            before, now = self.accelerator.reduce(lengths, reduction="sum").tolist()
             self._metrics[mode]["anytime/pruned_ratio"].append(1 - now / before)
         return output
 
@@ -394,8 +387,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:  # evaluation, or no new rollouts
             return inputs
-        if weighs_rollouts_alike(self.args, self.aux_loss_enabled):
-            self._buffered_inputs = sort_by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        self._buffered_inputs = micro_batches.sort_by_length(self._buffered_inputs, self.args, self.aux_loss_enabled)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     # Packed rows in TRL's forward passes
@@ -403,8 +395,11 @@ class BRPOTrainer(ReliableGRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        packed = self._packed if self._batch is None else self._batch.on_device(input_ids[:, -logits_to_keep:])
-        assert packed is not None
+        if self._batch is None:
+            packed, trained = cast(tuple[PackedRollouts, torch.Tensor], self._micro_batch)
+        else:
+            packed = self._batch.on_device(input_ids[:, -logits_to_keep:])
+            trained = torch.ones(len(input_ids), dtype=torch.bool)
         batch_size = batch_size or len(input_ids)
         chunks = []
         with self._times("updating" if self._batch is None else "scoring"):
@@ -412,7 +407,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
                 rows = slice(first, first + batch_size)
                 chunks.append(
                     super()._get_per_token_logps_and_entropies(
-                        partial(self._forward, model, packed[rows]),
+                        partial(micro_batches.forward_some, self._forward, model, packed[rows], trained[rows]),
                         input_ids[rows],
                         attention_mask[rows],
                         logits_to_keep,
@@ -422,18 +417,18 @@ class BRPOTrainer(ReliableGRPOTrainer):
         return chunks[0] if len(chunks) == 1 else tuple(map(_joined, zip(*chunks, strict=True)))
 
     def _compute_loss(self, model, inputs):
-        inputs = prune_micro_batch(inputs, self.args.loss_type)
-        with self._forwarding(PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])):
-            return super()._compute_loss(model, inputs)
+        packed = PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])
+        with self._forwarding(packed, micro_batches.rows_to_forward(inputs)):
+            return super()._compute_loss(model, micro_batches.as_before_pruning(inputs, self.args.loss_type))
 
     @contextmanager
-    def _forwarding(self, packed: PackedRollouts) -> Iterator[None]:
-        """Forward passes inside are of these rows."""
-        self._packed = packed
+    def _forwarding(self, packed: PackedRollouts, trained: torch.Tensor) -> Iterator[None]:
+        """Forward passes inside are of these rows, and compute those that are trained."""
+        self._micro_batch = packed, trained
         try:
             yield
         finally:
-            self._packed = None
+            self._micro_batch = None
 
     # Logging
 

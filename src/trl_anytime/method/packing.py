@@ -84,7 +84,7 @@ class PackedRollouts:
         cuts_RM = torch.tensor(cuts)
         return cls(token_ids, cuts_RM, torch.tensor(spans).view(*cuts_RM.shape, -1, 3))
 
-    def __getitem__(self, rows: slice) -> "PackedRollouts":
+    def __getitem__(self, rows: slice | torch.Tensor) -> "PackedRollouts":
         return PackedRollouts(self.token_ids[rows], self.cuts[rows], self.spans[rows])
 
     @property

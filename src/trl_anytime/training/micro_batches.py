@@ -4,6 +4,7 @@ What the update computes of a generation batch, where less or another order give
 What has no advantage is left out, and rollouts of like length share a micro-batch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,38 +29,29 @@ _LINEAR_LOSSES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "sapo")
 _EXACT_LOSSES = ("cispo", "dapo", "dr_grpo", "grpo", "sapo")
 
 
-def weighs_rollouts_alike(args: Any, aux_loss_enabled: bool) -> bool:
-    """
-    Whether the gradient of an optimiser step is the same for all ways to deal rollouts out to micro-batches.
-
-    Args:
-        args ([`~trl.GRPOConfig`]):
-            Settings of the loss.
-        aux_loss_enabled (`bool`):
-            Whether the loss that balances experts counts.
-    """
-    return args.loss_type in _EXACT_LOSSES and not _looks_at_all_tokens(args, aux_loss_enabled)
-
-
 def _looks_at_all_tokens(args: Any, aux_loss_enabled: bool) -> bool:
     """Whether the loss has a mean, a quantile or a product of means over all tokens of a micro-batch."""
     return args.entropy_coef != 0 or args.use_adaptive_entropy or args.top_entropy_quantile < 1 or aux_loss_enabled
 
 
-def sort_by_length(batches: list[dict[str, Any]], accumulated: int) -> list[dict[str, Any]]:
+def sort_by_length(batches: list[dict[str, Any]], args: Any, aux_loss_enabled: bool) -> list[dict[str, Any]]:
     """
     Deal the rows of a generation batch out anew, so that little padding is computed.
 
-    Rows move only within what one optimiser step accumulates. Where generation batches and optimiser steps do not
-    line up, all stay where they are.
+    Rows move only within what one optimiser step accumulates, and only where that changes no gradient. Where
+    generation batches and optimiser steps do not line up, all stay where they are.
 
     Args:
         batches (`list[dict]`):
             The micro-batches.
-        accumulated (`int`):
-            Micro-batches of one optimiser step.
+        args ([`~trl.GRPOConfig`]):
+            Settings of the loss and of accumulation.
+        aux_loss_enabled (`bool`):
+            Whether the loss that balances experts counts.
     """
-    steps = len(batches)
+    if args.loss_type not in _EXACT_LOSSES or _looks_at_all_tokens(args, aux_loss_enabled):
+        return batches
+    steps, accumulated = len(batches), args.gradient_accumulation_steps
     if steps % accumulated != 0 and accumulated % steps != 0:
         return batches
     window = min(steps, accumulated)
@@ -91,7 +83,9 @@ def can_prune(args: Any, aux_loss_enabled: bool) -> bool:
     return args.loss_type in _LINEAR_LOSSES and args.beta == 0 and not _looks_at_all_tokens(args, aux_loss_enabled)
 
 
-def prune_batch(output: dict[str, torch.Tensor], packed: PackedRollouts) -> dict[str, torch.Tensor]:
+def prune_batch(
+    output: dict[str, torch.Tensor], packed: PackedRollouts
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """
     Leave tokens without advantage out of a generation batch.
 
@@ -102,8 +96,9 @@ def prune_batch(output: dict[str, torch.Tensor], packed: PackedRollouts) -> dict
             Its N packed rows.
 
     Returns:
-        `dict[str, torch.Tensor]`: the same with T' tokens, with `cuts` and `spans` of the rows that are left, and with
-        the number of trained tokens that each rollout had, which [`prune_micro_batch`] needs.
+        `tuple`: the same with T' tokens, with `cuts` and `spans` of the rows that are left, and with the number of
+        trained tokens that each rollout had, which [`as_before_pruning`] needs; int64 of shape (2,), the packed tokens
+        of all rollouts before and after.
     """
     trained = _trained(output)
     advantages = output["advantages"]
@@ -114,42 +109,74 @@ def prune_batch(output: dict[str, torch.Tensor], packed: PackedRollouts) -> dict
         for name in _PER_TOKEN
         if name in output
     }
-    return {**output, **per_token, "cuts": pruned.cuts, "spans": pruned.spans, _NUM_TRAINED: trained.sum(1)}
+    # The token that is left of a rollout without any advantage is not trained
+    per_token["tool_mask"] = per_token["tool_mask"] * (per_token["advantages"] != 0).any(1, keepdim=True)
+    lengths = torch.stack([packed.lengths.sum(), pruned.lengths.sum()])
+    return {**output, **per_token, "cuts": pruned.cuts, "spans": pruned.spans, _NUM_TRAINED: trained.sum(1)}, lengths
 
 
-def prune_micro_batch(inputs: dict[str, torch.Tensor], loss_type: str) -> dict[str, torch.Tensor]:
+def as_before_pruning(inputs: dict[str, torch.Tensor], loss_type: str) -> dict[str, torch.Tensor]:
     """
-    Leave rollouts without advantage out of a micro-batch, and keep its loss what it was.
+    Give the loss of a pruned micro-batch the value that it would have without pruning.
 
-    Some losses divide by the rollouts or the trained tokens of the micro-batch, of which there are fewer now. The
-    advantages make up for that, as the loss is linear in them. One rollout is kept in any case, so that all ranks make
-    equally many forward and backward passes.
+    Some losses divide by the trained tokens of a rollout or of the micro-batch, of which there are fewer now. The
+    advantages make up for that, as the loss is linear in them.
 
     Args:
         inputs (`dict[str, torch.Tensor]`):
-            A micro-batch, of a generation batch that [`prune_batch`] has or has not pruned.
+            A micro-batch. One that [`prune_batch`] has not pruned stays as it is.
         loss_type (`str`):
             TRL's name of the loss.
     """
-    if _NUM_TRAINED not in inputs:
+    if _NUM_TRAINED not in inputs or loss_type not in ("grpo", "sapo", "bnpo"):
         return inputs
-    trained = _trained(inputs)
-    live = ((inputs["advantages"] != 0) & trained.bool()).any(1)
-    live[0] |= ~live.any()
-    num_rollouts, before, now = len(live), inputs[_NUM_TRAINED], trained.sum(1)
-    rows = {
-        name: value[live]
-        for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == num_rollouts
-    }
-    share = torch.ones_like(inputs["advantages"][:, :1])
-    if loss_type in ("grpo", "sapo"):  # divide by the trained tokens of each rollout
-        share = (now.clamp(min=1) / before.clamp(min=1))[:, None]
-    elif loss_type == "bnpo":  # divides by those of all
-        share = share * now[live].sum().clamp(min=1) / before.sum().clamp(min=1)
-    if loss_type in ("dr_grpo", "grpo", "sapo"):
-        share = share * (live.sum() / num_rollouts)
-    return {**inputs, **rows, "advantages": (inputs["advantages"] * share)[live]}
+    before, now = inputs[_NUM_TRAINED], _trained(inputs).sum(1)
+    if loss_type == "bnpo":
+        before, now = before.sum(), now.sum()
+    share = now.clamp(min=1) / before.clamp(min=1)
+    return {**inputs, "advantages": inputs["advantages"] * share.view(-1, 1)}
+
+
+def rows_to_forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    Return which rollouts of a micro-batch are trained at all, bool of shape (R,).
+
+    At least one is: all ranks make equally many forward passes.
+    """
+    trained = _trained(inputs).any(1)
+    trained[0] |= ~trained.any()
+    return trained
+
+
+def forward_some(
+    forward: Callable[..., Any],
+    model: torch.nn.Module,
+    packed: PackedRollouts,
+    wanted: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    **kwargs: Any,
+) -> Any:
+    """
+    Compute the log-probabilities of some rows, and let those of the others be 0.
+
+    Args:
+        forward (`Callable`):
+            [`~trl_anytime.modeling.tree_attention.forward_packed`], or what gives the same.
+        wanted (`torch.Tensor`):
+            Bool of shape (R,).
+        model, packed, input_ids, attention_mask, labels:
+            As `forward` takes them, R rows.
+    """
+    if wanted.all():
+        return forward(model, packed, input_ids, attention_mask, labels, **kwargs)
+    outputs = forward(model, packed[wanted], input_ids[wanted], attention_mask[wanted], labels[wanted], **kwargs)
+    for name in ("log_probs", "entropy"):
+        field = getattr(outputs, name, None)
+        if field is not None:
+            outputs[name] = field.new_zeros(len(wanted), field.size(1)).index_put((wanted,), field)
+    return outputs
 
 
 def _trained(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
