@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples
 # and the tests marked as heavy train long enough to be too slow with it.
 test-oldest: $(VENV)-oldest/.installed
-	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py -m "not heavy"
+	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/project/test_examples.py -m "not heavy"
 
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed

@@ -4,10 +4,10 @@ import json
 import os
 import sys
 
-import conftest  # noqa: F401  the engine
 import torch
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
+import tests.vllm_engine.conftest  # noqa: F401  the engine
+from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import BRPOTrainer
 
 RANK = int(os.environ["RANK"])

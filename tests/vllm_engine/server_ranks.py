@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 
-import conftest  # noqa: F401  environment variables and paths, before the libraries
 from requests.adapters import HTTPAdapter
-from tiny import make_config, make_dataset, make_tokenizer, parity_reward
 from trl.generation.vllm_client import VLLMClient
 
+import tests.vllm_engine.conftest  # noqa: F401  environment variables and paths, before the libraries
+from tests.support.tiny import make_config, make_dataset, make_tokenizer, parity_reward
 from trl_anytime import BRPOTrainer
 
 RANK = int(os.environ["RANK"])

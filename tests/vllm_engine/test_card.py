@@ -5,9 +5,8 @@ import re
 import shlex
 import subprocess
 
-from servers import serving
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-
+from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from tests.vllm_engine.servers import serving
 from trl_anytime import BRPOTrainer
 
 

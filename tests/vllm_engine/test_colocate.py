@@ -4,9 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from tiny_anytime_config import make_markers
 
+from tests.support.anytime import make_markers
+from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
 from trl_anytime.rollout.trl_backend import TRLSampler

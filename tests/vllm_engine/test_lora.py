@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
+from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import BRPOTrainer
 from trl_anytime.rollout.backend import RolloutSettings
 

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
-from servers import serving
-from tiny import make_config, make_model, make_tokenizer
 
+from tests.support import ROOT
+from tests.support.tiny import make_config, make_model, make_tokenizer
+from tests.vllm_engine.servers import serving
 from trl_anytime.rollout.vllm_backend import check_server
 
 
@@ -101,11 +101,11 @@ def test_a_server_that_lacks_something(tmp_path, info, message):
 def ranks(server, model_dir, tmp_path_factory):
     """The results of both ranks."""
     output_dir = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "server_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "tests.vllm_engine.server_ranks"]
     url, process = server
     arguments = [model_dir, url, str(process.pid), str(output_dir)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
 
