@@ -391,10 +391,9 @@ def test_reward_models(tmp_path):
         num_key_value_heads=1, num_labels=1, pad_token_id=0,
     )  # fmt: skip
     tokenizer = make_tokenizer()
-    trainer = BRPOTrainer(
-        make_model(),
-        make_config(tmp_path, max_steps=1),
-        make_dataset(),
+    trainer = tiny_trainer(
+        tmp_path,
+        max_steps=1,
         reward_funcs=[AutoModelForSequenceClassification.from_config(config)],
         reward_processing_classes=tokenizer,
         processing_class=tokenizer,

@@ -8,27 +8,16 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import trl_anytime
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import AnytimeConfig, BRPOTrainer, Sampling
+from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
+from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.inference.generate import find_config
-
-
-def make_trainer(output_dir, peft_config=None, **settings):
-    return BRPOTrainer(
-        make_model(),
-        make_config(output_dir, **settings),
-        make_dataset(),
-        reward_funcs=parity_reward,
-        processing_class=make_tokenizer(),
-        peft_config=peft_config,
-    )
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear")], ids=["full", "lora"])
 def test_every_saved_model_carries_it(tmp_path, peft_config):
     settings = {"temperature": 0.8, "top_p": 0.9, "prior": "linear", "max_steps": 1, "save_steps": 1}
-    trainer = make_trainer(tmp_path, peft_config, save_strategy="steps", **settings)
+    trainer = tiny_trainer(tmp_path, peft_config=peft_config, save_strategy="steps", **settings)
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
@@ -44,7 +33,7 @@ def test_every_saved_model_carries_it(tmp_path, peft_config):
 
 
 def test_it_is_read_from_beside_the_model(tmp_path, caplog):
-    trainer = make_trainer(tmp_path)
+    trainer = tiny_trainer(tmp_path)
     trainer.save_model()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert find_config(model, tokenizer).markers == trainer.markers
@@ -75,7 +64,7 @@ def test_a_model_without_thinking_markers_is_refused(tmp_path):
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    make_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
+    tiny_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
     words = make_tokenizer().backend_tokenizer
     changed_over = json.loads(words.to_str())
     vocabulary = changed_over["model"]["vocab"]
@@ -95,7 +84,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_file_says_what_is_wrong(tmp_path, damage, message):
-    path = make_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
+    path = tiny_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
     values = json.loads(path.read_text())
     damage(values)
     path.write_text(json.dumps(values))
@@ -115,7 +104,7 @@ def test_the_former_name_can_be_imported():
 
 
 def test_budgets_beyond_the_context(tmp_path):
-    config = make_trainer(tmp_path)._anytime_config()
+    config = tiny_trainer(tmp_path)._anytime_config()
     # A prompt of 10, bridges of 2 + 1, a summary of 4: 17 besides the thinking
     config.check_context(10, 83, 100, "the model's")
     with pytest.raises(ValueError, match="budget of 84 .* beyond the model's context of 100.*that fits is 83"):

@@ -8,17 +8,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, TextStreamer
 
 from tests.support.anytime import GREEDY, PROMPTS, expected_tokens, make_anytime_config
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import AnytimeConfig, BRPOTrainer, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
+from trl_anytime import AnytimeConfig, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
 from trl_anytime.rollout.backend import RolloutSettings
 from trl_anytime.rollout.types import Rollout, Thinking
 
 
 def test_the_tokens_are_those_of_training(tmp_path):
-    args = make_config(tmp_path, max_steps=1, generation_kwargs={"top_k": 1})  # greedy
-    trainer = BRPOTrainer(
-        make_model(), args, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
-    )
+    trainer = tiny_trainer(tmp_path, max_steps=1, generation_kwargs={"top_k": 1})  # greedy
     rollouts = []
     roll_out = trainer.generation.roll_out
     trainer.generation.roll_out = lambda *args: rollouts.append((args, roll_out(*args))) or rollouts[-1][1]

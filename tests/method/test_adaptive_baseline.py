@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import make_dataset, tiny_trainer
 from trl_anytime.method.adaptive_baseline import _FORGETTING, AdaptiveBaseline, leave_one_out_mean
 from trl_anytime.method.advantages import segment_returns
 
@@ -135,13 +134,6 @@ def test_state_round_trip():
         AdaptiveBaseline(3).load_state_dict(adaptive.state_dict())
 
 
-def make_adaptive_trainer(output_dir, **settings) -> BRPOTrainer:
-    config = make_config(output_dir, baseline="adaptive", **settings)
-    return BRPOTrainer(
-        make_model(), config, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
-    )
-
-
 def test_a_batch_is_judged_by_earlier_batches_only(tmp_path, monkeypatch):
     calls = []
     for name in ("predict", "update"):
@@ -152,7 +144,7 @@ def test_a_batch_is_judged_by_earlier_batches_only(tmp_path, monkeypatch):
             return method(self, rewards, *args)
 
         monkeypatch.setattr(AdaptiveBaseline, name, recorded)
-    trainer = make_adaptive_trainer(tmp_path)
+    trainer = tiny_trainer(tmp_path, baseline="adaptive")
     trainer.train()
     # For the advantages, then for the metrics
     assert [name for name, _ in calls] == ["predict", "predict", "update"] * 2
@@ -161,17 +153,17 @@ def test_a_batch_is_judged_by_earlier_batches_only(tmp_path, monkeypatch):
 
 
 def test_evaluation_teaches_it_nothing(tmp_path):
-    trainer = make_adaptive_trainer(tmp_path, eval_budgets=[2, 4])
+    trainer = tiny_trainer(tmp_path, baseline="adaptive", eval_budgets=[2, 4])
     trainer.evaluate(make_dataset())
     assert trainer._adaptive_baseline.rows.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_checkpoint_carries_it_on(tmp_path):
-    trainer = make_adaptive_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = tiny_trainer(tmp_path, baseline="adaptive", save_strategy="steps", save_steps=1)
     trainer.train()
     learned = torch.load(tmp_path / "checkpoint-2" / "adaptive_baseline.pth", weights_only=True)
     assert learned["rows"][0] > 8  # both batches of eight traces
-    resumed = make_adaptive_trainer(tmp_path, max_steps=3, save_strategy="steps")
+    resumed = tiny_trainer(tmp_path, baseline="adaptive", max_steps=3, save_strategy="steps")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     # One more batch of eight traces, all of which have a first segment
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8

@@ -21,8 +21,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import AnytimeConfig, BRPOConfig, BRPOTrainer
+from tests.support.tiny import graded_trainer, make_config, make_dataset, make_model, make_tokenizer, parity_reward
+from trl_anytime import AnytimeConfig
 from trl_anytime.inference.serving import deployment
 from trl_anytime.reporting.card_facts import CardFacts, DataSet, links_to_trackers
 from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
@@ -35,7 +35,6 @@ from trl_anytime.reporting.model_card import (
     write_card,
 )
 from trl_anytime.reporting.recipe_names import recipe_name
-from trl_anytime.rewards import ExactMatch
 
 CONFIGS = ROOT / "examples" / "configs"
 
@@ -458,31 +457,13 @@ def test_bad_settings(tmp_path, settings, message):
 # From a trainer
 
 
-def make_trainer(directory, model=None, **arguments):
-    """Rewards of 0 and 1 by a verifier, so that evaluations are accuracies."""
-    settings = {name: arguments.pop(name) for name in list(arguments) if name in BRPOConfig.__dataclass_fields__}
-    return BRPOTrainer(
-        model or make_model(vocab_size=30),
-        make_config(directory, **{"eval_budgets": [2, 4], **settings}),
-        **{
-            "train_dataset": make_dataset(),
-            "eval_dataset": make_dataset(3),
-            "reward_funcs": ExactMatch(),
-            "processing_class": make_tokenizer(
-                extra_words=tuple(f"\\boxed{{{digit}}}" for digit in range(10)),
-            ),
-            **arguments,
-        },
-    )
-
-
 @pytest.fixture(scope="module", params=["full", "LoRA"])
 def trained(request, tmp_path_factory):
     """A run from a local base model with an evaluation before and after: the trainer and its last checkpoint."""
     directory = tmp_path_factory.mktemp("cards")
     make_model(vocab_size=30).save_pretrained(directory / "base")
     lora = LoraConfig(r=4, target_modules="all-linear") if request.param == "LoRA" else None
-    trainer = make_trainer(
+    trainer = graded_trainer(
         directory / "out",
         str(directory / "base"),
         peft_config=lora,
@@ -566,7 +547,7 @@ def test_saving_again(trained, tmp_path):
 
 def test_a_local_model_without_a_name(tmp_path):
     make_model(vocab_size=30).save_pretrained(tmp_path / "base")
-    trainer = make_trainer(tmp_path / "out", str(tmp_path / "base"), reward_funcs=parity_reward)
+    trainer = graded_trainer(tmp_path / "out", str(tmp_path / "base"), reward_funcs=parity_reward)
     trainer.create_model_card(dataset_name="owner/problems", tags="mine")
     card = ModelCard.load(tmp_path / "out" / CARD)
     assert card.data.base_model is None and str(tmp_path) not in card.content and "None" not in card.text
@@ -576,7 +557,7 @@ def test_a_local_model_without_a_name(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    trainer = make_trainer(tmp_path / "out")
+    trainer = graded_trainer(tmp_path / "out")
     trainer.is_world_process_zero = lambda: False
     trainer.create_model_card()
     assert not (tmp_path / "out" / CARD).exists()
@@ -584,7 +565,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_one_name_for_several_sets_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`card_eval_dataset` names one set"):
-        make_trainer(tmp_path, eval_dataset={"a": make_dataset(2)}, card_eval_dataset="owner/bench")
+        graded_trainer(tmp_path, eval_dataset={"a": make_dataset(2)}, card_eval_dataset="owner/bench")
 
 
 def from_hub(dataset):
@@ -596,7 +577,7 @@ def from_hub(dataset):
 
 def test_where_the_data_come_from(tmp_path):
     dataset = from_hub(make_dataset(8)).map(lambda row: row)  # survives what users do to it
-    trainer = make_trainer(tmp_path, train_dataset=dataset, eval_dataset=dataset, max_steps=1)
+    trainer = graded_trainer(tmp_path, train_dataset=dataset, eval_dataset=dataset, max_steps=1)
     trainer.evaluate()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / CARD)
@@ -615,7 +596,7 @@ def test_streams_and_several_sets(tmp_path):
         opened.append(True)
         yield from make_dataset(8)
 
-    trainer = make_trainer(
+    trainer = graded_trainer(
         tmp_path,
         train_dataset=IterableDataset.from_generator(rows),
         eval_dataset={"one": make_dataset(2), "two": make_dataset(3)},
@@ -635,7 +616,7 @@ def test_streams_and_several_sets(tmp_path):
 
 
 def test_names_that_trl_s_card_would_take_as_they_are(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = graded_trainer(tmp_path)
     hostile = "x\n[<img src=https://evil.example/a.png>](https://evil.example)\n"
     trainer.create_model_card(hostile, hostile, tags=["mine"])
     card = ModelCard.load(tmp_path / CARD)
@@ -655,7 +636,7 @@ def test_links_to_trackers():
 
 def test_the_best_checkpoint(tmp_path):
     """What is loaded at the end is what the card describes."""
-    trainer = make_trainer(
+    trainer = graded_trainer(
         tmp_path,
         max_steps=2,
         save_strategy="steps",

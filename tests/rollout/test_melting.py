@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.support.melting import make_melting_tokenizer
 from tests.support.servers import TinyServer, serving
-from tests.support.tiny import make_config, make_model
+from tests.support.tiny import make_model, tiny_trainer
 from trl_anytime import (
     AnytimeConfig,
-    BRPOTrainer,
     CompletionClient,
     Sampling,
     ThinkingBudgetLogitsProcessor,
@@ -61,9 +60,19 @@ def taught(tokenizer):
     return model.eval()
 
 
-def make_trainer(model, tokenizer, output_dir, **settings):
-    args = make_config(
-        output_dir,
+@pytest.fixture(scope="module", params=["tree", "rows"])
+def trained(taught, tokenizer, tmp_path_factory, request):
+    """A run of one step by either backend of transformers, with its rollouts; the model is saved before."""
+    folder = tmp_path_factory.mktemp("melting")
+    data = Dataset.from_list([{"prompt": PROMPT, "answer": "4"}] * 8)
+    trainer = tiny_trainer(
+        folder,
+        model=taught,
+        processing_class=tokenizer,
+        train_dataset=data,
+        eval_dataset=data,
+        reward_funcs=ExactMatch(),
+        packing=request.param,
         budgets=BUDGETS,
         max_summary_length=16,
         truncation_bridge=TRUNCATION_BRIDGE,
@@ -71,17 +80,7 @@ def make_trainer(model, tokenizer, output_dir, **settings):
         generation_kwargs={"top_k": 1},  # greedy
         learning_rate=0.0,
         max_steps=1,
-        **settings,
     )
-    data = Dataset.from_list([{"prompt": PROMPT, "answer": "4"}] * 8)
-    return BRPOTrainer(model, args, data, eval_dataset=data, reward_funcs=ExactMatch(), processing_class=tokenizer)
-
-
-@pytest.fixture(scope="module", params=["tree", "rows"])
-def trained(taught, tokenizer, tmp_path_factory, request):
-    """A run of one step by either backend of transformers, with its rollouts; the model is saved before."""
-    folder = tmp_path_factory.mktemp("melting")
-    trainer = make_trainer(taught, tokenizer, folder, packing=request.param)
     rollouts = []
     roll_out = trainer.generation.roll_out
     trainer.generation.roll_out = lambda *args: rollouts.append(roll_out(*args)) or rollouts[-1]

@@ -11,8 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.anytime import make_markers
 from tests.support.families import FAMILIES
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import make_model, tiny_trainer
 from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
 from trl_anytime.modeling.support import branching_mismatch
 from trl_anytime.modeling.tree_attention import enable_tree_attention
@@ -256,16 +255,6 @@ def test_models_whose_cache_is_another(monkeypatch):
     assert "log-probabilities differ by" in branching_mismatch(model)
 
 
-def make_trainer(output_dir, model=None, **settings):
-    return BRPOTrainer(
-        make_model() if model is None else model,
-        make_config(output_dir, **settings),
-        make_dataset(),
-        reward_funcs=parity_reward,
-        processing_class=make_tokenizer(),
-    )
-
-
 CONTINUOUS_BATCHING = {
     "use_transformers_continuous_batching": True,
     # Its cache takes most of the memory if it may
@@ -283,7 +272,7 @@ CONTINUOUS_BATCHING = {
     ],
 )
 def test_the_trainer_chooses(tmp_path, caplog, settings, backend, reason):
-    trainer = make_trainer(tmp_path, max_steps=1, **settings)
+    trainer = tiny_trainer(tmp_path, max_steps=1, **settings)
     assert type(trainer.generation) is backend
     assert (reason is None and "prompt of its own" not in caplog.text) or reason in caplog.text
     trainer.train()
@@ -292,7 +281,7 @@ def test_the_trainer_chooses(tmp_path, caplog, settings, backend, reason):
 
 def test_the_trainer_generates_without_dropout_and_goes_on_with_it(tmp_path):
     lora = LoraConfig(target_modules="all-linear", lora_dropout=0.9, init_lora_weights=False)
-    trainer = make_trainer(tmp_path, get_peft_model(make_model(attention_dropout=0.9), lora), top_k=1)
+    trainer = tiny_trainer(tmp_path, model=get_peft_model(make_model(attention_dropout=0.9), lora), top_k=1)
     trainer.model.train()
     settings = make_settings(budgets=[3, 9])
     rollouts = [trainer.generation.roll_out(PROMPTS, settings) for _ in range(2)]

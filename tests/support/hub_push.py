@@ -6,9 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer
-from trl_anytime import AnytimeConfig, BRPOTrainer
-from trl_anytime.rewards import ExactMatch
+from tests.support.tiny import graded_trainer
+from trl_anytime import AnytimeConfig
 
 output_dir = Path(sys.argv[1])
 settings = {
@@ -21,15 +20,7 @@ settings = {
     "card_dataset": "some/problems",
     "card_eval_dataset": "some/benchmark:math",
 }
-tokenizer = make_tokenizer(extra_words=tuple(f"\\boxed{{{digit}}}" for digit in range(10)))
-trainer = BRPOTrainer(
-    make_model(vocab_size=30),
-    make_config(output_dir, **settings),
-    make_dataset(),
-    eval_dataset=make_dataset(3),
-    reward_funcs=ExactMatch(),
-    processing_class=tokenizer,
-)
+trainer = graded_trainer(output_dir, **settings)
 
 
 class Wait(TrainerCallback):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from trl import GRPOConfig
 
 from trl_anytime import BRPOConfig, BRPOTrainer, ReliableGRPOTrainer
+from trl_anytime.rewards import ExactMatch
 
 WORDS = ["user", "assistant", "answer", "so", *"0123456789"]
 OPENED = (
@@ -126,6 +127,18 @@ def tiny_trainer(output_dir, trainer_class=BRPOTrainer, model=None, **settings) 
             **{name: value for name, value in settings.items() if name not in fields},
         },
     )
+
+
+def graded_trainer(output_dir, model=None, **settings) -> BRPOTrainer:
+    """A trainer with rewards of 0 and 1 by a verifier, so that its evaluations are accuracies."""
+    boxed = tuple(f"\\boxed{{{digit}}}" for digit in range(10))
+    graded = {
+        "eval_budgets": [2, 4],
+        "eval_dataset": make_dataset(3),
+        "reward_funcs": ExactMatch(),
+        "processing_class": make_tokenizer(extra_words=boxed),
+    }
+    return tiny_trainer(output_dir, model=model or make_model(vocab_size=30), **{**graded, **settings})
 
 
 class Gradients(TrainerCallback):

@@ -8,8 +8,7 @@ from transformers import TrainerCallback
 
 from tests.support import DATA, ROOT
 from tests.support.scenarios import SETTINGS
-from tests.support.tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import make_model, make_tokenizer, parity_reward, tiny_trainer
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.types import Rollout, Thinking
 from trl_anytime.training.alarms import ALARMS, Alarms
@@ -237,13 +236,13 @@ def biased(end=1.0, eos=2.0, extra_words=()):
 def train(tmp_path, caplog, reward=parity_reward, model=None, extra_words=(), callbacks=None, **settings):
     """The warnings of a tiny run."""
     settings = {"max_steps": 11, "max_summary_length": 24, "learning_rate": 1e-4, **settings}
-    trainer = BRPOTrainer(
-        model or biased(extra_words=extra_words),
-        make_config(tmp_path, **settings),
-        make_dataset(),
+    trainer = tiny_trainer(
+        tmp_path,
+        model=model or biased(extra_words=extra_words),
         reward_funcs=reward,
         processing_class=make_tokenizer(extra_words=extra_words),
         callbacks=callbacks,
+        **settings,
     )
     with caplog.at_level("WARNING", logger="trl_anytime.training.alarms"):
         trainer.train()

@@ -5,21 +5,15 @@ import torch
 from trl import GRPOTrainer
 
 from tests.support.scenarios import summary
-from tests.support.tiny import make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
+from tests.support.tiny import make_dataset, make_grpo_config, make_model, parity_reward, tiny_trainer
 from trl_anytime import ReliableGRPOTrainer
-
-
-def make_trainer(kind, output_dir, settings=None, **kwargs):
-    config = make_grpo_config(output_dir, **(settings or {}))
-    data = {"train_dataset": make_dataset(), "eval_dataset": make_dataset(3), "processing_class": make_tokenizer()}
-    return kind(make_model(), parity_reward, config, **data, **kwargs)
 
 
 def test_it_trains_as_grpo_does(tmp_path):
     settings = {"max_steps": 6, "num_iterations": 2, "eval_strategy": "steps", "eval_steps": 3}
     results = []
     for kind in (GRPOTrainer, ReliableGRPOTrainer):
-        trainer = make_trainer(kind, tmp_path / kind.__name__, settings)
+        trainer = tiny_trainer(tmp_path / kind.__name__, kind, eval_dataset=make_dataset(3), **settings)
         trainer.train()
         results.append(summary(trainer))
     expected, found = results
@@ -32,7 +26,7 @@ def test_it_trains_as_grpo_does(tmp_path):
 
 def test_non_finite_values_are_raised_or_skipped(tmp_path):
     with pytest.raises(ValueError, match="on_nonfinite"):
-        make_trainer(ReliableGRPOTrainer, tmp_path, on_nonfinite="ignore")
+        tiny_trainer(tmp_path, ReliableGRPOTrainer, on_nonfinite="ignore")
 
 
 def test_deepspeed_skips_no_step(tmp_path):
