@@ -1,13 +1,8 @@
 """The adaptive baseline: what it predicts, from which batches, and that a checkpoint carries it on."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.support import ROOT
 from tests.support.tiny import make_dataset, tiny_trainer
 from trl_anytime.method.adaptive_baseline import _FORGETTING, AdaptiveBaseline, leave_one_out_mean
 from trl_anytime.method.advantages import segment_returns
@@ -169,14 +164,14 @@ def test_a_checkpoint_carries_it_on(tmp_path):
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8
 
 
-def test_both_ranks_learn_the_same(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.support.adaptive_ranks", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    first, second = ((tmp_path / f"rank{rank}.json").read_text() for rank in range(2))
-    assert first == second
-    learned = json.loads(first)
+def test_both_ranks_learn_the_same(ranks, tmp_path):
+    """Each group is split across the ranks; 32 traces in a batch are enough to predict the third."""
+    batch = {"num_generations": 8, "per_device_train_batch_size": 16, "steps_per_generation": 1, "num_iterations": 1}
+    run = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no", "prompts": 16}
+    ended = ranks.run("adaptive_baseline", tmp_path, world_size=2, **batch, **run)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output
+    learned = ended[0].result
+    assert ended[1].result == learned
     # Both ranks' 16 traces count: 32 from each of three batches, the earlier ones a little less
     assert learned["rows"][0] == pytest.approx(32 * (1 + _FORGETTING + _FORGETTING**2))
     assert learned["coefficients"][0][-1] == learned["coefficients"][0][-1]  # not NaN: it has been fitted

@@ -1,16 +1,15 @@
 """Requests to servers that drip, flood, redirect or lie, over real sockets."""
 
 import json
-import threading
 import time
 from contextlib import contextmanager
 from http.client import HTTPException
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import HTTPError
 
 import pytest
 
 from tests.support.anytime import GREEDY, make_anytime_config
+from tests.support.servers import LoopbackServer, QuietHandler, serving
 from trl_anytime import CompletionClient
 from trl_anytime.outside import transport
 from trl_anytime.outside.transport import get_json
@@ -24,49 +23,24 @@ MODELS = {"data": [{"id": "tiny", "max_model_len": 64}]}
 @contextmanager
 def listening(answer):
     """The address of a server that calls `answer(handler)` for each request, and the headers that it was sent."""
-    seen, over = [], threading.Event()
+    seen = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self):
             seen.append(dict(self.headers))
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.over = over
             answer(self)
 
         do_POST = do_GET
 
-        def log_message(self, *args):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request, client_address):
-            """A client that has gone away is expected."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        over.set()
-        server.shutdown()
-        server.server_close()
-
-
-def send(handler, content, status=200, headers=()):
-    handler.send_response(status)
-    for name, value in headers:
-        handler.send_header(name, value)
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
+    with serving(LoopbackServer(Handler)) as server:
+        yield server.url, seen
 
 
 def drip(handler, head, byte):
     """A byte now and then, for longer than any test lasts."""
     handler.wfile.write(head)
-    while not handler.over.wait(0.05):
+    while not handler.server.over.wait(0.05):
         handler.wfile.write(byte)
 
 
@@ -79,7 +53,7 @@ DRIPS = {
     "a status": lambda handler: drip(handler, b"HTTP/1.1 2", b"0"),
     "continue": lambda handler: drip(handler, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     "a refusal": lambda handler: drip(handler, b"HTTP/1.1 400 No\r\nContent-Length: 100000\r\n\r\n", b" "),
-    "nothing": lambda handler: handler.over.wait(20),
+    "nothing": lambda handler: handler.server.over.wait(20),
 }
 
 
@@ -112,7 +86,7 @@ def test_a_body_is_bounded(monkeypatch, said):
 
     def flood(handler):
         handler.wfile.write(OK + (b"Content-Length: 4294967296\r\n\r\n" if said else b"\r\n"))
-        while not handler.over.is_set():
+        while not handler.server.over.is_set():
             handler.wfile.write(b" " * MEBIBYTE)
             sent.append(MEBIBYTE)
 
@@ -124,10 +98,10 @@ def test_a_body_is_bounded(monkeypatch, said):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_the_key_stays_where_it_was_sent(status):
-    with listening(lambda handler: send(handler, json.dumps(MODELS).encode())) as (other, seen_there):
+    with listening(lambda handler: handler.send(json.dumps(MODELS).encode())) as (other, seen_there):
 
         def redirect(handler):
-            send(handler, b"", status, [("Location", f"{other}/v1/models\x1b[31m")])
+            handler.send(b"", status, [("Location", f"{other}/v1/models\x1b[31m")])
 
         with listening(redirect) as (url, seen), pytest.raises(ValueError, match=str(status)) as raised:
             CompletionClient(url, api_key="secret", patience=1.0)
@@ -136,7 +110,7 @@ def test_the_key_stays_where_it_was_sent(status):
 
 
 def test_an_answer_and_its_check():
-    with listening(lambda handler: send(handler, ANSWER)) as (url, _):
+    with listening(lambda handler: handler.send(ANSWER)) as (url, _):
         assert get_json(url, CHECK) == {"a": 1}
         with pytest.raises(Unfit, match="`a`"):
             get_json(url, fields(a=integer(2)))
@@ -173,7 +147,7 @@ def models(**fields):
 )
 def test_what_a_server_says_of_its_models_is_checked(answer):
     content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-    listener = listening(lambda handler: send(handler, content))
+    listener = listening(lambda handler: handler.send(content))
     with listener as (url, _), pytest.raises(ConnectionError, match="Unfit") as raised:
         CompletionClient(url, patience=0.0)
     assert len(str(raised.value).splitlines()) == 1
@@ -208,10 +182,10 @@ UNNUMBERED = [{"choices": choice()["choices"] * 2}, choice(index=7), choice(inde
 def test_continuations_are_checked(streamed, answer):
     def reply(handler):
         if handler.command == "GET":
-            send(handler, json.dumps(MODELS).encode())
+            handler.send(json.dumps(MODELS).encode())
         else:
             content = json.dumps(answer).encode()
-            send(handler, b"data: " + content + b"\n\n" if streamed else content)
+            handler.send(b"data: " + content + b"\n\n" if streamed else content)
 
     with listening(reply) as (url, _):
         client = CompletionClient(url, patience=0.0)
@@ -228,13 +202,13 @@ def test_a_stream_needs_tokens_to_go_on():
 
     def comments(handler):
         if handler.command == "GET":
-            send(handler, json.dumps(MODELS).encode())
+            handler.send(json.dumps(MODELS).encode())
         else:
             drip(handler, OK + b"\r\ndata: " + event + b"\n\n", b": still there\n\n")
 
     def tokens(handler):
         if handler.command == "GET":
-            send(handler, json.dumps(MODELS).encode())
+            handler.send(json.dumps(MODELS).encode())
         else:
             drip(handler, OK + b"\r\n", b"data: " + event + b"\n\n")
 
@@ -271,7 +245,7 @@ def test_what_a_server_says_cannot_move_the_terminal(caplog):
     said = "no\x1b]0;title\x07\x9b31m\u202e\nsecond line"
 
     def refuse(handler):
-        send(handler, json.dumps({"error": {"message": said}}).encode(), 400 if "later" not in handler.path else 503)
+        handler.send(json.dumps({"error": {"message": said}}).encode(), 400 if "later" not in handler.path else 503)
 
     with listening(refuse) as (url, _):
         with pytest.raises(ValueError) as raised:
@@ -293,7 +267,7 @@ def test_a_probe_checks_what_it_is_told(message, tokenizer):
 
     def reply(handler):
         content = MODELS if handler.command == "GET" else {"choices": [{"message": message}]}
-        send(handler, json.dumps(content).encode())
+        handler.send(json.dumps(content).encode())
 
     with listening(reply) as (url, _), pytest.raises(ConnectionError, match="choices"):
         probe(CompletionClient(url, patience=0.0), make_anytime_config(), tokenizer, [4], question="1")

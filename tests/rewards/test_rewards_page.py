@@ -1,14 +1,13 @@
 """The tables and settings of docs/rewards.md, and its async reward; test_docs.py runs its examples."""
 
 import asyncio
-import http.server
 import json
 import re
-import threading
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.servers import LoopbackServer, QuietHandler, serving
 from trl_anytime.rewards import MathReward, grade_answers
 
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
@@ -49,26 +48,19 @@ def test_settings_are_as_documented():
         assert f"| `{name}` |" in PAGE
 
 
-class Sandbox(http.server.BaseHTTPRequestHandler):
+class Sandbox(QuietHandler):
     """Stands in for a sandbox: a code passes if it is what the tests say."""
 
     def do_POST(self):
         task = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps({"passed": task["code"] == task["tests"]}).encode())
-
-    def log_message(self, *arguments):
-        pass
+        self.send({"passed": task["code"] == task["tests"]})
 
 
 def test_the_async_reward():
     namespace: dict = {}
     exec(next(block for block in BLOCKS if "async def" in block), namespace)
-    with http.server.ThreadingHTTPServer(("localhost", 0), Sandbox) as server:
-        namespace["SANDBOX"] = f"http://localhost:{server.server_port}/run"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(LoopbackServer(Sandbox)) as server:
+        namespace["SANDBOX"] = f"{server.url}/run"
         completions = ["a", [{"role": "assistant", "content": "b"}], "c"]
         rewards = asyncio.run(namespace["passes_tests"]([""] * 3, completions, tests=["a", "b", "x"], other=[0] * 3))
-        server.shutdown()
     assert rewards == [1.0, 1.0, 0.0]

@@ -11,10 +11,11 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 import yaml
+
+from tests.support.servers import LoopbackServer, QuietHandler, serving
 
 _LARGE = (".safetensors", ".bin", ".pt", ".pth", ".png")
 USER = "somebody"
@@ -102,22 +103,12 @@ class FakeHub:
         return 200, {"id": repository, "modelId": repository, "sha": sha, "siblings": siblings, "tags": []}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args):
-        pass
-
     def _answer(self, status, content, headers=None):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.send(content, status, (headers or {}).items())
 
     def _body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -180,13 +171,6 @@ class _Handler(BaseHTTPRequestHandler):
 def fake_hub():
     """A running [`FakeHub`]."""
     hub = FakeHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with serving(LoopbackServer(type("Handler", (_Handler,), {"hub": hub}))) as server:
+        hub.endpoint = server.url
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

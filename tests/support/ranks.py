@@ -2,9 +2,10 @@
 Real processes for tests, without the seconds that importing takes: forks of a process that has imported everything.
 
 Run as a program it reads one job per line, starts its ranks, waits for them, and replies with a line. The fixture
-`ranks` in conftest.py runs it; `Ranks.run` is what tests call.
+`ranks` in conftest.py runs it, one for each worker of pytest-xdist; `Ranks.run` is what tests call.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -32,16 +33,10 @@ class Ended:
 
 
 class Ranks:
-    """Runs scenarios of scenarios.py in forked ranks."""
+    """Runs scenarios of scenarios.py in forked ranks, one job after the other."""
 
     def __init__(self):
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.ranks"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._server = None
 
     def run(self, scenario, directory, world_size=1, signals=(), limit=100, **arguments) -> list[Ended]:
         """
@@ -58,13 +53,42 @@ class Ranks:
             "limit": limit,
             "arguments": arguments,
         }
+        try:
+            answer = self._ask(job)
+        except BaseException:  # a test's time is up, too: the next job must not get the answer to this one
+            self.close()
+            raise
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return [Ended(**rank) for rank in answer["ranks"]]
+
+    def _ask(self, job):
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.ranks"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # a group with its ranks
+            )
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
-        return [Ended(**rank) for rank in json.loads(self._server.stdout.readline())]
+        return json.loads(self._server.stdout.readline())
 
     def close(self):
-        self._server.stdin.close()
-        self._server.wait()
+        """End the process and its ranks. The next job starts another."""
+        if self._server is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+
+def torchrun(module, *arguments, limit=300) -> subprocess.CompletedProcess:
+    """Run a module on two ranks, as users start them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=limit)
 
 
 def start(job, rank, port):
@@ -111,40 +135,57 @@ def result_path(job, rank):
 
 
 def run(job):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     for path in (f(job, rank) for f in (log_path, result_path) for rank in range(job["world_size"])):
         Path(path).unlink(missing_ok=True)
-    began = time.monotonic()
-    ranks = {start(job, rank, port): rank for rank in range(job["world_size"])}
-    pids = {rank: pid for pid, rank in ranks.items()}
-    ended, signals = {}, list(job["signals"])
-    while ranks:
-        seconds = time.monotonic() - began
-        for rank, number, when in list(signals):
-            if seconds > when if isinstance(when, int | float) else glob.glob(when):
-                signals.remove([rank, number, when])
-                if pids[rank] in ranks:
-                    os.kill(pids[rank], number)
-        if seconds > job["limit"]:
+    ended, signals, ranks = {}, list(job["signals"]), {}
+    with socket.socket() as held:
+        # Bound for as long as the job runs, so that no other process gets the port. It does not listen: rank 0 may.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        began = time.monotonic()
+        try:
+            for rank in range(job["world_size"]):
+                ranks[start(job, rank, held.getsockname()[1])] = rank
+            pids = {rank: pid for pid, rank in ranks.items()}
+            while ranks:
+                seconds = time.monotonic() - began
+                for rank, number, when in list(signals):
+                    if seconds > when if isinstance(when, int | float) else glob.glob(when):
+                        signals.remove([rank, number, when])
+                        if pids[rank] in ranks:
+                            os.kill(pids[rank], number)
+                if seconds > job["limit"]:
+                    for pid in ranks:
+                        os.kill(pid, signal.SIGKILL)
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid in ranks:
+                    rank = ranks.pop(pid)
+                    result = Path(result_path(job, rank))
+                    ended[rank] = {
+                        "code": os.waitstatus_to_exitcode(status),
+                        # a full disk may cut a character
+                        "output": Path(log_path(job, rank)).read_text(errors="replace"),
+                        "result": json.loads(result.read_text()) if result.exists() else None,
+                        "seconds": time.monotonic() - began,
+                    }
+                time.sleep(0.0005)
+        finally:
             for pid in ranks:
                 os.kill(pid, signal.SIGKILL)
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in ranks:
-            rank = ranks.pop(pid)
-            result = Path(result_path(job, rank))
-            ended[rank] = {
-                "code": os.waitstatus_to_exitcode(status),
-                "output": Path(log_path(job, rank)).read_text(errors="replace"),  # a full disk may cut a character
-                "result": json.loads(result.read_text()) if result.exists() else None,
-                "seconds": time.monotonic() - began,
-            }
-        time.sleep(0.0005)
+                os.waitpid(pid, 0)
     return [ended[rank] for rank in sorted(ended)]
+
+
+def answer(job):
+    """What became of a job. An error of one is no reason not to run the next."""
+    try:
+        return {"ranks": run(job)}
+    except Exception:
+        return {"error": traceback.format_exc()}
 
 
 if __name__ == "__main__":
     from tests.support import scenarios  # noqa: F401
 
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), flush=True)
+        print(json.dumps(answer(json.loads(line))), flush=True)

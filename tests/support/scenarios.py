@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from tests.support.tiny import make_config, make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
+from tests.support.tiny import make_dataset, make_model, make_tokenizer, parity_reward, tiny_trainer
 from trl_anytime import BRPOTrainer, ReliableGRPOTrainer
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.timing import PhaseTimes
@@ -51,39 +51,31 @@ def this_rank():
     return int(os.environ.get("RANK", "0"))
 
 
-def make_trainer(
-    directory,
-    reward=parity_reward,
-    lora=False,
-    prompts=4,
-    callbacks=None,
-    model=None,
-    fsdp2=False,
-    reward_processing_class=None,
-    plain=False,
-    **settings,
-):
-    """A trainer of the tiny model: BRPO's, or with `plain` GRPO without budgets."""
+def rank_trainer(directory, lora=False, prompts=4, model=None, fsdp2=False, plain=False, **settings):
+    """
+    A trainer of the tiny model: BRPO's, or with `plain` GRPO without budgets.
+
+    Args:
+        lora: whether to train an adapter, or settings of one, or "bfloat16".
+        prompts: how many, or which in which order.
+        model: settings of the model.
+        settings: those of `tiny_trainer`.
+    """
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
-    settings = {**SETTINGS, **settings}
-    own = {"on_nonfinite": settings.pop("on_nonfinite")} if plain and "on_nonfinite" in settings else {}
-    config = (make_grpo_config if plain else make_config)(os.path.join(directory, "out"), **settings)
     if fsdp2:
         use_fsdp2()
-    trainer = (ReliableGRPOTrainer if plain else BRPOTrainer)(
-        make_model(**(model or {})),
-        args=config,
+    if lora:
+        settings["peft_config"] = LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})})
+    trainer = tiny_trainer(
+        os.path.join(directory, "out"),
+        ReliableGRPOTrainer if plain else BRPOTrainer,
+        model=make_model(**(model or {})),
         train_dataset=make_dataset(max(prompts) + 1).select(prompts)
         if isinstance(prompts, list)
         else make_dataset(prompts),
-        reward_funcs=reward,
-        processing_class=make_tokenizer(),
         eval_dataset=make_dataset(3),
-        peft_config=LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})}) if lora else None,
-        callbacks=callbacks,
-        reward_processing_classes=reward_processing_class,
-        **own,
+        **{**SETTINGS, **settings},
     )
     if lora == "bfloat16":  # as TRL does for QLoRA
         for parameter in trainer.model.parameters():
@@ -114,7 +106,7 @@ def train(directory, resume=None, kill=None, by_prefix=False, nan_weights=False,
     Train to the end, unless `kill` names the place, the rank and the how-manieth time at which a rank kills itself.
     With `by_prefix`, generate as sharded models do. With `nan_weights`, the model is broken before it begins.
     """
-    trainer = make_trainer(directory, **settings)
+    trainer = rank_trainer(directory, **settings)
     if nan_weights:
         with torch.no_grad():
             trainer.model.lm_head.weight[5] = torch.nan
@@ -166,7 +158,7 @@ def die_in(trainer, place, count):
 
 def terminated(directory, rank, place, count, **settings):
     """As `train`, but `rank` gets SIGTERM in the middle of something."""
-    trainer = make_trainer(directory, **settings)
+    trainer = rank_trainer(directory, **settings)
     if this_rank() == rank:
         do_in(trainer, place, count, lambda: os.kill(os.getpid(), signal.SIGTERM))
     trainer.train()
@@ -175,7 +167,7 @@ def terminated(directory, rank, place, count, **settings):
 
 def exits(directory, place, code=0, rank=0, **settings):
     """Something ends the process of one rank."""
-    trainer = make_trainer(directory, **settings)
+    trainer = rank_trainer(directory, **settings)
 
     def leave():
         sys.exit(code)
@@ -201,7 +193,7 @@ def full_disk(directory, step, size, **settings):
     callbacks = [FullDisk(step, size)] if this_rank() == 0 else None
     try:
         # what ranks print goes to a file, too: no progress bar fills it up
-        make_trainer(directory, callbacks=callbacks, disable_tqdm=True, **settings).train()
+        rank_trainer(directory, callbacks=callbacks, disable_tqdm=True, **settings).train()
     finally:  # the traceback goes to a file, too
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -212,7 +204,7 @@ class Planned(Exception):
 
 def fault(directory, place, rank=1, count=3, **settings):
     """One rank fails in some place. Prints when, to measure how long the others live on."""
-    trainer = make_trainer(directory, **settings)
+    trainer = rank_trainer(directory, **settings)
 
     def fail():
         with open(os.path.join(directory, "failed_at"), "w") as file:
@@ -248,12 +240,12 @@ def weights_become_nan(directory, step, **settings):
                 with torch.no_grad():
                     next(model.parameters())[5] = torch.nan
 
-    make_trainer(directory, callbacks=[Spoil()], eval_strategy="no", **settings).train()
+    rank_trainer(directory, callbacks=[Spoil()], eval_strategy="no", **settings).train()
 
 
 def gradient_becomes_nan(directory, count, **settings):
     """Once, on the last rank, for one parameter."""
-    trainer = make_trainer(directory, eval_strategy="no", **settings)
+    trainer = rank_trainer(directory, eval_strategy="no", **settings)
     before = []
 
     def spoil():
@@ -270,7 +262,7 @@ def gradient_becomes_nan(directory, count, **settings):
 
 def loss_becomes_nan(directory, **settings):
     """Advantages that are not finite, with finite log-probabilities."""
-    trainer = make_trainer(directory, eval_strategy="no", **settings)
+    trainer = rank_trainer(directory, eval_strategy="no", **settings)
     prepare = trainer._prepare_inputs
 
     def spoiled(inputs):
@@ -295,7 +287,7 @@ class Spoilt(torch.nn.Module):
 
 
 def reward_model(directory, **settings):
-    make_trainer(directory, reward=Spoilt(), reward_processing_class=make_tokenizer(), **settings).train()
+    rank_trainer(directory, reward_funcs=Spoilt(), reward_processing_classes=make_tokenizer(), **settings).train()
 
 
 def exiting_reward(directory, **settings):
@@ -306,12 +298,51 @@ def exiting_reward(directory, **settings):
             sys.exit(0)
         return [0.0] * len(prompts)
 
-    make_trainer(directory, reward=leaves, **settings).train()
+    rank_trainer(directory, reward_funcs=leaves, **settings).train()
+
+
+def raises(rewards):
+    raise KeyError("no such column")
+
+
+ON_RANK_1 = {
+    "fine": lambda rewards: rewards,
+    "short": lambda rewards: rewards[:-1],
+    "nan": lambda rewards: [*rewards[:3], float("nan"), *rewards[4:]],
+    "raises": raises,
+    "none": lambda rewards: [None] * len(rewards),
+}
+
+
+def rewards_on_rank_1(directory, kind, **settings):
+    """Train with rewards that are others on the second rank only."""
+
+    def reward(prompts, completion_ids, **kwargs):
+        rewards = parity_reward(None, completion_ids)
+        return ON_RANK_1[kind](rewards) if this_rank() == 1 else rewards
+
+    trainer = rank_trainer(directory, reward_funcs=reward, **settings)
+    try:
+        trainer.train()
+    except ValueError as error:
+        return {"error": str(error)}
+    return summary(trainer)
+
+
+def adaptive_baseline(directory, **settings):
+    """What the adaptive baseline has learned."""
+    trainer = rank_trainer(directory, baseline="adaptive", **settings)
+    trainer.train()
+    trainer.accelerator.end_training()  # else a rank may abort as the other leaves
+    return {
+        "coefficients": trainer._adaptive_baseline.coefficients().tolist(),
+        "rows": trainer._adaptive_baseline.rows.tolist(),
+    }
 
 
 def out_of_memory(directory, place, **settings):
     """A real refusal of the CPU's allocator."""
-    trainer = make_trainer(directory, **settings)
+    trainer = rank_trainer(directory, **settings)
     do_in(trainer, place, 1, lambda: torch.empty(2**60, dtype=torch.uint8))
     trainer.train()
 
@@ -379,7 +410,7 @@ def equality(directory, replay=None, **settings):
     Train and evaluate, on rollouts that are sampled and recorded, or replayed from the file `replay`; with plain
     GRPO on scripted ones.
     """
-    trainer = make_trainer(directory, prompts=8, **{**EQUALITY, **settings})
+    trainer = rank_trainer(directory, prompts=8, **{**EQUALITY, **settings})
     calls, gradients = [], []
     if settings.get("plain"):
         trainer._generate_single_turn = scripted
@@ -435,7 +466,7 @@ def uneven(directory, **settings):
         log_extra("of rank 1", [str(ids) for ids in completion_ids])
         return [0.0] * len(completion_ids)
 
-    trainer = make_trainer(directory, reward=[fast, slow], **settings)
+    trainer = rank_trainer(directory, reward_funcs=[fast, slow], **settings)
     roll_out = trainer.generation.roll_out
 
     def spread(prompt_ids, rollout_settings):
@@ -459,7 +490,7 @@ def objections(directory, checkpoint, changes, **settings):
     """What is said about resuming from `checkpoint` with each of `changes` to the settings."""
     said = []
     for change in changes:
-        trainer = make_trainer(directory, **{**settings, **change})
+        trainer = rank_trainer(directory, **{**settings, **change})
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
             said.append(f"trained to step {trainer.state.global_step}")
@@ -490,7 +521,7 @@ def use_fsdp2():
 
 def sharded(directory, resume=None, kill=None, wrong_attention=False, **settings):
     """Train under FSDP2, weights gathered at the end."""
-    trainer = make_trainer(directory, fsdp2=True, **settings)
+    trainer = rank_trainer(directory, fsdp2=True, **settings)
     if kill is not None and this_rank() == kill[1]:
         die_in(trainer, kill[0], kill[2])
     if wrong_attention:  # causal over the whole row, branches included
@@ -503,3 +534,8 @@ def sharded(directory, resume=None, kill=None, wrong_attention=False, **settings
         "sharded": any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
         "forward": trainer._forward.__name__,
     }
+
+
+if __name__ == "__main__":  # a rank of torchrun, or a process that needs an environment of its own
+    name, folder, arguments = sys.argv[1:]
+    globals()[name](folder, **json.loads(arguments))

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over a tiny model, on loopback, that can be told to misbehave."""
+"""Servers on loopback for as long as a test needs them, one of them OpenAI-compatible over a tiny model."""
 
 import json
 import threading
@@ -11,19 +11,14 @@ from transformers import GenerationConfig
 from trl_anytime.inference.generate import GenerateSampler
 
 
-class TinyServer(ThreadingHTTPServer):
-    """
-    Args:
-        model: The model, which continues token ids greedily.
-        faults: What to do wrong, one request after the other: the name of a method of `Handler`, `None` for nothing.
-        chat: From the body of a chat request to the token ids of its answer.
-    """
+class LoopbackServer(ThreadingHTTPServer):
+    """Answers at a free port of this machine. `over` is set when the test is."""
 
-    def __init__(self, model=None, faults=(), max_model_len=256, chat=None, tokenizer=None):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.model, self.faults, self.max_model_len, self.chat = model, list(faults), max_model_len, chat
-        self.tokenizer = tokenizer
-        self.bodies, self.lock, self.stalled = [], threading.Lock(), threading.Event()
+    daemon_threads = True
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.over = threading.Event()
 
     @property
     def url(self):
@@ -31,6 +26,53 @@ class TinyServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A client that has gone away is expected."""
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """Keeps no log."""
+
+    def log_message(self, *args):
+        pass
+
+    def send(self, content, status=200, headers=()):
+        """Answer with bytes, or with what becomes JSON."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@contextmanager
+def serving(server):
+    """Run a server in a thread."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+class TinyServer(LoopbackServer):
+    """
+    An OpenAI-compatible server that can be told to misbehave.
+
+    Args:
+        model: The model, which continues token ids greedily.
+        faults: What to do wrong, one request after the other: the name of a method of `Handler`, `None` for nothing.
+        chat: From the body of a chat request to the token ids of its answer.
+    """
+
+    def __init__(self, model=None, faults=(), max_model_len=256, chat=None, tokenizer=None):
+        super().__init__(Handler)
+        self.model, self.faults, self.max_model_len, self.chat = model, list(faults), max_model_len, chat
+        self.tokenizer = tokenizer
+        self.bodies, self.lock = [], threading.Lock()
 
     def complete(self, body):
         sample = GenerateSampler(self.model, GenerationConfig(do_sample=False), 0)
@@ -47,12 +89,12 @@ class TinyServer(ThreadingHTTPServer):
         ]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     server: TinyServer
 
     def do_GET(self):
-        self.reply({"data": [{"id": "tiny", "max_model_len": self.server.max_model_len}]})
+        self.send({"data": [{"id": "tiny", "max_model_len": self.server.max_model_len}]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -64,40 +106,29 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/chat/completions":
             ids = self.server.chat(body)
             text = self.server.tokenizer.decode(ids)
-            self.reply({"choices": [{"index": 0, "message": {"content": text}, "token_ids": ids}]})
+            self.send({"choices": [{"index": 0, "message": {"content": text}, "token_ids": ids}]})
         elif body.get("stream"):
             (choice,) = self.server.complete(body)
             chunks = [{"token_ids": [token], "finish_reason": None} for token in choice["token_ids"]]
             chunks[-1]["finish_reason"] = choice["finish_reason"]
             lines = [f"data: {json.dumps({'choices': [chunk]})}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
-            self.send(200, "".join(lines).encode())
+            self.send("".join(lines).encode())
         else:
-            self.reply({"choices": self.server.complete(body)})
-
-    def reply(self, values, status=200, headers=()):
-        self.send(status, json.dumps(values).encode(), headers)
-
-    def send(self, status, data, headers=()):
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+            self.send({"choices": self.server.complete(body)})
 
     # Faults
 
     def overloaded(self, body):
-        self.reply({"error": {"message": "try later"}}, 503)
+        self.send({"error": {"message": "try later"}}, 503)
 
     def rate_limited(self, body):
-        self.reply({"error": {"message": "too fast"}}, 429, [("Retry-After", "0.2")])
+        self.send({"error": {"message": "too fast"}}, 429, [("Retry-After", "0.2")])
 
     def rate_limited_until_a_date(self, body):
-        self.reply({"error": {"message": "too fast"}}, 429, [("Retry-After", formatdate(usegmt=True))])
+        self.send({"error": {"message": "too fast"}}, 429, [("Retry-After", formatdate(usegmt=True))])
 
     def stalls(self, body):
-        self.server.stalled.wait(20)  # until the test is over
+        self.server.over.wait(20)
 
     def drops(self, body):
         self.close_connection = True
@@ -112,37 +143,25 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def garbles(self, body):
-        self.send(200, b"<html>an intermediate proxy</html>")
+        self.send(b"<html>an intermediate proxy</html>")
 
     def forgets_one(self, body):
-        self.reply({"choices": self.server.complete(body)[1:]})
+        self.send({"choices": self.server.complete(body)[1:]})
 
     def gives_up_early(self, body):
         """As a server whose context is full."""
         choices = self.server.complete(body)
         choices[0] |= {"token_ids": choices[0]["token_ids"][:-1], "finish_reason": "length"}
-        self.reply({"choices": choices})
+        self.send({"choices": choices})
 
     def aborts(self, body):
         choices = self.server.complete(body)
         choices[0] |= {"finish_reason": "abort"}
-        self.reply({"choices": choices})
+        self.send({"choices": choices})
 
     def refuses(self, body):
-        self.reply({"error": {"message": "thinking budgets are not configured"}}, 400)
+        self.send({"error": {"message": "thinking budgets are not configured"}}, 400)
 
     def keeps_its_ids(self, body):
         choices = self.server.complete(body)
-        self.reply({"choices": [{**choice, "token_ids": None} for choice in choices]})
-
-
-@contextmanager
-def serving(server):
-    """Run a server in a thread."""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.stalled.set()
-        server.shutdown()
-        server.server_close()
+        self.send({"choices": [{**choice, "token_ids": None} for choice in choices]})

@@ -115,8 +115,10 @@ def tiny_trainer(output_dir, trainer_class=BRPOTrainer, model=None, **settings) 
 
     `settings` are fields of the configuration or arguments of the trainer.
     """
-    make = make_config if issubclass(trainer_class, BRPOTrainer) else make_grpo_config
-    fields = BRPOConfig.__dataclass_fields__
+    make, config_class = (
+        (make_config, BRPOConfig) if issubclass(trainer_class, BRPOTrainer) else (make_grpo_config, GRPOConfig)
+    )
+    fields = config_class.__dataclass_fields__
     return trainer_class(
         make_model() if model is None else model,
         args=make(output_dir, **{name: value for name, value in settings.items() if name in fields}),

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.support.scenarios import make_trainer, summary
+from tests.support.scenarios import rank_trainer, summary
 
 SETTINGS = {"max_steps": 4, "eval_steps": 2, "eval_on_start": True, "save_strategy": "no", "logging_steps": 1}
 
@@ -17,7 +17,7 @@ def main():
     folder, *trackers = sys.argv[1:]
     results = {}
     for name, report_to in (("untracked", "none"), ("tracked", trackers)):
-        trainer = make_trainer(Path(folder, name), report_to=report_to, project="tests", run_name="tiny", **SETTINGS)
+        trainer = rank_trainer(Path(folder, name), report_to=report_to, project="tests", run_name="tiny", **SETTINGS)
         trainer.train()
         results[name] = summary(trainer)
     if "trackio" in trackers:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT
+from tests.support.ranks import torchrun
 
 pytestmark = pytest.mark.heavy
 
@@ -186,10 +187,9 @@ def test_a_reward_that_exits_on_one_rank(ranks, tmp_path, plain):
 
 def test_an_exception_under_torchrun(tmp_path):
     """As users start it: the launcher must not wait either."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.support.two_ranks", str(tmp_path), "backward"]
+    fault = {"place": "backward", "save_strategy": "no", "per_device_train_batch_size": 2}
     began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = torchrun("tests.support.scenarios", "fault", tmp_path, json.dumps(fault), limit=100)
     assert done.returncode == 1
     assert "Planned: in backward of rank 1" in done.stderr  # torchrun may end rank 0 before it can say so, too
     assert time.monotonic() - began < 60

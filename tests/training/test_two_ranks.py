@@ -1,35 +1,23 @@
 """Two processes with gloo: the same as one, groups that are split across ranks, uneven data, rewards that fail."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.support import ROOT
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The results of both ranks, by kind of reward."""
-    output_dir = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.support.two_ranks", str(output_dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
+# 4 rollouts per rank and groups of 8: each group is split across both ranks
+SPLIT = {"world_size": 2, "num_generations": 8, "prompts": 8, "steps_per_generation": 1, "num_iterations": 1}
+SPLIT |= {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
 
 
 @pytest.mark.parametrize("kind", ["fine", "none"])
-def test_both_ranks_end_with_the_same_model(trained, kind):
-    first, second = (rank[kind] for rank in trained)
+def test_both_ranks_end_with_the_same_model(ranks, tmp_path, kind):
+    ended = ranks.run("rewards_on_rank_1", tmp_path, kind=kind, **SPLIT)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output
+    first, second = (rank.result for rank in ended)
     assert first["weights"] == second["weights"]
     log = first["log"][0]
     assert log["loss"] != 0 and log["grad_norm"] > 0
     # Rewards of None on one rank: half of the rollouts are left out, on both ranks
     assert log["anytime/unscored_ratio"] == (0.5 if kind == "none" else 0)
-    names = [name for name in log if not name.startswith(("time/", "step_time"))]
-    assert {name: second["log"][0][name] for name in names} == {name: log[name] for name in names}
+    assert second["log"][0] == log
 
 
 @pytest.mark.parametrize(
@@ -40,9 +28,9 @@ def test_both_ranks_end_with_the_same_model(trained, kind):
         ("raises", "`reward` failed: KeyError: 'no such column'"),
     ],
 )
-def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(trained, kind, message):
-    for rank in trained:
-        assert message in rank[kind]["error"]
+def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(ranks, tmp_path, kind, message):
+    for rank in ranks.run("rewards_on_rank_1", tmp_path, kind=kind, **SPLIT):
+        assert message in rank.result["error"], rank.output
 
 
 # Means over micro-batches, which are dealt out by length on each rank: the same only if there is one per step

@@ -1,19 +1,15 @@
 """Colocate mode on two ranks with gloo: with an engine each, and with one that both share by tensor parallelism."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support.ranks import torchrun
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_training(tensor_parallel_size, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += ["-m", "tests.vllm_engine.colocate_ranks", str(tensor_parallel_size), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = torchrun("tests.vllm_engine.colocate_ranks", tensor_parallel_size, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["weights"] == second["weights"]
