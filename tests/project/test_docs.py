@@ -121,7 +121,9 @@ def runs(path: Path, words: list[str]) -> bool:
     text = path.read_text()
     if words[0] == "make":
         scripts = re.findall(r"[\w/]+\.py", recipe(words[1]))
-        return f"make {words[1]}\n" in text or any(Path(script).name in text for script in scripts)
+        return bool(re.search(rf"make {words[1]}(-all)?\n", text)) or any(
+            Path(script).name in text for script in scripts
+        )
     return str(path.relative_to(ROOT)) in words or any(Path(w).name in text for w in words if w.endswith(".py"))
 
 

@@ -11,7 +11,7 @@ from studies.learning.study import Job, Study
 from studies.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 from tests.support import ROOT
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 MAIN = ROOT / "studies" / "learning" / "configs" / "main.yaml"
 MINIATURE = {

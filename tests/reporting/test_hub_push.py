@@ -18,7 +18,7 @@ from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.reporting.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
 from trl_anytime.training import checkpoint
 
-pytestmark = pytest.mark.heavy  # it trains
+pytestmark = pytest.mark.slow  # it trains
 
 
 @pytest.fixture(scope="module")

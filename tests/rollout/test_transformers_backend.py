@@ -247,7 +247,7 @@ def test_sampling_that_branches_cannot_do(sampling, reason):
 def test_models_whose_cache_is_another(monkeypatch):
     model = make_tree_model()
     assert branching_mismatch(model) is None
-    monkeypatch.setattr(Trunk, "of", lambda cache, starts, rollouts: Trunk([], starts, rollouts))
+    monkeypatch.setattr(Trunk, "from_cache", lambda cache, starts, rollouts: Trunk([], starts, rollouts))
     assert "its cache is not understood (IndexError" in branching_mismatch(model)
     monkeypatch.undo()
     attend = BranchLayout.attend

@@ -271,49 +271,49 @@ class TooFast(TrainerCallback):
                 group["lr"] = 0.3
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_where_nothing_is_wrong(tmp_path, caplog):
     assert train(tmp_path, caplog, max_steps=22) == []
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_no_reward(tmp_path, caplog):
     (warning,) = train(tmp_path, caplog, reward=constant(0.0))
     assert warning.startswith("Step 10: no reward at any budget: the largest `anytime/reward@…` was 0 in the last 10")
     assert "Sample: prompt '<|im_start|> user" in warning and "assistant <think>'" in warning
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_constant_reward(tmp_path, caplog):
     warnings = train(tmp_path, caplog, reward=constant(0.7))
     assert names(warnings) == {"nothing to learn from", "the reward is the same at all budgets"}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_no_boxes(tmp_path, caplog):
     warnings = train(tmp_path, caplog, reward=MathReward())
     assert names(warnings) == {"no reward at any budget", "boxes are missing"}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_summaries_that_are_cut_off(tmp_path, caplog):
     (warning,) = train(tmp_path, caplog, max_summary_length=4)
     assert warning.startswith("Step 10: summaries are cut off: ")
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_thinking_that_never_ends(tmp_path, caplog):
     warnings = train(tmp_path, caplog, model=biased(end=-50.0))
     assert names(warnings) == {"thinking is never finished"}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_thinking_that_is_empty(tmp_path, caplog):
     warnings = train(tmp_path, caplog, reward=constant(0.7), model=biased(end=50.0), max_summary_length=4)
     assert {"thinking is always empty", "the reward is the same at all budgets"} <= names(warnings)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_verifier_that_gives_up(tmp_path, caplog):
     """Every summary is the same tower of powers, which a worker gives up."""
     tower = r"\boxed{9^{9^{9^9}}}"
@@ -323,24 +323,24 @@ def test_a_verifier_that_gives_up(tmp_path, caplog):
     assert "the verifier gives up" in names(warnings) and "boxes are missing" not in names(warnings)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_entropy_that_collapses(tmp_path, caplog):
     warnings = train(tmp_path, caplog, callbacks=[TooFast()], max_steps=30)
     assert "entropy has collapsed" in names(warnings)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_gradient_that_explodes(tmp_path, caplog):
     warnings = train(tmp_path, caplog, reward=growing, max_steps=21)
     assert names(warnings) == {"the gradient explodes"}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_alarms_can_be_switched_off(tmp_path, caplog):
     assert train(tmp_path, caplog, reward=constant(0.0), alarms=False) == []
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_logs_that_are_far_apart(tmp_path, caplog):
     """Rollouts of four updates, logged every seven, which are means."""
     settings = {"steps_per_generation": 2, "num_iterations": 2, "logging_steps": 7, "per_device_train_batch_size": 4}
@@ -348,7 +348,7 @@ def test_logs_that_are_far_apart(tmp_path, caplog):
     assert warning.startswith("Step 14: no reward") and "in the last 14 updates" in warning
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_only_the_main_process_warns_and_a_restart_knows(ranks, tmp_path):
     """Rollouts at steps 1, 5, 9 and 13 are logged at 3, 6, 9 and 15: there a window is full."""
     settings = {"max_steps": 17, "save_total_limit": None, "eval_strategy": "no", "save_steps": 2}

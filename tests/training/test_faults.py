@@ -12,7 +12,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.ranks import torchrun
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 TWO = {
     "world_size": 2,

@@ -6,7 +6,7 @@ import pytest
 
 from trl_anytime.training.checkpoint import manifest
 
-heavy = pytest.mark.heavy
+slow = pytest.mark.slow
 
 TWO = {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4}
 KINDS = {
@@ -61,7 +61,7 @@ def test_killed_and_resumed(ranks, straight, tmp_path):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@heavy
+@slow
 @pytest.mark.parametrize(
     ("kind", "place", "count"),
     [
@@ -101,7 +101,7 @@ def test_killed_at_a_place(ranks, straight, tmp_path, kind, place, count):
         assert_continues(ranks, tmp_path, straight, kind)
 
 
-@heavy
+@slow
 @pytest.mark.parametrize(
     "file",
     [
@@ -119,7 +119,7 @@ def test_killed_while_saving(ranks, straight, tmp_path, file):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@heavy
+@slow
 def test_killed_again_and_again(ranks, straight, tmp_path):
     """By the clock: wherever it is then."""
     ranks.run("train", tmp_path, signals=[(0, signal.SIGKILL, str(tmp_path / "out" / "checkpoint-2/*.pth"))])
@@ -130,7 +130,7 @@ def test_killed_again_and_again(ranks, straight, tmp_path):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@heavy
+@slow
 @pytest.mark.parametrize(
     ("kind", "rank", "place", "count", "step", "due"),
     [

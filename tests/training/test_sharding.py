@@ -5,7 +5,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.support import ROOT
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 SETTINGS = {"world_size": 2, "max_steps": 4, "logging_steps": 1, "eval_steps": 2, "per_device_train_batch_size": 2}

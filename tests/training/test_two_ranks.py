@@ -37,7 +37,7 @@ def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(ranks, tmp_path, ki
 OF_MICRO_BATCHES = ("entropy", "clip_ratio/")
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("num_generations", [4, 8], ids=["whole groups", "groups split across ranks"])
 @pytest.mark.parametrize(
     ("micro_batches", "method"),
@@ -79,7 +79,7 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, num_generations, micro_batc
     assert len(evaluations) == 2
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_ranks_with_nothing_in_common(ranks, tmp_path):
     both = ranks.run(
         "uneven", tmp_path, world_size=2, num_generations=8, save_strategy="no", max_steps=4, logging_steps=1
