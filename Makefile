@@ -8,18 +8,25 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
 	matplotlib==3.9.0
 
-.PHONY: quickstart test test-oldest test-vllm lint docs wheel clean
+# Workers of pytest, which take over each other's tests: each has its own processes, and needs some 2 GiB
+PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
+
+.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
+# Without the tests marked as slow: six minutes on two cores
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) --cov=trl_anytime --cov-report=term:skip-covered
 
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples
-# and the tests marked as heavy train long enough to be too slow with it.
+# and the tests marked as slow train long enough to take too long with it.
 test-oldest: $(VENV)-oldest/.installed
-	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest --ignore=tests/test_examples.py -m "not heavy"
+	TRITON_INTERPRET=1 $(VENV)-oldest/bin/python -m pytest $(PARALLEL) --ignore=tests/project/test_examples.py -m "not slow"
 
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed
@@ -56,7 +63,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
-	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest hypothesis markdown-it-py rich triton
+	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -1,20 +1,20 @@
 r"""How right and how fast the answer verifier is, next to `math_verify` and TRL's `accuracy_reward`.
 
-    python benchmarks/verifier.py --outside
+    python -m benchmarks.verifier --outside
 
 grades the pairs of `tests/data/answers.jsonl`, whose outcomes are beyond doubt and which were not written here, with
 all three. It prints a table: pairs graded right, wrong answers accepted, right answers refused, pairs per second of
 CPU time (the best of two passes after one that warms up, without what our verifier remembers of earlier passes).
 Files of other pairs are taken with `--pairs`.
 
-    python benchmarks/verifier.py --json
+    python -m benchmarks.verifier --json
 
 prints this table as `outside`, and with it, for our verifier on the data sets of `--data`:
 
 - `missed`: right answers that scored 0, of `of_right`: every gold of the data sets against itself and against
-  mechanical rewritings of it, and the equal pairs of `tests/rewards_cases.py`;
+  mechanical rewritings of it, and the equal pairs of `tests/support/rewards_cases.py`;
 - `wrongly_accepted`: wrong answers that scored 1, of `of_wrong`: `perturbed` gold answers (digits changed or added,
-  signs, order, brackets, items left out) and the different pairs of `tests/rewards_cases.py`;
+  signs, order, brackets, items left out) and the different pairs of `tests/support/rewards_cases.py`;
 - `median_ms`, `p99_ms`, `max_ms`: one answer, in a call of its own, workers warm;
 - `answers_per_s_1`, `answers_per_s_2`: `answers` rewritten and perturbed gold answers of MATH-500 in one call, with
   one and with two warm workers, the best of three;
@@ -30,13 +30,13 @@ import logging
 import random
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
 from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
+from tests.support.rewards_cases import DIFFERENT, EQUAL, HOSTILE
 from trl_anytime.rewards import MathReward, grade_answers
 from trl_anytime.rewards.verifier.equality import answers_equal
 from trl_anytime.rewards.verifier.forms import Collection, Formula, as_fraction, read
@@ -46,8 +46,6 @@ from trl_anytime.rewards.verifier.pool import PoolSettings, WorkerPool, close_po
 from trl_anytime.rewards.verifier.symbolic import Symbolic
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-from rewards_cases import DIFFERENT, EQUAL, HOSTILE  # noqa: E402  (the path comes first)
 
 OUTSIDE = ROOT / "tests" / "data" / "answers.jsonl"
 FILES = ("aime24", "amc", "math500", "math_train_2000")

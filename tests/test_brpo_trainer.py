@@ -11,10 +11,18 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from tests.support.tiny import (
+    Gradients,
+    make_config,
+    make_dataset,
+    make_model,
+    make_tokenizer,
+    parity_reward,
+    tiny_trainer,
+)
 from trl_anytime import BRPOTrainer
 from trl_anytime.method.advantages import summary_advantages, thinking_advantages
 from trl_anytime.method.packing import PackedRollouts
@@ -23,34 +31,6 @@ from trl_anytime.rewards.returned import checked_rewards
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.training.micro_batches import prune_batch
-
-
-def make_trainer(tmp_path, trainer_class=BRPOTrainer, model=None, **settings):
-    arguments = {
-        name: settings.pop(name)
-        for name in ("reward_funcs", "train_dataset", "eval_dataset", "peft_config", "processing_class", "callbacks")
-        if name in settings
-    }
-    return trainer_class(
-        model or make_model(),
-        make_config(tmp_path, **settings),
-        **{
-            "train_dataset": make_dataset(),
-            "reward_funcs": parity_reward,
-            "processing_class": make_tokenizer(),
-            **arguments,
-        },
-    )
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimiser step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 class Recorder(BRPOTrainer):
@@ -88,7 +68,7 @@ def test_one_budget_one_summary_is_grpo(tmp_path, steps):
     """Same rollouts, same loss and gradients as TRL's trainer, also against an old policy."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", **steps}
     gradients = Gradients()
-    ours = make_trainer(
+    ours = tiny_trainer(
         tmp_path,
         Recorder,
         budgets=[9],
@@ -147,7 +127,7 @@ def test_one_budget_one_summary_is_grpo(tmp_path, steps):
 
 def test_advantages_of_every_token(tmp_path):
     """The batch that TRL trains on: recomputed from the rollouts and rewards, rollout by rollout."""
-    trainer = make_trainer(tmp_path, Recorder, prior="linear", max_steps=1, prune=False)
+    trainer = tiny_trainer(tmp_path, Recorder, prior="linear", max_steps=1, prune=False)
     trainer.train()
     (_, batch, _), scored = trainer.rolled[0], trainer.scored[0]
     rewards = torch.tensor(
@@ -180,14 +160,14 @@ def test_advantages_of_every_token(tmp_path):
 
 
 def test_the_loss_divides_by_the_longest_packed_rollout(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = tiny_trainer(tmp_path)
     assert trainer.max_completion_length == 9 + 3 * 2 * (3 + 4)  # bridges "so </think> answer"
-    assert make_trainer(tmp_path, max_completion_length=500).max_completion_length == 500
+    assert tiny_trainer(tmp_path, max_completion_length=500).max_completion_length == 500
 
 
 def test_summaries_continue_their_own_cut(tmp_path):
     """With the most likely tokens, every trace and summary is what the model itself continues its context with."""
-    trainer = make_trainer(tmp_path, Recorder, max_steps=1, top_k=1, learning_rate=0.0)
+    trainer = tiny_trainer(tmp_path, Recorder, max_steps=1, top_k=1, learning_rate=0.0)
     trainer.train()
     batch = trainer.rolled[0][1]
 
@@ -222,7 +202,7 @@ def test_rollouts_of_like_length_share_a_micro_batch(tmp_path, monkeypatch, accu
         if not dealt:
             monkeypatch.setattr("trl_anytime.training.micro_batches._sorted_by_length", lambda batches: batches)
         gradients, micro_batches = Gradients(), []
-        trainer = make_trainer(tmp_path, callbacks=[gradients], **settings)
+        trainer = tiny_trainer(tmp_path, callbacks=[gradients], **settings)
         compute_loss = trainer._compute_loss
 
         def spy(model, inputs, micro_batches=micro_batches, compute_loss=compute_loss):
@@ -263,7 +243,7 @@ def test_dealing_out_changes_no_gradient(tmp_path, monkeypatch, settings, exact)
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
         settings = {"model": make_model("qwen3_moe", **experts), "router_aux_loss_coef": 1.0}
     settings = {**settings, "per_device_train_batch_size": 2, "num_generations": 2, "gradient_accumulation_steps": 4}
-    trainer = make_trainer(tmp_path, optim="sgd", max_steps=1, **settings)
+    trainer = tiny_trainer(tmp_path, optim="sgd", max_steps=1, **settings)
     prepare, dealt = trainer._prepare_inputs, []
 
     def keep(inputs):
@@ -309,7 +289,7 @@ def test_dealing_out_changes_no_gradient(tmp_path, monkeypatch, settings, exact)
 def test_pruning_changes_no_gradient(tmp_path, settings, packing):
     """Loss and gradients of pruned micro-batches, against an old policy and with vLLM's importance correction."""
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 2, **settings}
-    trainer = make_trainer(tmp_path, optim="sgd", max_steps=1, prune=False, packing=packing, **settings)
+    trainer = tiny_trainer(tmp_path, optim="sgd", max_steps=1, prune=False, packing=packing, **settings)
     prepare, batches = trainer._prepare_inputs, []
 
     def keep(inputs):
@@ -361,7 +341,7 @@ def test_a_run_without_what_has_no_advantage(tmp_path):
     """The same weights, step by step, and the share that was left out."""
     weights, logs = [], []
     for prune in (True, False):
-        trainer = make_trainer(tmp_path, prune=prune, optim="sgd", learning_rate=1.0, num_iterations=2, max_steps=4)
+        trainer = tiny_trainer(tmp_path, prune=prune, optim="sgd", learning_rate=1.0, num_iterations=2, max_steps=4)
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
         logs.append([log for log in trainer.state.log_history if "loss" in log])
@@ -383,14 +363,14 @@ def test_a_run_without_what_has_no_advantage(tmp_path):
     ],
 )
 def test_tokens_that_count_without_advantage_stay(tmp_path, settings):
-    trainer = make_trainer(tmp_path, max_steps=1, **settings)
+    trainer = tiny_trainer(tmp_path, max_steps=1, **settings)
     trainer.train()
     assert not any("anytime/pruned_ratio" in log for log in trainer.state.log_history)
 
 
 def test_nothing_to_learn_trains_nothing(tmp_path):
     """All rewards are equal: a token for each row is left, and weights stay."""
-    trainer = make_trainer(tmp_path, reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=1)
+    trainer = tiny_trainer(tmp_path, reward_funcs=lambda completions, **kwargs: [1.0] * len(completions), max_steps=1)
     before = torch.cat([p.flatten() for p in trainer.model.parameters()]).clone()
     trainer.train()
     assert torch.equal(before, torch.cat([p.flatten() for p in trainer.model.parameters()]))
@@ -406,7 +386,7 @@ def _mixed(batches):
 
 
 def test_sampling_settings_are_restored(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = tiny_trainer(tmp_path)
     config = trainer.generation_config.to_dict()
     eos_token_ids = list(trainer.eos_token_ids)
     with pytest.raises(RuntimeError), TRLSampler(trainer)._settings(5, [2, 7]):
@@ -430,7 +410,7 @@ def test_reward_functions_see_summaries(tmp_path):
     async def constant(prompts, **kwargs):
         return [1.0] * len(prompts)
 
-    trainer = make_trainer(
+    trainer = tiny_trainer(
         tmp_path, Recorder, reward_funcs=[spy, constant], reward_weights=[1.0, 0.5], max_steps=1, log_completions=True
     )
     trainer.train()
@@ -453,14 +433,14 @@ def test_none_leaves_a_summary_out(tmp_path):
     def sometimes(completion_ids, **kwargs):
         return [None if sum(ids) % 3 == 0 else parity_reward(None, [ids])[0] for ids in completion_ids]
 
-    trainer = make_trainer(tmp_path, Recorder, reward_funcs=sometimes)
+    trainer = tiny_trainer(tmp_path, Recorder, reward_funcs=sometimes)
     trainer.train()
     log = trainer.state.log_history[0]
     assert 0 < log["anytime/unscored_ratio"] < 1
     assert math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])
     assert torch.isfinite(trainer.scored[0]["advantages"]).all()
     # No reward anywhere: no gradient, no crash
-    trainer = make_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [None] * len(prompts))
+    trainer = tiny_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [None] * len(prompts))
     trainer.train()
     log = trainer.state.log_history[0]
     assert (log["anytime/unscored_ratio"], log["anytime/no_advantage_ratio"], log["grad_norm"]) == (1, 1, 0)
@@ -494,7 +474,7 @@ def test_bad_rewards(tmp_path, returned, message, is_async):
         async def bad(prompts, **kwargs):
             return sync(prompts)
 
-    trainer = make_trainer(tmp_path, reward_funcs=[parity_reward, bad])
+    trainer = tiny_trainer(tmp_path, reward_funcs=[parity_reward, bad])
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert trainer.reward_funcs[1] is bad  # unwrapped again
@@ -516,10 +496,9 @@ def test_reward_models(tmp_path):
         num_key_value_heads=1, num_labels=1, pad_token_id=0,
     )  # fmt: skip
     tokenizer = make_tokenizer()
-    trainer = BRPOTrainer(
-        make_model(),
-        make_config(tmp_path, max_steps=1),
-        make_dataset(),
+    trainer = tiny_trainer(
+        tmp_path,
+        max_steps=1,
         reward_funcs=[AutoModelForSequenceClassification.from_config(config)],
         reward_processing_classes=tokenizer,
         processing_class=tokenizer,
@@ -549,7 +528,7 @@ def sampling(**bias):
     ids=["finished at once", "all cut", "all ended_with_eos"],
 )
 def test_extreme_thinkings(tmp_path, bias, finished, length):
-    trainer = make_trainer(tmp_path, model=sampling(**bias), reward_funcs=parity_reward)
+    trainer = tiny_trainer(tmp_path, model=sampling(**bias), reward_funcs=parity_reward)
     trainer.train()
     log = trainer.state.log_history[0]
     assert (log["thinking/finished_ratio"], log["thinking/mean_length"]) == (finished, length)
@@ -559,7 +538,7 @@ def test_extreme_thinkings(tmp_path, bias, finished, length):
 
 
 def test_equal_rewards_teach_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [1.0] * len(prompts), baseline="v2")
+    trainer = tiny_trainer(tmp_path, reward_funcs=lambda prompts, **kwargs: [1.0] * len(prompts), baseline="v2")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     log = trainer.state.log_history[0]
@@ -569,7 +548,7 @@ def test_equal_rewards_teach_nothing(tmp_path):
 
 def test_empty_thinkings(tmp_path):
     """A backend that returns no thinking at all."""
-    trainer = make_trainer(tmp_path)
+    trainer = tiny_trainer(tmp_path)
     trainer.generation = PrefixGeneration(TRLSampler(trainer))
     generate = trainer._generate_single_turn
 
@@ -604,7 +583,7 @@ def test_empty_thinkings(tmp_path):
 def test_variants_train(tmp_path, settings):
     if settings.get("gradient_checkpointing") is None:
         settings = {"gradient_checkpointing": False, **settings}
-    trainer = make_trainer(tmp_path, **settings)
+    trainer = tiny_trainer(tmp_path, **settings)
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
@@ -614,7 +593,7 @@ def test_variants_train(tmp_path, settings):
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     weights = []
     for checkpointing in (False, True):
-        trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        trainer = tiny_trainer(tmp_path, gradient_checkpointing=checkpointing)
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
@@ -626,7 +605,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_separate_rows_train_the_same(tmp_path):
     weights, logs = [], []
     for mode in ("tree", "rows"):
-        trainer = make_trainer(
+        trainer = tiny_trainer(
             tmp_path,
             packing=mode,
             num_iterations=2,
@@ -650,7 +629,7 @@ def hybrid_model():
 
 def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
-        trainer = make_trainer(tmp_path, model=hybrid_model())
+        trainer = tiny_trainer(tmp_path, model=hybrid_model())
     # 7 rows of 9 + 7 tokens against one of 9 + 6 · 7
     (warning,) = [record.getMessage() for record in caplog.records if "packed rollouts" in record.getMessage()]
     assert "it has layers of type conv" in warning and "up to 2.2 times as many tokens" in warning
@@ -658,13 +637,13 @@ def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
     trainer.train()
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     with pytest.raises(ValueError, match="type conv. Set `packing='auto'`"):
-        make_trainer(tmp_path, model=hybrid_model(), packing="tree")
+        tiny_trainer(tmp_path, model=hybrid_model(), packing="tree")
 
 
 def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("trl_anytime.modeling.support.packing_mismatch", lambda model: "it is odd")
     with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
-        trainer = make_trainer(tmp_path)
+        trainer = tiny_trainer(tmp_path)
     assert "cannot train on packed rollouts: it is odd" in caplog.text
     assert trainer.model.config._attn_implementation == "sdpa"
     trainer.train()
@@ -675,7 +654,7 @@ def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, 
 
 def test_evaluation_by_hand(tmp_path):
     """Mean over all samples, not over batches: 5 prompts in batches of 2."""
-    trainer = make_trainer(
+    trainer = tiny_trainer(
         tmp_path,
         Recorder,
         eval_dataset=make_dataset(5),
@@ -706,7 +685,7 @@ def test_evaluation_by_hand(tmp_path):
 def test_metrics(tmp_path):
     model = sampling(end=-50.0, eos=-50.0)  # every segment has tokens
     settings = {"num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 4}
-    trainer = make_trainer(tmp_path, model=model, **settings)
+    trainer = tiny_trainer(tmp_path, model=model, **settings)
     trainer.train()
     log = trainer.state.log_history[0]
     names = {"anytime/auc", "anytime/no_advantage_ratio", "anytime/unscored_ratio"}
@@ -725,7 +704,7 @@ def test_metrics(tmp_path):
 
 
 def test_lengths_of_rollouts_whose_thinking_ends(tmp_path):
-    trainer = make_trainer(tmp_path, Recorder, model=sampling(end=0.0, eos=-1.0), max_steps=1)
+    trainer = tiny_trainer(tmp_path, Recorder, model=sampling(end=0.0, eos=-1.0), max_steps=1)
     trainer.train()
     (_, batch, _), log = trainer.rolled[0], trainer.state.log_history[0]
     ended = [rollout for rollout in batch.rollouts if rollout.thinking.finished or rollout.thinking.ended_with_eos]
@@ -739,7 +718,7 @@ def test_lengths_of_rollouts_whose_thinking_ends(tmp_path):
     for name, value in of.items():
         assert log[f"completions/{name}_terminated_length"] == pytest.approx(value)
     # All rollouts: the same measure as TRL's
-    trainer = make_trainer(tmp_path, model=sampling(end=50.0), max_steps=1)
+    trainer = tiny_trainer(tmp_path, model=sampling(end=50.0), max_steps=1)
     trainer.train()
     log = trainer.state.log_history[0]
     for name in of:
@@ -752,7 +731,7 @@ def test_extra_columns_do_not_replace_ours(tmp_path, column):
         log_extra(column, [0] * len(completion_ids))
         return parity_reward(None, completion_ids)
 
-    trainer = make_trainer(tmp_path, reward_funcs=logging_reward)
+    trainer = tiny_trainer(tmp_path, reward_funcs=logging_reward)
     with pytest.raises(ValueError, match=f"log_extra.'{column}'"):
         trainer.train()
 
@@ -762,7 +741,7 @@ def test_completions_table(tmp_path):
         log_extra("length", [len(ids) for ids in completion_ids])
         return parity_reward(None, completion_ids)
 
-    trainer = make_trainer(tmp_path, Recorder, reward_funcs=logging_reward, max_steps=1, log_completions=True)
+    trainer = tiny_trainer(tmp_path, Recorder, reward_funcs=logging_reward, max_steps=1, log_completions=True)
     trainer.train()
     table = pd.read_parquet(next((tmp_path / "completions").iterdir()))
     batch, decode = trainer.rolled[0][1], trainer.processing_class.decode
@@ -784,10 +763,10 @@ def test_completions_table(tmp_path):
 
 def test_checkpoints_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    trainer = make_trainer(tmp_path, **settings)
+    trainer = tiny_trainer(tmp_path, **settings)
     trainer.train()
     assert os.path.exists(tmp_path / "checkpoint-1" / "model.safetensors")
-    resumed = make_trainer(tmp_path, **settings)
+    resumed = tiny_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
 
@@ -815,7 +794,7 @@ def test_checkpoints_resume(tmp_path):
 )
 def test_bad_arguments(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, **settings)
+        tiny_trainer(tmp_path, **settings)
 
 
 ARGUMENTS_OF_REWARDS = [
@@ -857,14 +836,14 @@ def test_bad_data(tmp_path, dataset, message):
         cases["eval_dataset "] = dataset
     for name, value in cases.items():
         with pytest.raises(ValueError, match=message) as error:
-            make_trainer(tmp_path, **{name.strip(): value})
+            tiny_trainer(tmp_path, **{name.strip(): value})
         assert name.strip() in str(error.value)
         if isinstance(value, dict) and "good" in value:
             assert "'bad'" in str(error.value)
 
 
 def test_a_column_that_a_reward_does_not_get_is_no_fault(tmp_path):
-    make_trainer(tmp_path, train_dataset=make_dataset().add_column("completion", ["x"] * 8))
+    tiny_trainer(tmp_path, train_dataset=make_dataset().add_column("completion", ["x"] * 8))
 
 
 # A model or tokenizer that does not fit
@@ -874,52 +853,52 @@ def test_nothing_to_train(tmp_path):
     """An adapter as `from_pretrained` loads it is frozen."""
     get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="is_trainable=True"):
-        make_trainer(tmp_path, model=PeftModel.from_pretrained(make_model(), tmp_path / "adapter"))
+        tiny_trainer(tmp_path, model=PeftModel.from_pretrained(make_model(), tmp_path / "adapter"))
     trainable = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
-    make_trainer(tmp_path, model=trainable)
+    tiny_trainer(tmp_path, model=trainable)
     two = PeftModel.from_pretrained(make_model(), tmp_path / "adapter")
     two.load_adapter(tmp_path / "adapter", "second", is_trainable=True)
     for name, parameter in two.named_parameters():  # which versions of PEFT do not do alike
         parameter.requires_grad_("second" in name.split("."))
     assert two.active_adapters == ["default"]
     with pytest.raises(ValueError, match="'default'"):
-        make_trainer(tmp_path, model=two)
+        tiny_trainer(tmp_path, model=two)
     with pytest.raises(ValueError, match="No parameter of the model"):
-        make_trainer(tmp_path, model=make_model().requires_grad_(False))
+        tiny_trainer(tmp_path, model=make_model().requires_grad_(False))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     tokenizer = make_tokenizer(extra_words=("ten",))  # token 20
     data = Dataset.from_dict({"prompt": ["1 <think>", "ten <think>"], "answer": ["1", "10"]})
     with pytest.raises(ValueError, match="token 20, and the model has 20"):
-        make_trainer(tmp_path, processing_class=tokenizer, train_dataset=data)
+        tiny_trainer(tmp_path, processing_class=tokenizer, train_dataset=data)
     with pytest.raises(ValueError, match="`answer_bridge` has the token 20"):
-        make_trainer(tmp_path, processing_class=tokenizer, answer_bridge="ten")
+        tiny_trainer(tmp_path, processing_class=tokenizer, answer_bridge="ten")
     # In a prompt of average length, which is not looked at before it is sampled from
     many = ["1 1 <think>"] * 20 + ["ten 1 <think>"] * 2 + ["1 1 1 1 1 1 1 1 1 <think>"] * 20
     data = Dataset.from_dict({"prompt": many, "answer": ["1"] * 42})
-    trainer = make_trainer(
+    trainer = tiny_trainer(
         tmp_path, processing_class=tokenizer, train_dataset=data, shuffle_dataset=False, max_steps=50
     )
     with pytest.raises(ValueError, match="token 20, and the model has 20"):
         trainer.train()
-    make_trainer(tmp_path, processing_class=tokenizer, model=make_model(vocab_size=21), train_dataset=data)
+    tiny_trainer(tmp_path, processing_class=tokenizer, model=make_model(vocab_size=21), train_dataset=data)
 
 
 def test_no_end_of_sequence_token(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        make_trainer(tmp_path, processing_class=tokenizer)
+        tiny_trainer(tmp_path, processing_class=tokenizer)
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        make_trainer(tmp_path, processing_class=tokenizer)
+        tiny_trainer(tmp_path, processing_class=tokenizer)
 
 
 def test_prompts_that_render_to_nothing(tmp_path):
     silent = "{% if messages[0].content != '0' %}" + make_tokenizer().chat_template + "{% endif %}"
     with pytest.raises(ValueError, match="no tokens once it is rendered"):
-        make_trainer(tmp_path, processing_class=make_tokenizer(silent))
+        tiny_trainer(tmp_path, processing_class=make_tokenizer(silent))
 
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
@@ -939,22 +918,22 @@ def test_arguments_in_the_order_of_trl(tmp_path):
 def test_closed_thinking_is_refused(tmp_path):
     closed = "{{ messages[0].content }} {% if not enable_thinking %}</think>{% endif %}"
     with pytest.raises(ValueError, match=r"set `chat_template_kwargs=\{'enable_thinking': True\}`"):
-        make_trainer(tmp_path, processing_class=make_tokenizer(closed))
-    make_trainer(tmp_path, processing_class=make_tokenizer(closed), chat_template_kwargs={"enable_thinking": True})
+        tiny_trainer(tmp_path, processing_class=make_tokenizer(closed))
+    tiny_trainer(tmp_path, processing_class=make_tokenizer(closed), chat_template_kwargs={"enable_thinking": True})
 
 
 def test_no_chat_template(tmp_path):
     with pytest.raises(ValueError, match="no chat template"):
-        make_trainer(tmp_path, processing_class=make_tokenizer(chat_template=None))
+        tiny_trainer(tmp_path, processing_class=make_tokenizer(chat_template=None))
 
 
 @pytest.mark.parametrize("answers", [["1", "2", None], [1.0, 2.0, math.nan], ["1", "2", ""]])
 def test_missing_answers_name_the_row(tmp_path, answers):
     dataset = Dataset.from_dict({"prompt": ["1", "2", "3"], "answer": answers})
     with pytest.raises(ValueError, match="Row 2"):
-        make_trainer(tmp_path, reward_funcs=MathReward(), train_dataset=dataset)
+        tiny_trainer(tmp_path, reward_funcs=MathReward(), train_dataset=dataset)
     with pytest.raises(ValueError, match="Row 2"):
-        make_trainer(tmp_path, reward_funcs=[MathReward()], eval_dataset={"a": dataset})
+        tiny_trainer(tmp_path, reward_funcs=[MathReward()], eval_dataset={"a": dataset})
 
 
 def test_the_default_reward_is_the_maths_verifier(tmp_path):

@@ -4,11 +4,10 @@ import json
 import os
 import sys
 
-import conftest  # noqa: F401  the engine
 import torch
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
-from trl_anytime import BRPOTrainer
+import tests.vllm_engine.conftest  # noqa: F401  the engine
+from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
 
 RANK = int(os.environ["RANK"])
 
@@ -18,8 +17,9 @@ if __name__ == "__main__":
     make_model(head_dim=32, num_attention_heads=2).save_pretrained(model_dir)
     make_tokenizer().save_pretrained(model_dir)
     # 4 rollouts per rank and groups of 8: each group is split across both ranks
-    config = make_config(
+    trainer = tiny_trainer(
         folder,
+        model=model_dir,
         num_generations=8,
         per_device_train_batch_size=4,
         ddp_backend="gloo",
@@ -28,9 +28,6 @@ if __name__ == "__main__":
         vllm_tensor_parallel_size=tensor_parallel_size,
         vllm_max_model_length=64,
         model_init_kwargs={"dtype": "float32"},
-    )
-    trainer = BRPOTrainer(
-        model_dir, config, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
     )
     trainer.train()
     result = {

@@ -5,16 +5,12 @@ Starting an engine takes most of a minute, so tests share them.
 """
 
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as in colocate mode on GPUs
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-
-sys.path.append(str(Path(__file__).parents[1]))  # tests/
 
 import torch  # noqa: E402  after the environment variables
 import trl.generation.vllm_generation  # noqa: E402

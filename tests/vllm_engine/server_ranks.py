@@ -10,12 +10,11 @@ import signal
 import sys
 import time
 
-import conftest  # noqa: F401  environment variables and paths, before the libraries
 from requests.adapters import HTTPAdapter
-from tiny import make_config, make_dataset, make_tokenizer, parity_reward
 from trl.generation.vllm_client import VLLMClient
 
-from trl_anytime import BRPOTrainer
+import tests.vllm_engine.conftest  # noqa: F401  environment variables and paths, before the libraries
+from tests.support.tiny import make_dataset, tiny_trainer
 
 RANK = int(os.environ["RANK"])
 MODEL, URL, SERVER_PID, OUTPUT_DIR = sys.argv[1:]
@@ -24,10 +23,11 @@ VLLMClient.init_communicator = lambda self, device: None
 VLLMClient.update_named_params = lambda self, metadata, params: [None for _ in params]
 
 
-def make_trainer(url, **settings):
+def server_trainer(url, **settings):
     # 4 rollouts per rank and groups of 8: each group is split across both ranks
-    config = make_config(
+    return tiny_trainer(
         OUTPUT_DIR,
+        model=MODEL,
         num_generations=8,
         per_device_train_batch_size=4,
         ddp_backend="gloo",
@@ -39,7 +39,6 @@ def make_trainer(url, **settings):
         vllm_server_timeout=5.0,
         **settings,
     )
-    return BRPOTrainer(MODEL, config, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer())
 
 
 def error_of(function):
@@ -83,9 +82,9 @@ def kill_server_before_summaries(trainer):
 
 if __name__ == "__main__":
     results = {}
-    results["unreachable"] = error_of(lambda: make_trainer("http://127.0.0.1:9"))  # where nothing listens
-    results["too long"] = error_of(lambda: make_trainer(URL, budgets=[120]))
-    trainer = make_trainer(URL)
+    results["unreachable"] = error_of(lambda: server_trainer("http://127.0.0.1:9"))  # where nothing listens
+    results["too long"] = error_of(lambda: server_trainer(URL, budgets=[120]))
+    trainer = server_trainer(URL)
     requests = spy_on_requests(trainer)
     trainer.train()
     results["log"] = [log for log in trainer.state.log_history if "loss" in log]

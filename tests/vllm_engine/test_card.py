@@ -5,18 +5,13 @@ import re
 import shlex
 import subprocess
 
-from servers import serving
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import make_model, tiny_trainer
+from tests.vllm_engine.servers import serving
 
 
 def test_the_commands_of_a_card(tmp_path, monkeypatch):
     model = make_model(head_dim=32, num_attention_heads=2)
-    config = make_config(tmp_path / "model", card_question="1 2")
-    BRPOTrainer(
-        model, config, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
-    ).save_model()
+    tiny_trainer(tmp_path / "model", model=model, card_question="1 2").save_model()
     card = (tmp_path / "model" / "README.md").read_text()
     serve, request = re.findall(r"```bash\n(.*?)\n```", card, flags=re.DOTALL)
     program, subcommand, name, *options = shlex.split(serve)

@@ -4,10 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
-from tiny_anytime_config import make_markers
 
-from trl_anytime import BRPOTrainer
+from tests.support.anytime import make_markers
+from tests.support.tiny import make_dataset, make_model, make_tokenizer, tiny_trainer
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
 from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.rollout.vllm_backend import ColocateGeneration
@@ -24,7 +23,7 @@ def model_dir(tmp_path_factory):
     return str(path)
 
 
-def make_trainer(model_dir, output_dir, **settings):
+def colocate_trainer(model_dir, output_dir, **settings):
     settings = {
         "use_vllm": True,
         "vllm_mode": "colocate",
@@ -34,15 +33,12 @@ def make_trainer(model_dir, output_dir, **settings):
         "num_iterations": 2,
         **settings,
     }
-    config = make_config(output_dir, **settings)
-    return BRPOTrainer(
-        model_dir, config, make_dataset(), reward_funcs=parity_reward, processing_class=make_tokenizer()
-    )
+    return tiny_trainer(output_dir, model=model_dir, **settings)
 
 
 @pytest.fixture(scope="module")
 def trainer(model_dir, tmp_path_factory):
-    return make_trainer(model_dir, tmp_path_factory.mktemp("colocate"))
+    return colocate_trainer(model_dir, tmp_path_factory.mktemp("colocate"))
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +317,7 @@ def test_a_model_that_needs_more_room_than_the_engine_has(tmp_path):
     make_model(max_position_embeddings=2**22).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"larger than the available KV cache memory.*gpu_memory_utilization"):
-        make_trainer(str(tmp_path / "model"), tmp_path, vllm_max_model_length=2**22)
+        colocate_trainer(str(tmp_path / "model"), tmp_path, vllm_max_model_length=2**22)
 
 
 def test_an_engine_without_a_prefix_cache(vllm, monkeypatch):

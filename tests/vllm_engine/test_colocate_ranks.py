@@ -1,20 +1,15 @@
 """Colocate mode on two ranks with gloo: with an engine each, and with one that both share by tensor parallelism."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support.ranks import torchrun
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_training(tensor_parallel_size, tmp_path):
-    script = Path(__file__).parent / "colocate_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    done = subprocess.run(
-        [*command, str(tensor_parallel_size), str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+    done = torchrun("tests.vllm_engine.colocate_ranks", tensor_parallel_size, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["weights"] == second["weights"]

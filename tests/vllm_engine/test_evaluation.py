@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from servers import serving
-from test_inference import expected_tokens
-from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from tests.support.anytime import expected_tokens
+from tests.support.tiny import make_model, make_tokenizer
+from tests.vllm_engine.servers import serving
 from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
 from trl_anytime.cli import FAILED, main
 from trl_anytime.inference.generate import open_backend

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import make_config, make_dataset, make_model, make_tokenizer, parity_reward
 
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
 from trl_anytime.rollout.backend import RolloutSettings
 
 PROMPT = [3, 6, 10, 11, 2, 3, 7, 4]
@@ -16,22 +15,16 @@ def trainer(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     make_model(head_dim=32, num_attention_heads=2).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    config = make_config(
+    return tiny_trainer(
         path,
+        model=str(path),
+        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=64,
         max_steps=3,
         learning_rate=1e-1,
         model_init_kwargs={"dtype": "float32"},
-    )
-    return BRPOTrainer(
-        str(path),
-        config,
-        make_dataset(),
-        reward_funcs=parity_reward,
-        processing_class=make_tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
     )
 
 

@@ -5,16 +5,14 @@ The only thing left out is the transfer of weights, which needs NCCL and so a GP
 """
 
 import json
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
-from servers import serving
-from tiny import make_config, make_model, make_tokenizer
 
+from tests.support.ranks import torchrun
+from tests.support.servers import LoopbackServer, QuietHandler
+from tests.support.servers import serving as in_thread
+from tests.support.tiny import make_config, make_model, make_tokenizer
+from tests.vllm_engine.servers import serving
 from trl_anytime.rollout.vllm_backend import check_server
 
 
@@ -71,27 +69,18 @@ INFO = {"weight_transfer_config": {"backend": "nccl"}, "cache_config": {"enable_
 def test_a_server_that_lacks_something(tmp_path, info, message):
     """Stands in for servers started otherwise, by what they answer."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self):
             answer = MODELS if self.path == "/v1/models" else info and {"vllm_config": info}
-            self.send_response(404 if answer is None else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            self.send(answer, 404 if answer is None else 200)
 
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        args = make_args(tmp_path, f"http://127.0.0.1:{other.server_port}")
-        try:
-            if message is None:
-                assert check_server(args, "alias") == check_server(args, "some/model") == 64
-            else:
-                with pytest.raises(ValueError, match=message):
-                    check_server(args, "some/model")
-        finally:
-            other.shutdown()
+    with in_thread(LoopbackServer(Handler)) as other:
+        args = make_args(tmp_path, other.url)
+        if message is None:
+            assert check_server(args, "alias") == check_server(args, "some/model") == 64
+        else:
+            with pytest.raises(ValueError, match=message):
+                check_server(args, "some/model")
 
 
 # Training on two ranks; the last test, as the server does not survive it
@@ -101,11 +90,8 @@ def test_a_server_that_lacks_something(tmp_path, info, message):
 def ranks(server, model_dir, tmp_path_factory):
     """The results of both ranks."""
     output_dir = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "server_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     url, process = server
-    arguments = [model_dir, url, str(process.pid), str(output_dir)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    done = torchrun("tests.vllm_engine.server_ranks", model_dir, url, process.pid, output_dir)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((output_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
 

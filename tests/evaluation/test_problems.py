@@ -1,0 +1,99 @@
+"""Problems from benchmarks, the Hub and files, and what is said when there are none."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from tests.support import ROOT
+from trl_anytime.evaluation.problems import BENCHMARKS, load_problems
+from trl_anytime.rewards import grade_answers
+
+DATA = ROOT.parent / "shared" / "data"
+ROWS = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "a half?", "answer": "0.5"}]
+
+
+def write(path, rows=ROWS):
+    {".jsonl": Dataset.to_json, ".csv": Dataset.to_csv, ".parquet": Dataset.to_parquet, ".json": Dataset.to_json}[
+        path.suffix
+    ](Dataset.from_list(rows), str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_files(tmp_path, suffix):
+    problems = load_problems(write(tmp_path / f"mine.{suffix}"))
+    assert problems.name == "mine"
+    assert problems.questions == ["1 + 1?", "a half?"]
+    assert [float(answer) for answer in problems.answers] == [2, 0.5]
+
+
+def test_names_columns_and_limits(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"q": "1?", "truth": 1}, {"q": "2?", "truth": 2}])
+    problems = load_problems(f"ones={path}", "q", "truth", limit=1)
+    assert (problems.name, problems.questions, problems.answers) == ("ones", ["1?"], [1])
+    assert problems.fingerprint != load_problems(path, "q", "truth").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("aime42", r"no data set 'aime42'\. Did you mean .*aime24.* Known are aime24, aime25, amc"),
+        ("math-5000", "Did you mean math500"),
+        ("nothing_like_it", r"no data set 'nothing_like_it'\. Known are"),
+        ("missing/mine.jsonl", "There is no file missing/mine.jsonl"),
+    ],
+)
+def test_what_there_is_not(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(source)
+
+
+def test_a_file_with_a_near_name(tmp_path):
+    write(tmp_path / "problems.jsonl")
+    with pytest.raises(ValueError, match="Did you mean .*problems.jsonl"):
+        load_problems(str(tmp_path / "problem.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (ROWS, {"answer_column": "answers"}, r"no column 'answers' for the answers.*mean answer\?.*--answer-column"),
+        ([{"text": "?", "answer": "1"}], {}, "no column 'problem' or 'question' or 'prompt'.* are 'text', 'answer'"),
+        ([*ROWS, {"problem": "?", "answer": None}], {}, "Row 2: column 'answer' holds None.*--skip-bad"),
+        ([*ROWS, {"problem": "", "answer": "1"}], {}, "row 2: column 'problem' holds no question but ''"),
+    ],
+)  # fmt: skip
+def test_bad_rows_and_columns(tmp_path, rows, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(write(tmp_path / "mine.jsonl", rows), **arguments)
+
+
+def test_bad_answers_can_be_left_out(tmp_path, caplog):
+    path = write(tmp_path / "mine.jsonl", [*ROWS, {"problem": "?", "answer": None}])
+    assert len(load_problems(path, skip_bad_answers=True).questions) == 2
+    assert "Left out 1 of 3 rows" in caplog.text
+
+
+def test_a_damaged_file(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "1?", "answ')
+    with pytest.raises(ValueError, match="mine.jsonl"):
+        load_problems(str(path))
+
+
+def test_benchmarks_are_named_as_on_the_hub():
+    assert BENCHMARKS["amc"].hub_id == "AI-MO/aimo-validation-amc" and BENCHMARKS["amc"].num_problems == 83
+    assert BENCHMARKS["math500"].hub_id == "HuggingFaceH4/MATH-500" and BENCHMARKS["math500"].split == "test"
+
+
+@pytest.mark.parametrize("name", ["aime24", "amc", "math500"])
+def test_real_problems(name):
+    path = DATA / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"the problems are not part of the repository: ../shared/data/{name}.jsonl is missing")
+    problems = load_problems(f"{name}={path}")
+    assert len(problems.questions) == BENCHMARKS[name].num_problems
+    answers = [json.dumps(answer).strip('"').removesuffix(".0") for answer in problems.answers[:30]]
+    if name != "math500":  # whose answers JSON would escape
+        assert grade_answers(answers, problems.answers[:30]) == [1.0] * 30

@@ -1,0 +1,112 @@
+"""The config beside a model: written by the trainer, read by everything that uses the model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import trl_anytime
+from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
+from trl_anytime import AnytimeConfig, Sampling
+from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
+from trl_anytime.inference.generate import find_config
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear")], ids=["full", "lora"])
+def test_every_saved_model_carries_it(tmp_path, peft_config):
+    settings = {"temperature": 0.8, "top_p": 0.9, "prior": "linear", "max_steps": 1, "save_steps": 1}
+    trainer = tiny_trainer(tmp_path, peft_config=peft_config, save_strategy="steps", **settings)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        config = AnytimeConfig.from_pretrained(folder)
+        assert config.markers == trainer.markers
+        assert (config.budgets, config.max_summary_length, config.eos_token_ids) == ([3, 6, 9], 4, [2])
+        assert config.prior == pytest.approx([3 / 18, 6 / 18, 9 / 18])
+        assert config.sampling == Sampling(temperature=0.8, top_p=0.9)
+        assert config.versions.keys() >= {"trl", "transformers", "torch"}
+        config.check_tokenizer(AutoTokenizer.from_pretrained(folder))
+    values = json.loads((tmp_path / ANYTIME_CONFIG_NAME).read_text())
+    assert values["markers"]["truncation_bridge"] == {"text": "so </think>", "ids": [9, 5]}
+
+
+def test_it_is_read_from_beside_the_model(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path)
+    trainer.save_model()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert find_config(model, tokenizer).markers == trainer.markers
+    assert not caplog.records
+    with pytest.raises(ValueError, match="by which markers and bridges it was trained: remove answer_bridge"):
+        AnytimeConfig.from_pretrained(str(tmp_path), tokenizer, answer_bridge="so")
+
+
+def test_a_model_without_a_file_gets_detected_defaults_with_a_notice(tmp_path, caplog):
+    make_model().save_pretrained(tmp_path)
+    bridges = "Considering the limited time by user, I have to give solution based on thinking directly now."
+    tokenizer = make_tokenizer(extra_words=(*bridges.split(), "**Final", "Answer**"))
+    tokenizer.save_pretrained(tmp_path)
+    config = AnytimeConfig.from_pretrained(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
+    assert "has no anytime_config.json" in caplog.text and "Considering the limited time" in caplog.text
+    assert config.markers.answer_bridge == "\n\n**Final Answer**\n"
+    assert (config.budgets, config.max_summary_length) == ([2000, 4000, 6000, 8000], 118)
+
+
+def test_a_model_without_thinking_markers_is_refused(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    words = make_tokenizer().backend_tokenizer
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=words.from_str(words.to_str().replace("think>", "other>")), eos_token="<|im_end|>"
+    )
+    with pytest.raises(ValueError, match="knows a thinking marker"):
+        AnytimeConfig.from_pretrained(str(tmp_path), plain)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    tiny_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
+    words = make_tokenizer().backend_tokenizer
+    changed_over = json.loads(words.to_str())
+    vocabulary = changed_over["model"]["vocab"]
+    vocabulary["answer"], vocabulary["so"] = vocabulary["so"], vocabulary["answer"]
+    other = PreTrainedTokenizerFast(tokenizer_object=words.from_str(json.dumps(changed_over)), eos_token="<|im_end|>")
+    with pytest.raises(ValueError, match=r"another tokenizer: .*answer_bridge 'answer' is \[8\] in the file.*\[9\]"):
+        AnytimeConfig.from_pretrained(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda values: values.pop("markers"), "`markers`"),
+        (lambda values: values.update(format=99), "format 99.*upgrade"),
+        (lambda values: values.update(budgets=[4, 4]), "strictly increasing"),
+        (lambda values: values["sampling"].update(temperature=-1), "`sampling.temperature`.*-1"),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong(tmp_path, damage, message):
+    path = tiny_trainer(tmp_path)._anytime_config().save_pretrained(tmp_path)
+    values = json.loads(path.read_text())
+    damage(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        AnytimeConfig.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_it_and_a_name_that_is_nowhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no anytime_config.json in"):
+        AnytimeConfig.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="neither a folder nor a model on the Hub"):
+        AnytimeConfig.from_pretrained(tmp_path / "missing")
+
+
+def test_the_former_name_can_be_imported():
+    assert trl_anytime.AnytimeContract is AnytimeConfig
+
+
+def test_budgets_beyond_the_context(tmp_path):
+    config = tiny_trainer(tmp_path)._anytime_config()
+    # A prompt of 10, bridges of 2 + 1, a summary of 4: 17 besides the thinking
+    config.check_context(10, 83, 100, "the model's")
+    with pytest.raises(ValueError, match="budget of 84 .* beyond the model's context of 100.*that fits is 83"):
+        config.check_context(10, 84, 100, "the model's")
+    replace(config, max_summary_length=3).check_context(10, 84, 100, "the model's")

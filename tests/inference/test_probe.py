@@ -1,0 +1,104 @@
+"""The probe's verdicts on servers that keep to budgets, ignore them, or close traces in other ways."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.support.anytime import make_anytime_config
+from tests.support.servers import TinyServer, serving
+from tests.support.tiny import make_tokenizer
+from trl_anytime import CompletionClient
+from trl_anytime.inference.probe import judge, probe, results_table, verdict
+
+CONFIG = make_anytime_config()  # "so </think>" (9, 5) closes, "answer" (8) follows
+ONE, THREE, SO, END, ANSWER, EOS = 11, 13, 9, 5, 8, 2
+
+
+def enforced(budget):
+    return [*[ONE] * budget, SO, END, ANSWER, THREE, EOS]
+
+
+# What a server answers at a budget, and what is said about it
+SERVERS = {
+    "enforces": (enforced, None),
+    "ignores": (lambda budget: [*[ONE] * 40, END, ANSWER, THREE, EOS], r"ignores thinking budgets \(4, 8 tokens\)"),
+    "never ends": (lambda budget: [ONE] * 40, r"ignores thinking budgets \(4, 8 tokens\)"),
+    "stops without an answer": (lambda budget: [ONE] * budget, "never ended"),
+    "bare marker": (lambda budget: [*[ONE] * budget, END, THREE, EOS], "At 4 tokens: closed without 'so </think>'"),
+    "no answer bridge": (lambda budget: [*[ONE] * budget, SO, END, THREE, EOS], "no 'answer' before the answer"),
+    "no answer": (lambda budget: [*[ONE] * budget, SO, END, ANSWER, EOS], "At 4 tokens no answer came"),
+    "ended twice": (lambda budget: [ONE, END, THREE, SO, END, ANSWER, EOS], "ended more than once"),
+    "too short a question": (lambda budget: [ONE, END, ANSWER, THREE, EOS], "nothing is proved"),
+    "one of two ignored": (
+        lambda budget: enforced(4) if budget == 4 else [*[ONE] * 40, END, THREE, EOS],
+        r"ignores thinking budgets \(8 tokens\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), SERVERS.values(), ids=SERVERS)
+@pytest.mark.parametrize("field", ["thinking_token_budget", "custom_params.thinking_budget"])
+def test_verdicts(answer, expected, field):
+    def chat(body):
+        for part in field.split("."):
+            body = body[part]
+        return answer(body)
+
+    tokenizer = make_tokenizer()
+    with serving(TinyServer(chat=chat, tokenizer=tokenizer)) as server:
+        client = CompletionClient(server.url, patience=1.0)
+        results = probe(client, CONFIG, tokenizer, [4, 8], field)
+    wrong = verdict(results)
+    if expected is None:
+        assert wrong is None
+        assert [result.thinking_tokens for result in results] == [4, 8]
+    else:
+        with pytest.raises(ValueError, match=expected):
+            raise ValueError(wrong)
+    assert len(results_table(results).splitlines()) == 3
+
+
+def test_a_server_that_refuses():
+    tokenizer = make_tokenizer()
+    with serving(TinyServer(tokenizer=tokenizer, faults=["refuses", "refuses"])) as server:
+        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
+    assert "refuses thinking budgets (4, 8 tokens)" in verdict(results)
+    assert "thinking budgets are not configured" in verdict(results)
+
+
+def test_a_thinking_that_ended_by_itself_is_fine():
+    tokenizer = make_tokenizer()
+    result = judge([ONE, ONE, END, THREE, EOS], 4, CONFIG, tokenizer)
+    assert (result.outcome, result.thinking_tokens, result.passed) == ("not reached", 3, True)
+    assert "no answer bridge follows" in results_table([result])
+
+
+def test_a_bridge_that_is_nothing_but_the_marker():
+    """Where it stands tells a trace that was cut from one that ended by itself."""
+    config = replace(CONFIG, markers=replace(CONFIG.markers, truncation_bridge_ids=(END,)))
+    tokenizer = make_tokenizer()
+    for length, outcome in ((2, "not reached"), (4, "enforced"), (6, "ignored")):
+        result = judge([*[ONE] * length, END, ANSWER, THREE, EOS], 4, config, tokenizer)
+        assert (result.outcome, result.markers) == (outcome, "trained")
+
+
+def test_text_of_servers_that_return_no_ids():
+    """The parts into which a reasoning parser has taken the answer are put together again."""
+    tokenizer = make_tokenizer()
+    messages = {
+        4: {"reasoning_content": "1 1 1 1 so ", "content": " answer 3"},
+        8: {"content": "1 1 1 1 1 1 1 1 so </think> answer 3"},
+    }
+    with serving(TinyServer(chat=None, tokenizer=tokenizer)) as server:
+        handler = server.RequestHandlerClass
+
+        class Parsed(handler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                budget = int(body.partition(b'"thinking_token_budget": ')[2].partition(b"}")[0].partition(b",")[0])
+                self.reply({"choices": [{"index": 0, "message": messages[budget]}]})
+
+        server.RequestHandlerClass = Parsed
+        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
+    assert verdict(results) is None
+    assert [result.thinking_tokens for result in results] == [4, 8]
