@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from .forms import (
+    INTERVALS,
     Chain,
     Choice,
     Collection,
@@ -94,18 +95,10 @@ class Exact:
 
 
 def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
-    r"""Whether an answer equals a gold answer.
+    r"""Whether an answer equals a gold answer, by the given comparison of formulas.
 
-    Args:
-        gold (`str`):
-            The right answer. `a \approx b` in it offers both values.
-        answer (`str`):
-            What the model wrote in the box. `a \approx b` in it claims a.
-        comparison (`FormulaComparison`):
-            How formulas are compared.
-
-    Returns:
-        `bool` or `None`: None if the comparison cannot tell, or if the answer is nested too deeply to be looked at.
+    `a \approx b` in a gold answer offers both values, in an answer it claims a. Returns `None` if the comparison
+    cannot tell, or if the answer is nested too deeply to be looked at.
     """
     try:
         return _answers_equal(gold, answer, comparison)
@@ -242,11 +235,10 @@ def _equal_ratios(gold: str, answer: str, comparison: FormulaComparison) -> Verd
 
 
 def _equal_collections(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
-    kinds = {gold.kind, answer.kind}
-    if kinds & {"cup", "minus", "cap"}:
-        verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
-        return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
-    return _equal_items(gold, answer, comparison)
+    if not {gold.kind, answer.kind} & {"cup", "minus", "cap"}:
+        return _equal_items(gold, answer, comparison)
+    verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
+    return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
 
 
 def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
@@ -365,7 +357,7 @@ def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     if not isinstance(form, Named) or not isinstance(form.value, Collection) or len(form.value.items) != 2:
         return None
     kind, (low, high) = form.value.kind, form.value.items
-    if kind not in ("()", "(]", "[)", "[]") or not isinstance(low, Formula) or not isinstance(high, Formula):
+    if kind not in INTERVALS or not isinstance(low, Formula) or not isinstance(high, Formula):
         return None
     sides, operators = [form.name], []
     if low.text != r"-\infty":

@@ -78,14 +78,9 @@ _GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, r
 
 
 def parse(formula: str) -> Expr:
-    """Read a formula.
+    """Read a formula, as [`normalize`] returns it, into its unevaluated tree.
 
-    Args:
-        formula (`str`):
-            A formula as [`normalize`] returns it.
-
-    Returns:
-        `Expr`: Its unevaluated tree. The letter e is Euler's number; the letter i is the symbol i.
+    The letter e is Euler's number; the letter i is the symbol i.
 
     Raises:
         `Unreadable`: If the text is not a formula of this grammar.

@@ -50,12 +50,7 @@ class Undefined(Exception):
 
 
 class Formula:
-    """A formula, what is known of its letters, and its values so far.
-
-    Args:
-        expr (`Expr`):
-            Its tree.
-    """
+    """A formula, what is known of its letters, and its values so far."""
 
     def __init__(self, expr: Expr) -> None:
         nodes = list(preorder_traversal(expr))
@@ -114,16 +109,8 @@ def _integer_letters(node: Basic) -> Iterator[str]:
 def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
     """Whether two formulas have the same values wherever both have one, and have one somewhere.
 
-    Args:
-        left (`Formula`):
-            A formula.
-        right (`Formula`):
-            Another.
-        decimals (`int`, *optional*, defaults to 0):
-            Places of a decimal that stands for the value it is rounded from; 0 if neither does.
-
-    Raises:
-        `TooLarge`: If the values are too large to be compared.
+    A decimal with `decimals` places, if not 0, also equals the value that it is rounded from. Raises `TooLarge` if the
+    values are too large to be compared.
     """
     if left.is_opaque and left.expr == right.expr:
         return True
