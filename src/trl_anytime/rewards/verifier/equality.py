@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from typing import Protocol
 
 from .forms import (
@@ -59,6 +60,8 @@ _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
 _FUNCTION_WORDS = frozenset(
     ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
 )
+
+_SAME_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the first says no more than the second
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
@@ -180,11 +183,8 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
             return False
-        return _all(
-            _equal(a, b, comparison)
-            for row_a, row_b in zip(gold.rows, answer.rows, strict=True)
-            for a, b in zip(row_a, row_b, strict=True)
-        )
+        cells = zip(chain.from_iterable(gold.rows), chain.from_iterable(answer.rows), strict=True)
+        return _all(_equal(a, b, comparison) for a, b in cells)
     return False
 
 
@@ -199,13 +199,8 @@ def _letters(form: Form) -> str:
     return ""
 
 
-def _same_degrees(a: str, b: str) -> bool:
-    """Whether one of two units of temperature says no more than `degrees`."""
-    return {a, b} in ({"degree", "celsius"}, {"degree", "fahrenheit"})
-
-
 def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaComparison) -> Verdict:
-    if gold.unit and answer.unit and gold.unit != answer.unit and not _same_degrees(gold.unit, answer.unit):
+    if gold.unit and answer.unit and gold.unit != answer.unit and {gold.unit, answer.unit} not in _SAME_DEGREES:
         return False
     if _BASED_DIGITS.search(gold.text) or _BASED_DIGITS.search(answer.text):
         return tokens(gold.text) == tokens(answer.text)
@@ -243,10 +238,6 @@ def _equal_collections(gold: Collection, answer: Collection, comparison: Formula
 
 def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
     kinds = {gold.kind, answer.kind}
-    if kinds == {"quantity"}:
-        pairs = list(zip(gold.items, answer.items, strict=False))
-        same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)
-        return same and _all(_equal(a, b, comparison) for a, b in pairs)
     if gold.kind == answer.kind or kinds == {"", "{}"}:
         ordered = gold.kind not in ("", "{}", "cup", "or", "cases")
     elif kinds == {"", "()"}:
@@ -263,10 +254,6 @@ def _equal_items(gold: Collection, answer: Collection, comparison: FormulaCompar
     if ordered or _has_ellipsis(a) or _values_in_order(a, b) or _values_in_order(b, a):
         return _all(_equal(x, y, comparison) for x, y in zip(a, b, strict=True))
     return _equal_in_any_order(a, list(b), comparison)
-
-
-def _unit_of(form: Form) -> str | None:
-    return form.unit if isinstance(form, Formula) else None
 
 
 def _has_ellipsis(items: tuple[Form, ...]) -> bool:

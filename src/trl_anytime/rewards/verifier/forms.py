@@ -438,14 +438,11 @@ def _assignments(items: tuple[Form, ...]) -> tuple[Form, ...]:
 def _quantity(items: tuple[Form, ...]) -> Form | None:
     """`4 hours, 10 minutes`: units of one kind, from the largest to the smallest."""
     units = [item.unit if isinstance(item, Formula) else None for item in items]
-    if any(_in_order(units, family) for family in _FAMILIES):
-        return Collection("quantity", items)
+    for family in _FAMILIES:
+        places = [family.index(unit) for unit in units if unit in family]
+        if len(places) == len(units) and places == sorted(set(places)):
+            return Collection("quantity", items)
     return None
-
-
-def _in_order(units: list[str | None], family: tuple[str, ...]) -> bool:
-    places = [family.index(unit) for unit in units if unit in family]
-    return len(places) == len(units) and places == sorted(set(places))
 
 
 def _read_quantity(text: str) -> Form | None:
@@ -824,8 +821,7 @@ def with_letter_as_unit(form: Formula) -> Formula | None:
     match = _SPACED_LETTER.fullmatch(form.text)
     if match is None or form.unit:
         return None
-    names = {"A": "a", "J": "j", "K": "k", "N": "n", "V": "v", "W": "w"}
-    return Formula(match[1], names.get(match[2], match[2].lower()), form.percent)
+    return Formula(match[1], match[2].lower(), form.percent)
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"

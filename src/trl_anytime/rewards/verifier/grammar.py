@@ -10,6 +10,7 @@ The reader never evaluates, takes time linear in the length, and bounds the nest
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -97,8 +98,7 @@ def _tokens(formula: str) -> list[str]:
     """Tokens, with the names of functions as control words and all other words as single letters."""
     out: list[str] = []
     formula = _BASE_IN_NAME.sub(r"\\log_{\1}", _NAME_IN_TEXT.sub(r"\\\1 ", formula))
-    found = _TOKEN.findall(formula)
-    for token, following in zip(found, [*found[1:], ""], strict=True):
+    for token, following in pairwise([*_TOKEN.findall(formula), ""]):
         if not token[0].isalpha():
             out.append(token)
         elif token in _FUNCTIONS or token in _LOGARITHMS or token == "mod" or (token in _CALLS and following == "("):
@@ -148,7 +148,8 @@ class _Reader:
     def term(self) -> Expr:
         start = self.position
         value = self.product()
-        literal = self.position == start + 1 or self._is_group(start, self.position)
+        # One token, or one in brackets
+        literal = self.position == start + 1 or (self.position == start + 3 and self.tokens[start] in "({")
         while True:
             if self.next == "*":
                 self.take()
@@ -201,9 +202,6 @@ class _Reader:
     def _plain_fraction(self, start: int) -> bool:
         tokens = self.tokens[start + 1 : self.position]
         return len(tokens) == 6 and tokens[1].isdecimal() and tokens[4].isdecimal()
-
-    def _is_group(self, start: int, end: int) -> bool:
-        return end == start + 3 and self.tokens[start] in "({"
 
     def starts_factor(self) -> bool:
         token = self.next

@@ -70,16 +70,19 @@ _DOMAINS = tuple(
 )
 
 
+def _domain(said: str) -> str:
+    return next((name for pattern, name in _DOMAINS if pattern.search(said)), "")
+
+
 def _write_quantifier(match: re.Match[str]) -> str:
     r"""Write `\forall`, the variable and its domain (each may be missing) for what is said of a variable."""
     said = match[0]
     rest = re.sub(r"_\s*\{[^{}]*\}", "", match["rest"])
     if re.search(r"[=<>\d]|\\(?:le|ge|ne)(?![A-Za-z])", rest):  # a condition on values stays
         return said
-    domain = next((name for pattern, name in _DOMAINS if pattern.search(said)), "")
     words = re.sub(r"\\[A-Za-z]+\s*(?:\{[A-Z]\})?|[a-z]{2,}", " ", said)
     variable = re.search(r"[A-Za-z]", words)
-    return rf", \forall {variable[0] if variable else ''} {domain}"
+    return rf", \forall {variable[0] if variable else ''} {_domain(said)}"
 
 
 _MEMBERSHIP = re.compile(
@@ -91,7 +94,7 @@ _MEMBERSHIP = re.compile(
 def _write_membership(match: re.Match[str]) -> str:
     r"""The same for `, n \in \mathbb{Z}` behind an answer in n, unless it says which values the answer means."""
     head = re.sub(r"\\(?!le|ge|ne)[A-Za-z]+", " ", match.string[: match.start()])
-    domain = next((name for pattern, name in _DOMAINS if pattern.search(match[0])), "")
+    domain = _domain(match[0])
     if match["variable"] not in head or (domain != r"\mathbb{R}" and re.search(r"[<>]|\\(?:le|ge|ne)", head)):
         return match[0]
     return rf", \forall {match['variable']} {domain}"

@@ -439,9 +439,11 @@ class _Evaluator:
         return total
 
     def mul(self, *args: Basic) -> Value:
+        return self.multiplied(map(self.value, args))
+
+    def multiplied(self, values: Iterable[Value]) -> Value:
         exact, inexact = Fraction(1), None
-        for arg in args:
-            value = self.value(arg)
+        for value in values:
             if isinstance(value, Fraction):
                 exact *= value
             else:
@@ -619,17 +621,12 @@ class _Evaluator:
         self.check_log10(log10, min(_MAX_LOG10, self.max_bits * _LOG10_2))
 
     def sum(self, body: Basic, *limits: Basic) -> Value:
-        if (terms := self.terms(body, limits)) is None:
-            return self.closed_form(Sum(body, *limits))
-        return self.total(terms)
+        terms = self.terms(body, limits)
+        return self.closed_form(Sum(body, *limits)) if terms is None else self.total(terms)
 
     def product(self, body: Basic, *limits: Basic) -> Value:
-        if (terms := self.terms(body, limits)) is None:
-            return self.closed_form(Product(body, *limits))
-        value: Value = Fraction(1)
-        for term in terms:
-            value = self.settle(_times(value, term)) if not isinstance(term, Fraction) else _times(value, term)
-        return value
+        terms = self.terms(body, limits)
+        return self.closed_form(Product(body, *limits)) if terms is None else self.multiplied(terms)
 
     def terms(self, body: Basic, limits: tuple[Basic, ...]) -> list[Value] | None:
         """Terms of a sum over one variable between two integers that are not far apart, `None` for any other sum."""
