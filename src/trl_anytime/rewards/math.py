@@ -11,6 +11,8 @@ from .verifier.equality import Exact, answers_equal
 from .verifier.gold_answers import bad_gold_message, gold_alternatives
 from .verifier.pool import PoolSettings, default_workers, get_pool
 
+_LIMITS = ("cpu_limit", "hard_limit", "batch_limit", "memory_limit", "tasks_per_worker")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MathReward(AnswerReward):
@@ -62,7 +64,7 @@ class MathReward(AnswerReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cpu_limit", "hard_limit", "batch_limit", "memory_limit", "tasks_per_worker"):
+        for name in _LIMITS:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
         if self.workers is not None and self.workers < 1:
@@ -100,14 +102,8 @@ class MathReward(AnswerReward):
         return scores
 
     def _pool_settings(self) -> PoolSettings:
-        return PoolSettings(
-            workers=self.workers or default_workers(),
-            cpu_limit=self.cpu_limit,
-            hard_limit=self.hard_limit,
-            batch_limit=self.batch_limit,
-            memory_limit=self.memory_limit,
-            tasks_per_worker=self.tasks_per_worker,
-        )
+        limits = {name: getattr(self, name) for name in _LIMITS}
+        return PoolSettings(workers=self.workers or default_workers(), **limits)
 
 
 _warned: set[PoolSettings] = set()

@@ -14,9 +14,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from typing import Protocol
 
 from .forms import (
+    INTERVALS,
     Chain,
     Choice,
     Collection,
@@ -59,6 +61,8 @@ _FUNCTION_WORDS = frozenset(
     ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
 )
 
+_SAME_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the first says no more than the second
+
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
 
@@ -94,18 +98,10 @@ class Exact:
 
 
 def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
-    r"""Whether an answer equals a gold answer.
+    r"""Whether an answer equals a gold answer, by the given comparison of formulas.
 
-    Args:
-        gold (`str`):
-            The right answer. `a \approx b` in it offers both values.
-        answer (`str`):
-            What the model wrote in the box. `a \approx b` in it claims a.
-        comparison (`FormulaComparison`):
-            How formulas are compared.
-
-    Returns:
-        `bool` or `None`: None if the comparison cannot tell, or if the answer is nested too deeply to be looked at.
+    `a \approx b` in a gold answer offers both values, in an answer it claims a. Returns `None` if the comparison
+    cannot tell, or if the answer is nested too deeply to be looked at.
     """
     try:
         return _answers_equal(gold, answer, comparison)
@@ -187,11 +183,8 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Matrix) and isinstance(answer, Matrix):
         if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
             return False
-        return _all(
-            _equal(a, b, comparison)
-            for row_a, row_b in zip(gold.rows, answer.rows, strict=True)
-            for a, b in zip(row_a, row_b, strict=True)
-        )
+        cells = zip(chain.from_iterable(gold.rows), chain.from_iterable(answer.rows), strict=True)
+        return _all(_equal(a, b, comparison) for a, b in cells)
     return False
 
 
@@ -206,13 +199,8 @@ def _letters(form: Form) -> str:
     return ""
 
 
-def _same_degrees(a: str, b: str) -> bool:
-    """Whether one of two units of temperature says no more than `degrees`."""
-    return {a, b} in ({"degree", "celsius"}, {"degree", "fahrenheit"})
-
-
 def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaComparison) -> Verdict:
-    if gold.unit and answer.unit and gold.unit != answer.unit and not _same_degrees(gold.unit, answer.unit):
+    if gold.unit and answer.unit and gold.unit != answer.unit and {gold.unit, answer.unit} not in _SAME_DEGREES:
         return False
     if _BASED_DIGITS.search(gold.text) or _BASED_DIGITS.search(answer.text):
         return tokens(gold.text) == tokens(answer.text)
@@ -242,19 +230,14 @@ def _equal_ratios(gold: str, answer: str, comparison: FormulaComparison) -> Verd
 
 
 def _equal_collections(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
-    kinds = {gold.kind, answer.kind}
-    if kinds & {"cup", "minus", "cap"}:
-        verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
-        return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
-    return _equal_items(gold, answer, comparison)
+    if not {gold.kind, answer.kind} & {"cup", "minus", "cap"}:
+        return _equal_items(gold, answer, comparison)
+    verdict = equal_sets(gold, answer, lambda a, b: _order(a, b, comparison))
+    return verdict if verdict is not None else _equal_items(gold, answer, comparison) or None
 
 
 def _equal_items(gold: Collection, answer: Collection, comparison: FormulaComparison) -> Verdict:
     kinds = {gold.kind, answer.kind}
-    if kinds == {"quantity"}:
-        pairs = list(zip(gold.items, answer.items, strict=False))
-        same = len(gold.items) == len(answer.items) and all(_unit_of(a) == _unit_of(b) for a, b in pairs)
-        return same and _all(_equal(a, b, comparison) for a, b in pairs)
     if gold.kind == answer.kind or kinds == {"", "{}"}:
         ordered = gold.kind not in ("", "{}", "cup", "or", "cases")
     elif kinds == {"", "()"}:
@@ -271,10 +254,6 @@ def _equal_items(gold: Collection, answer: Collection, comparison: FormulaCompar
     if ordered or _has_ellipsis(a) or _values_in_order(a, b) or _values_in_order(b, a):
         return _all(_equal(x, y, comparison) for x, y in zip(a, b, strict=True))
     return _equal_in_any_order(a, list(b), comparison)
-
-
-def _unit_of(form: Form) -> str | None:
-    return form.unit if isinstance(form, Formula) else None
 
 
 def _has_ellipsis(items: tuple[Form, ...]) -> bool:
@@ -365,7 +344,7 @@ def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     if not isinstance(form, Named) or not isinstance(form.value, Collection) or len(form.value.items) != 2:
         return None
     kind, (low, high) = form.value.kind, form.value.items
-    if kind not in ("()", "(]", "[)", "[]") or not isinstance(low, Formula) or not isinstance(high, Formula):
+    if kind not in INTERVALS or not isinstance(low, Formula) or not isinstance(high, Formula):
         return None
     sides, operators = [form.name], []
     if low.text != r"-\infty":

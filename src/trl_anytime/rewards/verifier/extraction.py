@@ -9,15 +9,7 @@ _BLANK_LINES = re.compile(r"\n[ \t\r]*\n")
 
 
 def completion_text(completion: Any) -> str:
-    """Text of a completion in either of TRL's forms.
-
-    Args:
-        completion (`str` or `list[dict]`):
-            A string, or a conversation whose last message is the model's.
-
-    Returns:
-        `str`: The text; the text parts joined if the content is a list of parts, `""` if there is no content.
-    """
+    """Return the text of a completion: a string, or the last message of a conversation, its text parts joined."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -66,17 +58,10 @@ def after_thinking(text: str, end_of_thinking: str | None) -> str | None:
 def answer_part(
     completion: Any, well_formed: bool | None, answer_bridge: str, end_of_thinking: str | None
 ) -> str | None:
-    """Where in a completion to look for the answer; `None` if its format is bad.
+    """Return the part of a completion to look for the answer in; `None` if its format is bad.
 
-    Args:
-        completion (`str` or `list[dict]`):
-            A summary, or everything the model wrote, as TRL hands it to rewards.
-        well_formed (`bool` or `None`):
-            What the trainer says of a summary; `None` for a whole completion.
-        answer_bridge (`str`):
-            Final-answer text that precedes a summary.
-        end_of_thinking (`str` or `None`):
-            Marker that a whole completion must hold exactly once, if any.
+    `well_formed` is what the trainer says of a summary, which follows `answer_bridge`. It is `None` for a whole
+    completion, which must hold the marker `end_of_thinking`, if there is one, exactly once.
     """
     text = completion_text(completion)
     if well_formed is None:

@@ -95,6 +95,7 @@ class Chain:
     operators: tuple[str, ...]
 
 
+INTERVALS = ("()", "(]", "[)", "[]")
 Form = Formula | Words | Choice | BasedNumber | Matrix | Collection | Named | Relation | Chain
 
 # Units that are told apart: `10 cm` is not `10 m`. Other words behind a number say what was counted and are dropped.
@@ -244,12 +245,7 @@ _SETS_IN_WORDS: tuple[tuple[re.Pattern[str], "Form"], ...] = (
 
 @lru_cache(maxsize=512)  # as for `normalize`
 def read(text: str) -> Form:
-    """Read one answer.
-
-    Args:
-        text (`str`):
-            What stood in the box, as [`normalize`] returns it, at most a few thousand characters.
-    """
+    """Read one answer, as [`normalize`] returns it, of at most a few thousand characters."""
     return Formula(text) if PLAIN.fullmatch(text) else _read(text, 0)
 
 
@@ -260,7 +256,7 @@ def _read(text: str, depth: int) -> Form:
     if match := _TEXT_WITH_NUMBER.fullmatch(text):
         text = match[1].strip()
     if r"\approx" in text:  # `\frac23 \approx 0.67` claims its first value
-        text = next((part for part, _ in _split(text, {r"\approx"}) if part), text)
+        text = next(filter(None, _parts(text, {r"\approx"})), text)
     if (words := _as_words(text)) is not None:
         return _read_words(words)
     if match := re.fullmatch(r"\(\s*([A-Za-z])\s*\)|([A-Z])\s*\)", text):
@@ -290,9 +286,9 @@ def _read(text: str, depth: int) -> Form:
     if relation is not None:
         return relation
     for separator, kind in ((r"\cup", "cup"), (r"\setminus", "minus"), (r"\cap", "cap")):
-        parts = _split(text, {separator})
-        if len(parts) > 1 and (kind != "minus" or len(parts) == 2):
-            return Collection(kind, tuple(_read(part, depth + 1) for part, _ in parts))
+        operands = _parts(text, {separator})
+        if len(operands) > 1 and (kind != "minus" or len(operands) == 2):
+            return Collection(kind, _read_all(operands, depth))
     if (named_set := _NAMED_SETS.get(text.replace(" ", ""))) is not None:
         return named_set
     if brackets := _outer_brackets(text):
@@ -300,6 +296,15 @@ def _read(text: str, depth: int) -> Form:
     if _PLUS_MINUS.search(text):
         return Collection("", _read_items([text], depth))
     return _read_formula(text)
+
+
+def _read_all(texts: Iterable[str], depth: int) -> tuple[Form, ...]:
+    return tuple(_read(text, depth + 1) for text in texts)
+
+
+def unnamed(form: Form) -> Form:
+    """Return the value of what has a name, any other form as it is."""
+    return form.value if isinstance(form, Named) else form
 
 
 def _read_congruence(match: re.Match[str]) -> Form:
@@ -355,25 +360,21 @@ def _read_list(text: str, parts: list[tuple[str, str]], depth: int) -> Form:
     """A list, or what its items are together: a union, an intersection, a quantity, several assignments."""
     separators = {separator for _, separator in parts[:-1]}
     if separators == {",", r"\lor"}:  # `x>0, x<2 \lor x>5`
-        options = [_read(part, depth + 1) for part, _ in _split(text, {r"\lor"})]
+        options = _read_all(_parts(text, {r"\lor"}), depth)
         if all(map(_is_set, options)):
-            return _union(options) or Collection("", tuple(options))
+            return _union(options) or Collection("", options)
     items = _read_items([item for item, _ in parts], depth)
     if r"\lor" in separators:
         return _union(items) or Collection("or" if all(map(_is_set, items)) else "", _assignments(items))
     return _intersection(items) or _quantity(items) or Collection("", _assignments(items))
 
 
-def _union(items: Iterable[Form]) -> Form | None:
+def _union(items: tuple[Form, ...]) -> Form | None:
     """The union of intervals and points in one variable; `None` if there are none, or all may be points."""
-    found = list(items)
-    names = {item.name for item in found if isinstance(item, Named)}
-    sets = [item.value if isinstance(item, Named) else item for item in found]
-    if len(names) > 1 or not any(
-        _is_set(item) and (isinstance(item, Named) or not _may_be_point(value))
-        for item, value in zip(found, sets, strict=True)
-    ):
+    names = {item.name for item in items if isinstance(item, Named)}
+    if len(names) > 1 or not any(_is_set(item) and not _may_be_point(item) for item in items):
         return None
+    sets = map(unnamed, items)
     values = tuple(Collection("{}", (value,)) if isinstance(value, Formula) else value for value in sets)
     if not all(map(_is_set, values)):
         return None
@@ -437,14 +438,11 @@ def _assignments(items: tuple[Form, ...]) -> tuple[Form, ...]:
 def _quantity(items: tuple[Form, ...]) -> Form | None:
     """`4 hours, 10 minutes`: units of one kind, from the largest to the smallest."""
     units = [item.unit if isinstance(item, Formula) else None for item in items]
-    if any(_in_order(units, family) for family in _FAMILIES):
-        return Collection("quantity", items)
+    for family in _FAMILIES:
+        places = [family.index(unit) for unit in units if unit in family]
+        if len(places) == len(units) and places == sorted(set(places)):
+            return Collection("quantity", items)
     return None
-
-
-def _in_order(units: list[str | None], family: tuple[str, ...]) -> bool:
-    places = [family.index(unit) for unit in units if unit in family]
-    return len(places) == len(units) and places == sorted(set(places))
 
 
 def _read_quantity(text: str) -> Form | None:
@@ -459,12 +457,12 @@ def _read_quantity(text: str) -> Form | None:
 
 def _is_set(form: Form) -> bool:
     """Whether a form may be a set of real numbers."""
-    value = form.value if isinstance(form, Named) else form
+    value = unnamed(form)
     return isinstance(value, Collection) and (value.kind in ("cup", "cap", "minus", "or", "{}") or _is_interval(value))
 
 
 def _may_be_point(form: Form) -> bool:
-    """Whether an interval may also be a point of a plane, or several."""
+    """Whether an interval without a name may also be a point of a plane, or several."""
     if not isinstance(form, Collection):
         return False
     if form.kind == "or":
@@ -476,25 +474,22 @@ def _read_lines(body: str, depth: int) -> Form | None:
     """The lines of `cases` or `aligned`: a function by cases, or equations that hold together."""
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", body)
     rows: list[list[str]] = []
-    for row, _ in _split(body, {r"\cr"}):
-        cells = [cell for cell, _ in _split(row, {"&"})]
+    for row in _parts(body, {r"\cr"}):
+        cells = _parts(row, {"&"})
         if len(cells) > 1 and any(cells) and cells[0] == "" and rows and _CONTINUATION.match(cells[1]):
             rows[-1].append("".join(cells))
         elif any(cells):
             rows.append(cells)
     if rows and all(len(row) == 2 and _CONDITION.search(row[1]) and not _CONTINUATION.match(row[1]) for row in rows):
         branches = [(row[0].strip(" ,"), _CONDITION_WORDS.sub(" ", row[1]).strip(" ,.")) for row in rows]
-        return Collection(
-            "cases",
-            tuple(Collection("()", tuple(_read(part, depth + 1) for part in branch)) for branch in branches),
-        )
+        return Collection("cases", tuple(Collection("()", _read_all(branch, depth)) for branch in branches))
     lines = ["".join(row) for row in rows]
     return _read_list(", ".join(lines), [(line, ",") for line in lines], depth) if lines else None
 
 
 def _is_interval(form: Form) -> bool:
-    value = form.value if isinstance(form, Named) else form
-    return isinstance(value, Collection) and value.kind in ("()", "(]", "[)", "[]")
+    value = unnamed(form)
+    return isinstance(value, Collection) and value.kind in INTERVALS
 
 
 def _top_level(text: str) -> Iterator[re.Match[str]]:
@@ -520,6 +515,11 @@ def _split(text: str, separators: set[str]) -> list[tuple[str, str]]:
     return [*parts, (text[start:].strip(), "")]
 
 
+def _parts(text: str, separators: set[str]) -> list[str]:
+    """Return the parts between separators outside all brackets."""
+    return [part for part, _ in _split(text, separators)]
+
+
 def _outer_brackets(text: str) -> tuple[str, str] | None:
     """The pair of brackets around the whole text, `None` if there is none."""
     level = 0
@@ -542,17 +542,16 @@ def _read_brackets(text: str, brackets: tuple[str, str], depth: int) -> Form:
     inner = text[len(opening) : -len(closing)].strip()
     if brackets == ("{", "}"):
         return _read(inner, depth + 1)
+    items = _parts(inner, {",", ";"})
     if brackets == (r"\{", r"\}"):
         bar = next((token for token in _top_level(inner) if token[0] in {"|", r"\mid", ":"}), None)
         if bar is not None:
             return _read_condition(inner[: bar.start()], inner[bar.end() :], depth) or Formula(text)
-        items = [item for item, _ in _split(inner, {",", ";"})]
-        return Collection("{}", _read_items(items, depth) if inner else ())
-    items = [item for item, _ in _split(inner, {",", ";"})]
+        return Collection("{}", _read_items(items, depth))
     if len(items) == 1 and (brackets == ("(", ")") or _MATRIX.fullmatch(inner)):
         return _read(inner, depth + 1)
     if opening in "([" and closing in ")]" and len(items) > 1:
-        return Collection(opening + closing, tuple(_read(item, depth + 1) for item in items))
+        return Collection(opening + closing, _read_all(items, depth))
     return _read_formula(text)
 
 
@@ -580,8 +579,7 @@ def _read_items(items: list[str], depth: int) -> tuple[Form, ...]:
 
 def _read_matrix(match: re.Match[str], depth: int) -> Form:
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", match[2]).replace(r"\hline", "")
-    rows = [row for row, _ in _split(body, {r"\cr"}) if row]
-    cells = [tuple(_read(cell, depth + 1) for cell, _ in _split(row, {"&"})) for row in rows]
+    cells = [_read_all(_parts(row, {"&"}), depth) for row in _parts(body, {r"\cr"}) if row]
     if all(len(row) == 1 and isinstance(row[0], Named | Relation) for row in cells):  # a system of equations
         return Collection("", tuple(row[0] for row in cells))
     if match[3] and len({len(row) for row in cells}) == 1:
@@ -645,7 +643,7 @@ def _names_of_tuple(text: str) -> list[str]:
     """Names in `(x,y)`, an empty list if it is anything else."""
     if _outer_brackets(text) != ("(", ")"):
         return []
-    parts = [part for part, _ in _split(text[1:-1], {","})]
+    parts = _parts(text[1:-1], {","})
     return [_name(part) for part in parts] if all(map(_SIMPLE_NAME.fullmatch, parts)) else []
 
 
@@ -659,7 +657,7 @@ def _as_interval(sides: list[str], operators: list[str], depth: int) -> Named | 
     if len(sides) != 3 or not _is_variable(sides[1]):
         return None
     kind = ("(" if operators[0] == "<" else "[") + (")" if operators[1] == "<" else "]")
-    ends = (_read(sides[0], depth + 1), _read(sides[2], depth + 1))
+    ends = _read_all(sides[::2], depth)
     if match := _ABSOLUTE_VALUE.fullmatch(sides[1]):
         return _mirrored(_name(match[1]), kind, *ends)
     return Named(_name(sides[1]), Collection(kind, ends))
@@ -823,8 +821,7 @@ def with_letter_as_unit(form: Formula) -> Formula | None:
     match = _SPACED_LETTER.fullmatch(form.text)
     if match is None or form.unit:
         return None
-    names = {"A": "a", "J": "j", "K": "k", "N": "n", "V": "v", "W": "w"}
-    return Formula(match[1], names.get(match[2], match[2].lower()), form.percent)
+    return Formula(match[1], match[2].lower(), form.percent)
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"

@@ -150,16 +150,7 @@ _SKIP = "set on_bad_gold='skip' for the reward, `on_bad_answer: skip` in a recip
 
 
 def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
-    """Say why a value is not a gold answer, and what to do about it.
-
-    Args:
-        row, column (`int`, `str`):
-            Where it is.
-        value (`Any`):
-            What is there.
-        skip (`str`, *optional*):
-            How such rows are left out.
-    """
+    """Say why the value in a row and column is not a gold answer, and what to do; `skip` tells how to leave it out."""
     try:
         _alternatives(value, any_text=False)
         why = "This reward cannot compare it with anything. Give another"
@@ -223,18 +214,7 @@ def _inside(value: Any, keys: Sequence[str]) -> Any:
 def check_gold_answers(
     dataset: Any, answer_columns: Sequence[str], read_gold: Callable[[Any], list[str] | None], *, skip: bool
 ) -> Any:
-    """Check every gold answer of a dataset, see [`AnswerReward.check_dataset`].
-
-    Args:
-        dataset (`Dataset` or `IterableDataset`):
-            An iterable dataset is returned as it is.
-        answer_columns (`Sequence[str]`):
-            Columns that may hold the gold answers; the first one present counts.
-        read_gold (`Callable`):
-            Returns `None` for a bad value.
-        skip (`bool`):
-            Leave bad rows out rather than raise.
-    """
+    """Check every gold answer of a dataset, see [`AnswerReward.check_dataset`]; `read_gold` reads one."""
     from datasets import IterableDataset  # slow to import, and a worker process imports this module too
 
     if isinstance(dataset, IterableDataset):

@@ -10,60 +10,11 @@ The reader never evaluates, takes time linear in the length, and bounds the nest
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
-from sympy import (
-    Abs,
-    Add,
-    E,
-    Expr,
-    Function,
-    Integer,
-    Max,
-    Min,
-    Mod,
-    Mul,
-    Pow,
-    Product,
-    Rational,
-    Sum,
-    Symbol,
-    acos,
-    acosh,
-    acot,
-    acoth,
-    acsc,
-    acsch,
-    asec,
-    asech,
-    asin,
-    asinh,
-    atan,
-    atanh,
-    binomial,
-    ceiling,
-    cos,
-    cosh,
-    cot,
-    coth,
-    csc,
-    csch,
-    exp,
-    factorial,
-    floor,
-    log,
-    oo,
-    pi,
-    sec,
-    sech,
-    sin,
-    sinh,
-    tan,
-    tanh,
-)
-from sympy import (
-    sign as signum,
-)
+import sympy
+from sympy import Abs, Add, E, Expr, Function, Integer, Mod, Mul, Pow, Product, Rational, Sum, Symbol, log
 
 
 class Unreadable(Exception):
@@ -86,37 +37,27 @@ _MAX_NESTING = 60  # a level takes six calls, so that Python's recursion limit o
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|[A-Za-z]+|\S", re.DOTALL)
 _INVERSE = {
-    sin: asin,
-    cos: acos,
-    tan: atan,
-    cot: acot,
-    sec: asec,
-    csc: acsc,
-    sinh: asinh,
-    cosh: acosh,
-    tanh: atanh,
-    coth: acoth,
-    sech: asech,
-    csch: acsch,
+    getattr(sympy, name): getattr(sympy, f"a{name}")
+    for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "sech", "csch")
 }
 # Functions that may stand without parentheses: `\sin 2x`.
-_FUNCTIONS: dict[str, Any] = {function.__name__: function for function in (*_INVERSE, exp)}
+_FUNCTIONS: dict[str, Any] = {function.__name__: function for function in (*_INVERSE, sympy.exp)}
 for _function, _inverse in _INVERSE.items():
     _name = _function.__name__
     _FUNCTIONS |= dict.fromkeys((_inverse.__name__, f"arc{_name}", f"ar{_name}"), _inverse)
 _LOGARITHMS = {"ln": E, "log": Integer(10), "lg": Integer(10)}
 # Functions that are always called: `\max(a, b)`, `floor(x)`.
 _CALLS: dict[str, Any] = {
-    "max": Max,
-    "min": Min,
+    "max": sympy.Max,
+    "min": sympy.Min,
     "gcd": Gcd,
     "lcm": Lcm,
     "abs": Abs,
-    "floor": floor,
-    "ceil": ceiling,
-    "ceiling": ceiling,
-    "sgn": signum,
-    "sign": signum,
+    "floor": sympy.floor,
+    "ceil": sympy.ceiling,
+    "ceiling": sympy.ceiling,
+    "sgn": sympy.sign,
+    "sign": sympy.sign,
     "cbrt": lambda value, evaluate: Pow(value, Rational(1, 3), evaluate=evaluate),
 }
 _NAMES = {*_FUNCTIONS, *_LOGARITHMS, *_CALLS}
@@ -128,7 +69,7 @@ _GREEK = set(
     )
 )
 _ACCENTS = {r"\vec", r"\hat", r"\widehat", r"\bar", r"\overline", r"\overrightarrow", r"\tilde", r"\mathbf"}
-_CONSTANTS = {r"\pi": pi, r"\infty": oo, "e": E}
+_CONSTANTS = {r"\pi": sympy.pi, r"\infty": sympy.oo, "e": E}
 _PAIRS = {"(": ")", "{": "}", "[": "]", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil", "|": "|"}
 _MODULO = {r"\mod", r"\bmod"}
 _STARTS = {*_PAIRS, *_GREEK, *_ACCENTS, *_CONSTANTS, r"\frac", r"\binom", r"\sqrt", r"\sum", r"\prod"} - {r"\{"}
@@ -138,14 +79,9 @@ _GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, r
 
 
 def parse(formula: str) -> Expr:
-    """Read a formula.
+    """Read a formula, as [`normalize`] returns it, into its unevaluated tree.
 
-    Args:
-        formula (`str`):
-            A formula as [`normalize`] returns it.
-
-    Returns:
-        `Expr`: Its unevaluated tree. The letter e is Euler's number; the letter i is the symbol i.
+    The letter e is Euler's number; the letter i is the symbol i.
 
     Raises:
         `Unreadable`: If the text is not a formula of this grammar.
@@ -162,8 +98,7 @@ def _tokens(formula: str) -> list[str]:
     """Tokens, with the names of functions as control words and all other words as single letters."""
     out: list[str] = []
     formula = _BASE_IN_NAME.sub(r"\\log_{\1}", _NAME_IN_TEXT.sub(r"\\\1 ", formula))
-    found = _TOKEN.findall(formula)
-    for token, following in zip(found, [*found[1:], ""], strict=True):
+    for token, following in pairwise([*_TOKEN.findall(formula), ""]):
         if not token[0].isalpha():
             out.append(token)
         elif token in _FUNCTIONS or token in _LOGARITHMS or token == "mod" or (token in _CALLS and following == "("):
@@ -197,49 +132,44 @@ class _Reader:
         return token
 
     def sum(self) -> Expr:
-        terms = [self.signed_term()]
+        terms = [self.signed(self.term)]
         while self.next in ("+", "-"):
-            terms.append(self.signed_term())
+            terms.append(self.signed(self.term))
         return terms[0] if len(terms) == 1 else Add(*terms, evaluate=False)
 
-    def signed_term(self) -> Expr:
+    def signed(self, read: Callable[[], Expr]) -> Expr:
+        """Read signs, then what stands behind them."""
         negative = False
         while self.next in ("+", "-"):
             negative ^= self.take() == "-"
-        term = self.term()
-        return Mul(-1, term, evaluate=False) if negative else term
+        value = read()
+        return Mul(-1, value, evaluate=False) if negative else value
 
     def term(self) -> Expr:
         start = self.position
         value = self.product()
-        literal = self.position == start + 1 or self._is_group(start, self.position)
+        # One token, or one in brackets
+        literal = self.position == start + 1 or (self.position == start + 3 and self.tokens[start] in "({")
         while True:
             if self.next == "*":
                 self.take()
-                value = Mul(value, self.signed_product(), evaluate=False)
+                value = Mul(value, self.signed(self.product), evaluate=False)
             elif self.next == "/":
                 self.take()
-                divisor = self.divisor(literal and value.is_number)
-                value = Mul(value, Pow(divisor, -1, evaluate=False), evaluate=False)
+                value = _quotient(value, self.divisor(literal and value.is_number))
             elif self.next in _MODULO:
                 self.take()
-                value = Mod(value, self.signed_product(), evaluate=False)
+                value = Mod(value, self.signed(self.product), evaluate=False)
             elif self.starts_factor():  # behind a divisor that ended early
                 value = Mul(value, self.product(), evaluate=False)
             else:
                 return value
             literal = False
 
-    def signed_product(self) -> Expr:
-        negative = False
-        while self.next in ("+", "-"):
-            negative ^= self.take() == "-"
-        return Mul(-1, self.product(), evaluate=False) if negative else self.product()
-
     def divisor(self, after_number: bool) -> Expr:
         r"""What stands behind `/`: `1/2\pi` and `1/(2)x` are read from left to right, in `a/bc` all is below."""
         if self.next in ("+", "-"):
-            return self.signed_product()
+            return self.signed(self.product)
         start = self.position
         value = self.factor()
         if self.tokens[start] == "(" or (after_number and _is_number(self.tokens[start])):
@@ -273,9 +203,6 @@ class _Reader:
         tokens = self.tokens[start + 1 : self.position]
         return len(tokens) == 6 and tokens[1].isdecimal() and tokens[4].isdecimal()
 
-    def _is_group(self, start: int, end: int) -> bool:
-        return end == start + 3 and self.tokens[start] in "({"
-
     def starts_factor(self) -> bool:
         token = self.next
         if token == "|":
@@ -290,14 +217,14 @@ class _Reader:
                 self.take()
                 if self.next == r"\circ":
                     self.take()
-                    value = Mul(value, pi, Rational(1, 180), evaluate=False)
+                    value = Mul(value, sympy.pi, Rational(1, 180), evaluate=False)
                 else:
                     value = Pow(value, self.exponent(), evaluate=False)
             elif self.next == "!":
                 self.take()
                 if self.next == "!":
                     raise Unreadable("double factorial")
-                value = factorial(value, evaluate=False)
+                value = sympy.factorial(value, evaluate=False)
             elif self.next == "%":
                 self.take()
                 value = Mul(value, Rational(1, 100), evaluate=False)
@@ -306,14 +233,14 @@ class _Reader:
 
     def exponent(self) -> Expr:
         """What stands behind `^`: a group or one atom, with a sign; `a^b^c` is a^(b^c)."""
-        negative = False
-        while self.next in ("+", "-"):
-            negative ^= self.take() == "-"
+        return self.signed(self.unsigned_exponent)
+
+    def unsigned_exponent(self) -> Expr:
         value = self.atom(script=True)
         if self.next == "^":
             self.take()
             value = Pow(value, self.exponent(), evaluate=False)
-        return Mul(-1, value, evaluate=False) if negative else value
+        return value
 
     def atom(self, script: bool = False) -> Expr:
         token = self.take()
@@ -324,7 +251,7 @@ class _Reader:
         if token == r"\frac":
             return self.fraction()
         if token == r"\binom":
-            return binomial(self.group(), self.group(), evaluate=False)
+            return sympy.binomial(self.group(), self.group(), evaluate=False)
         if token == r"\sqrt":
             degree = self.group("[") if self.next == "[" else Integer(2)
             return Pow(self.group(), Pow(degree, -1, evaluate=False), evaluate=False)
@@ -358,7 +285,7 @@ class _Reader:
         if opening == "|":
             return Abs(value, evaluate=False)
         if opening in (r"\lfloor", r"\lceil"):
-            return (floor if opening == r"\lfloor" else ceiling)(value, evaluate=False)
+            return (sympy.floor if opening == r"\lfloor" else sympy.ceiling)(value, evaluate=False)
         return value
 
     def inside(self, opening: str, read: Callable[[], Any]) -> Any:
@@ -435,7 +362,7 @@ class _Reader:
                 raise Unreadable("a derivative of what follows")
             return Symbol(f"{' '.join(top)}/{' '.join(bottom)}")
         self.position = start
-        return Mul(self.group(), Pow(self.group(), -1, evaluate=False), evaluate=False)
+        return _quotient(self.group(), self.group())
 
     def symbol(self, token: str, script: bool) -> Expr:
         following = self.tokens[self.position : self.position + 4]
@@ -483,7 +410,7 @@ class _Reader:
         if name in _LOGARITHMS:
             value = log(argument, evaluate=False)
             if base != E:
-                value = Mul(value, Pow(log(base, evaluate=False), -1, evaluate=False), evaluate=False)
+                value = _quotient(value, log(base, evaluate=False))
         elif inverse and _FUNCTIONS[name] in _INVERSE:
             return _INVERSE[_FUNCTIONS[name]](argument, evaluate=False)
         else:
@@ -514,16 +441,14 @@ class _Reader:
         if self.next in ("(", "{", "[", "|"):
             return self.bracketed(self.take())
         if self.next in ("+", "-"):
-            negative = self.take() == "-"
-            value = self.argument()
-            return Mul(-1, value, evaluate=False) if negative else value
+            return self.signed(self.argument)
         start = self.position
         value = self.factor()
         value = self.product_from(start, value, stop_at_group=not _is_number(self.tokens[start]), functions=False)
         angle = r"\pi" in self.tokens[start : self.position] and not value.free_symbols
         if angle and self.next == "/" and _is_number((self.tokens[self.position + 1 : self.position + 2] or [""])[0]):
             self.take()
-            value = Mul(value, Pow(self.number(self.take()), -1, evaluate=False), evaluate=False)
+            value = _quotient(value, self.number(self.take()))
         return value
 
     def big_operator(self, operator: Any) -> Expr:
@@ -549,6 +474,10 @@ class _Reader:
             raise Unreadable(letter)
         self.take("=")
         return Symbol(f"{letter}'{len(self.bound)}", integer=True), letter, self.sum()
+
+
+def _quotient(top: Expr, bottom: Expr) -> Expr:
+    return Mul(top, Pow(bottom, -1, evaluate=False), evaluate=False)
 
 
 def _is_number(token: str) -> bool:

@@ -18,30 +18,8 @@ _UNICODE = str.maketrans(
         **dict.fromkeys("·⋅∙•", r"\cdot "),
         **dict.fromkeys("‘’′", "'"),
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-        **{
-            "⁰": "^0",
-            "¹": "^1",
-            "²": "^2",
-            "³": "^3",
-            "⁴": "^4",
-            "⁵": "^5",
-            "⁶": "^6",
-            "⁷": "^7",
-            "⁸": "^8",
-            "⁹": "^9",
-        },
-        **{
-            "₀": "_0",
-            "₁": "_1",
-            "₂": "_2",
-            "₃": "_3",
-            "₄": "_4",
-            "₅": "_5",
-            "₆": "_6",
-            "₇": "_7",
-            "₈": "_8",
-            "₉": "_9",
-        },
+        **{sign: f"^{power}" for power, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+        **{sign: f"_{index}" for index, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
         **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
         **{"π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "λ": r"\lambda "},
         **{"μ": r"\mu ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "δ": r"\delta "},
@@ -92,16 +70,19 @@ _DOMAINS = tuple(
 )
 
 
+def _domain(said: str) -> str:
+    return next((name for pattern, name in _DOMAINS if pattern.search(said)), "")
+
+
 def _write_quantifier(match: re.Match[str]) -> str:
     r"""Write `\forall`, the variable and its domain (each may be missing) for what is said of a variable."""
     said = match[0]
     rest = re.sub(r"_\s*\{[^{}]*\}", "", match["rest"])
     if re.search(r"[=<>\d]|\\(?:le|ge|ne)(?![A-Za-z])", rest):  # a condition on values stays
         return said
-    domain = next((name for pattern, name in _DOMAINS if pattern.search(said)), "")
     words = re.sub(r"\\[A-Za-z]+\s*(?:\{[A-Z]\})?|[a-z]{2,}", " ", said)
     variable = re.search(r"[A-Za-z]", words)
-    return rf", \forall {variable[0] if variable else ''} {domain}"
+    return rf", \forall {variable[0] if variable else ''} {_domain(said)}"
 
 
 _MEMBERSHIP = re.compile(
@@ -113,7 +94,7 @@ _MEMBERSHIP = re.compile(
 def _write_membership(match: re.Match[str]) -> str:
     r"""The same for `, n \in \mathbb{Z}` behind an answer in n, unless it says which values the answer means."""
     head = re.sub(r"\\(?!le|ge|ne)[A-Za-z]+", " ", match.string[: match.start()])
-    domain = next((name for pattern, name in _DOMAINS if pattern.search(match[0])), "")
+    domain = _domain(match[0])
     if match["variable"] not in head or (domain != r"\mathbb{R}" and re.search(r"[<>]|\\(?:le|ge|ne)", head)):
         return match[0]
     return rf", \forall {match['variable']} {domain}"

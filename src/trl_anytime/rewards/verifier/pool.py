@@ -37,22 +37,9 @@ _SIGXCPU_EXIT = -24  # how Popen reports a child that the kernel ended at its CP
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Settings of a worker pool.
+    """Number of workers and their limits, see [`MathReward`].
 
-    Args:
-        workers (`int`):
-            Number of processes.
-        cpu_limit (`float`):
-            CPU seconds that one answer may take. CPU time, so that a reward does not depend on the machine's load.
-        hard_limit (`float`):
-            Seconds after which a worker that has not answered is killed.
-        batch_limit (`float`):
-            Seconds that one call of [`WorkerPool.grade`] may take on top of `cpu_limit` for each pair, divided by the
-            workers.
-        memory_limit (`int`):
-            MiB of address space of one worker.
-        tasks_per_worker (`int`):
-            Tasks after which a worker is replaced by a fresh one.
+    `cpu_limit` is CPU time, so that a reward does not depend on the machine's load.
     """
 
     workers: int
@@ -82,12 +69,7 @@ def default_workers() -> int:
 
 
 class WorkerPool:
-    """Grades pairs in child processes.
-
-    Args:
-        settings (`PoolSettings`):
-            Number of workers and their limits.
-    """
+    """Grades pairs in child processes."""
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = settings
@@ -96,11 +78,7 @@ class WorkerPool:
         self._failed_starts = 0
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """Grade pairs of gold answer and answer.
-
-        Args:
-            pairs (`Sequence[tuple[str, str]]`):
-                What to compare. Threads that call this at the same time wait for each other.
+        """Grade pairs of gold answer and answer. Threads that call this at the same time wait for each other.
 
         Returns:
             `list[str]`: One of `"equal"`, `"different"`, `"timeout"`, `"dead"` (the worker died) and `"late"` (the

@@ -8,10 +8,9 @@ only, and plain numbers need none.
 from collections.abc import Callable
 from functools import cmp_to_key
 
-from .forms import Collection, Form, Formula, Named
+from .forms import INTERVALS, Collection, Form, Formula, unnamed
 
 _MAX_END_POINTS = 24  # more are left to the comparison item by item
-_INTERVALS = ("()", "(]", "[)", "[]")
 
 
 class _Unknown(Exception):
@@ -19,17 +18,11 @@ class _Unknown(Exception):
 
 
 def equal_sets(a: Form, b: Form, order: Callable[[str, str], int | None]) -> bool | None:
-    """Whether two forms are the same set of real numbers.
+    """Whether two forms are the same set of real numbers; the name of a variable does not count.
 
-    Args:
-        a, b (`Form`):
-            Collections of intervals and points; the name of a variable does not count.
-        order (`Callable`):
-            Returns a negative number, 0 or a positive one as the first formula is less than, equal to or greater than
-            the second, `None` if that cannot be told.
-
-    Returns:
-        `bool` or `None`: None if one of them is not such a set, or the end points cannot be put in order.
+    `order` returns a negative number, 0 or a positive one as the first formula is less than, equal to or greater than
+    the second, `None` if that cannot be told. Returns `None` if one of the two is not such a set, or if its end points
+    cannot be put in order.
     """
     ends: set[str] = set()
     if not (_collect(a, ends) and _collect(b, ends)) or len(ends) > _MAX_END_POINTS:
@@ -61,10 +54,10 @@ def _infinite(form: Form) -> int:
 
 def _collect(form: Form, ends: set[str]) -> bool:
     """Add the end points of a set; whether the form is one."""
-    form = form.value if isinstance(form, Named) else form
+    form = unnamed(form)
     if not isinstance(form, Collection):
         return False
-    if (form.kind in _INTERVALS and len(form.items) == 2) or form.kind == "{}":
+    if (form.kind in INTERVALS and len(form.items) == 2) or form.kind == "{}":
         points = [item for item in form.items if form.kind == "{}" or not _infinite(item)]
         if not all(isinstance(item, Formula) and not item.percent for item in points):
             return False
@@ -74,7 +67,7 @@ def _collect(form: Form, ends: set[str]) -> bool:
 
 
 def _holds(form: Form, cell: int, place: dict[str, int], last: int) -> bool:
-    form = form.value if isinstance(form, Named) else form
+    form = unnamed(form)
     assert isinstance(form, Collection)
     if form.kind == "minus":
         return _holds(form.items[0], cell, place, last) and not _holds(form.items[1], cell, place, last)

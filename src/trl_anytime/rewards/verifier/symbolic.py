@@ -6,6 +6,7 @@ by the library `math_verify`.
 """
 
 import re
+from itertools import accumulate
 from typing import Any
 
 from latex2sympy2_extended import latex2sympy
@@ -113,8 +114,4 @@ def _parse_by_library(formula: str) -> Any:
 
 
 def _nesting(formula: str) -> int:
-    deepest = level = 0
-    for character in formula:
-        level += (character in "{([") - (character in "])}")
-        deepest = max(deepest, level)
-    return deepest
+    return max(accumulate((character in "{([") - (character in "])}") for character in formula), default=0)

@@ -11,25 +11,13 @@ integer for the formula to make sense (in a factorial, an upper limit, an expone
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import mpmath
-from sympy import (
-    Basic,
-    Expr,
-    Float,
-    I,
-    Product,
-    Rational,
-    Sum,
-    Symbol,
-    Tuple,
-    integer_nthroot,
-    preorder_traversal,
-)
+from sympy import Basic, Expr, Float, I, Product, Rational, Sum, Symbol, Tuple, integer_nthroot, preorder_traversal
 from sympy.core.function import AppliedUndef
 
 from .equality import MIN_DECIMALS
@@ -62,12 +50,7 @@ class Undefined(Exception):
 
 
 class Formula:
-    """A formula, what is known of its letters, and its values so far.
-
-    Args:
-        expr (`Expr`):
-            Its tree.
-    """
+    """A formula, what is known of its letters, and its values so far."""
 
     def __init__(self, expr: Expr) -> None:
         nodes = list(preorder_traversal(expr))
@@ -75,7 +58,7 @@ class Formula:
         self.expr = expr
         self.letters = frozenset(symbol.name for symbol in expr.free_symbols if symbol != _IMAGINARY)
         self.is_complex = _IMAGINARY in expr.free_symbols or I in nodes
-        self.is_opaque = not all(kind in _METHODS or isinstance(node, _LEAVES) for node, kind in _named(nodes))
+        self.is_opaque = not all(isinstance(node, _LEAVES) or type(node).__name__ in _METHODS for node in nodes)
         self.integers = frozenset(name for node in nodes for name in _integer_letters(node))
         self.is_summed = bool(kinds & _SUMMED)
         self.is_stepped = bool(self.integers or kinds & _STEPPED)
@@ -102,10 +85,6 @@ class Formula:
         return self._values[key]
 
 
-def _named(nodes: list[Basic]) -> Iterator[tuple[Basic, str]]:
-    return ((node, type(node).__name__) for node in nodes)
-
-
 def _integer_letters(node: Basic) -> Iterator[str]:
     kind = type(node).__name__
     if kind in _INTEGER_ARGUMENTS:
@@ -126,37 +105,20 @@ def _integer_letters(node: Basic) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@mpmath.workdps(_DIGITS)
 def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
     """Whether two formulas have the same values wherever both have one, and have one somewhere.
 
-    Args:
-        left (`Formula`):
-            A formula.
-        right (`Formula`):
-            Another.
-        decimals (`int`, *optional*, defaults to 0):
-            Places of a decimal that stands for the value it is rounded from; 0 if neither does.
-
-    Raises:
-        `TooLarge`: If the values are too large to be compared.
+    A decimal with `decimals` places, if not 0, also equals the value that it is rounded from. Raises `TooLarge` if the
+    values are too large to be compared.
     """
     if left.is_opaque and left.expr == right.expr:
         return True
-    with mpmath.workdps(_DIGITS):
-        if not left.letters | right.letters:
-            return _equal_numbers(left.expr, right.expr, decimals)
-        return _equal_at_points(left, right)
-
-
-def _equal_at_points(left: Formula, right: Formula) -> bool:
+    if not left.letters | right.letters:
+        return _equal_numbers(left.expr, right.expr, decimals)
     for real in (True, False):
-        if real and (left.is_complex or right.is_complex):
-            continue
         compared = ordinary = 0
-        for key, point in _points(left, right):
-            a, b = left.at(key, point, real), right.at(key, point, real)
-            if a is None or b is None:
-                continue
+        for key, point, a, b in _common_values(left, right, real):
             try:
                 if not _same(left.expr, right.expr, a, b, point, real, compared < _THOROUGH_POINTS):
                     return False
@@ -166,27 +128,16 @@ def _equal_at_points(left: Formula, right: Formula) -> bool:
             ordinary += isinstance(key[0], int)
         if ordinary or compared >= _MIN_POINTS:
             return True
-    if left.is_too_large or right.is_too_large:
-        raise TooLarge("too large at every point")
-    return False
+    return _differ_or_too_large(left, right)
 
 
+@mpmath.workdps(_DIGITS)
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
     """Whether one formula is a constant multiple of the other, by a positive constant if so asked."""
-    with mpmath.workdps(_DIGITS):
-        return _proportional_at_points(left, right, positive)
-
-
-def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bool:
     for real in (True, False):
-        if real and (left.is_complex or right.is_complex):
-            continue
         first: tuple[Value, Value, dict[str, Fraction]] | None = None
         compared = 0
-        for key, point in _points(left, right):
-            a, b = left.at(key, point, real), right.at(key, point, real)
-            if a is None or b is None:
-                continue
+        for _, point, a, b in _common_values(left, right, real):
             x, y = _clean(a), _clean(b)
             if (x == 0) != (y == 0):
                 return False
@@ -215,6 +166,21 @@ def _proportional_at_points(left: Formula, right: Formula, positive: bool) -> bo
             compared += 1
         if first is not None:
             return True
+    return _differ_or_too_large(left, right)
+
+
+def _common_values(left: Formula, right: Formula, real: bool) -> Iterator[tuple[Any, dict[str, Fraction], Any, Any]]:
+    """Points, each with its key, at which both formulas have a value, and these values."""
+    if real and (left.is_complex or right.is_complex):
+        return
+    for key, point in _points(left, right):
+        a, b = left.at(key, point, real), right.at(key, point, real)
+        if a is not None and b is not None:
+            yield key, point, a, b
+
+
+def _differ_or_too_large(left: Formula, right: Formula) -> bool:
+    """Return False for formulas without a common value, unless values were too large to tell."""
     if left.is_too_large or right.is_too_large:
         raise TooLarge("too large at every point")
     return False
@@ -342,16 +308,9 @@ def _special(constants: frozenset[int], integer: bool, stepped: bool, summed: bo
         near = {c, 2 * c, 3 * c, math.isqrt(c)}
         found |= dict.fromkeys(Fraction(sign * (n + step)) for n in near for sign in (1, -1) for step in (-1, 0, 1))
     together = math.lcm(*constants)
-    large = [
-        1000,
-        10_001,
-        10**6,
-        10**9 + 7,
-        -1000,
-        -(10**6) - 1,
-        *([together, 2 * together] if together < 10**12 else []),
-    ]
-    found |= dict.fromkeys(map(Fraction, large))
+    found |= dict.fromkeys(map(Fraction, (1000, 10_001, 10**6, 10**9 + 7, -1000, -(10**6) - 1)))
+    if together < 10**12:
+        found |= dict.fromkeys((Fraction(together), Fraction(2 * together)))
     if not integer:
         found |= dict.fromkeys(value + Fraction(1, 2) for value in list(found)[: 60 if stepped else 200])
         choose = random.Random(0)
@@ -420,8 +379,14 @@ class _Evaluator:
             return
         else:
             bits = abs(mpmath.mag(value))
-        self.size = max(self.size, bits * _LOG10_2)
-        if self.size > _MAX_LOG10:
+        self.note_log10(bits * _LOG10_2)
+
+    def note_log10(self, log10: float) -> None:
+        self.check_log10(log10, _MAX_LOG10)
+        self.size = max(self.size, log10)
+
+    def check_log10(self, log10: float, most: float) -> None:
+        if log10 > most:
             raise TooLarge("a number of more than a million digits")
 
     def inexact(self, value: Value) -> Any:
@@ -449,16 +414,15 @@ class _Evaluator:
         return value
 
     def add(self, *args: Basic) -> Value:
+        return self.total(map(self.value, args))
+
+    def total(self, values: Iterable[Value]) -> Value:
         exact, inexact = Fraction(0), []
-        for arg in args:
-            value = self.value(arg)
+        for value in values:
             if isinstance(value, Fraction):
                 exact += value
             else:
                 inexact.append(value)
-        return self.total(exact, inexact)
-
-    def total(self, exact: Fraction, inexact: list[Any]) -> Value:
         if not inexact:
             return exact
         if exact:
@@ -475,9 +439,11 @@ class _Evaluator:
         return total
 
     def mul(self, *args: Basic) -> Value:
+        return self.multiplied(map(self.value, args))
+
+    def multiplied(self, values: Iterable[Value]) -> Value:
         exact, inexact = Fraction(1), None
-        for arg in args:
-            value = self.value(arg)
+        for value in values:
             if isinstance(value, Fraction):
                 exact *= value
             else:
@@ -536,15 +502,9 @@ class _Evaluator:
 
     def check_exponent(self, exponent: Any) -> None:
         """Refuse e^exponent if it is too large; count the digits that it loses."""
-        size = abs(mpmath.re(exponent)) / mpmath.log(10)
-        if size > _MAX_LOG10:
-            raise TooLarge("a number of more than a million digits")
-        self.size = max(self.size, float(size))
+        self.note_log10(float(abs(mpmath.re(exponent)) / mpmath.log(10)))
         if abs(exponent) > 1:
             self.loss += float(mpmath.log10(abs(exponent)))
-
-    def exp(self, arg: Basic) -> Value:
-        return self.exp_of(self.value(arg))
 
     def exp_of(self, exponent: Value) -> Value:
         if exponent == 0:
@@ -570,28 +530,13 @@ class _Evaluator:
             self.loss += max(0.0, -float(mpmath.log10(abs(result))))
         return result
 
-    def absolute(self, arg: Basic) -> Value:
-        return abs(self.value(arg))
-
     def sign(self, arg: Basic) -> Value:
         value = self.real_value(arg)
         return Fraction((value > 0) - (value < 0))
 
-    def maximum(self, *args: Basic) -> Value:
-        return self.extreme(args, 1)
-
-    def minimum(self, *args: Basic) -> Value:
-        return self.extreme(args, -1)
-
     def extreme(self, args: tuple[Basic, ...], sign: int) -> Value:
         values = [self.real_value(arg) for arg in args]
         return max(values, key=lambda value: sign * _inexact(value))
-
-    def floor(self, arg: Basic) -> Value:
-        return self.rounded(arg, 1)
-
-    def ceiling(self, arg: Basic) -> Value:
-        return self.rounded(arg, -1)
 
     def rounded(self, arg: Basic, sign: int) -> Value:
         """Floor (sign 1) or ceiling (sign -1). A value next to an integer is computed with more digits."""
@@ -628,12 +573,6 @@ class _Evaluator:
         a, b = self.inexact(a), self.inexact(b)
         return self.settle(a - b * mpmath.floor(a / b))
 
-    def gcd(self, *args: Basic) -> Value:
-        return Fraction(math.gcd(*self.integers(args)))
-
-    def lcm(self, *args: Basic) -> Value:
-        return Fraction(math.lcm(*self.integers(args)))
-
     def integers(self, args: tuple[Basic, ...]) -> list[int]:
         found = [self.integer(self.value(arg)) for arg in args]
         if None in found:
@@ -646,7 +585,7 @@ class _Evaluator:
         if n is not None and n < 0:
             raise Undefined
         if not isinstance(value, mpmath.mpc):
-            self.check_log10(_log10_gamma(value + 1) if value > 0 else 0.0)
+            self.check_exact(_log10_gamma(value + 1) if value > 0 else 0.0)
         if n is not None and _log10_gamma(value + 1) / _LOG10_2 <= self.max_bits:
             return Fraction(math.factorial(n))
         return self.settle(mpmath.gamma(self.inexact(value) + 1))
@@ -675,31 +614,19 @@ class _Evaluator:
         k = min(k, n - k)
         log10 = _log10_gamma(n + 1) - _log10_gamma(k + 1) - _log10_gamma(n - k + 1)
         if k:
-            self.check_log10(log10 if n < 10**12 else k * n.bit_length() * _LOG10_2)
+            self.check_exact(log10 if n < 10**12 else k * n.bit_length() * _LOG10_2)
         return Fraction(math.comb(n, k))
 
-    def check_log10(self, log10: float) -> None:
-        if log10 > min(_MAX_LOG10, self.max_bits * _LOG10_2):
-            raise TooLarge("a number of more than a million digits")
+    def check_exact(self, log10: float) -> None:
+        self.check_log10(log10, min(_MAX_LOG10, self.max_bits * _LOG10_2))
 
     def sum(self, body: Basic, *limits: Basic) -> Value:
-        if (terms := self.terms(body, limits)) is None:
-            return self.closed_form(Sum(body, *limits))
-        exact, inexact = Fraction(0), []
-        for term in terms:
-            if isinstance(term, Fraction):
-                exact += term
-            else:
-                inexact.append(term)
-        return self.total(exact, inexact)
+        terms = self.terms(body, limits)
+        return self.closed_form(Sum(body, *limits)) if terms is None else self.total(terms)
 
     def product(self, body: Basic, *limits: Basic) -> Value:
-        if (terms := self.terms(body, limits)) is None:
-            return self.closed_form(Product(body, *limits))
-        value: Value = Fraction(1)
-        for term in terms:
-            value = self.settle(_times(value, term)) if not isinstance(term, Fraction) else _times(value, term)
-        return value
+        terms = self.terms(body, limits)
+        return self.closed_form(Product(body, *limits)) if terms is None else self.multiplied(terms)
 
     def terms(self, body: Basic, limits: tuple[Basic, ...]) -> list[Value] | None:
         """Terms of a sum over one variable between two integers that are not far apart, `None` for any other sum."""
@@ -792,17 +719,17 @@ _METHODS: dict[str, Callable[..., Value]] = {
     "Add": _Evaluator.add,
     "Mul": _Evaluator.mul,
     "Pow": _Evaluator.pow,
-    "exp": _Evaluator.exp,
+    "exp": lambda evaluator, arg: evaluator.exp_of(evaluator.value(arg)),
     "log": _Evaluator.log,
-    "Abs": _Evaluator.absolute,
+    "Abs": lambda evaluator, arg: abs(evaluator.value(arg)),
     "sign": _Evaluator.sign,
-    "Max": _Evaluator.maximum,
-    "Min": _Evaluator.minimum,
-    "floor": _Evaluator.floor,
-    "ceiling": _Evaluator.ceiling,
+    "Max": lambda evaluator, *args: evaluator.extreme(args, 1),
+    "Min": lambda evaluator, *args: evaluator.extreme(args, -1),
+    "floor": lambda evaluator, arg: evaluator.rounded(arg, 1),
+    "ceiling": lambda evaluator, arg: evaluator.rounded(arg, -1),
     "Mod": _Evaluator.mod,
-    "Gcd": _Evaluator.gcd,
-    "Lcm": _Evaluator.lcm,
+    "Gcd": lambda evaluator, *args: Fraction(math.gcd(*evaluator.integers(args))),
+    "Lcm": lambda evaluator, *args: Fraction(math.lcm(*evaluator.integers(args))),
     "factorial": _Evaluator.factorial,
     "binomial": _Evaluator.binomial,
     "Sum": _Evaluator.sum,
