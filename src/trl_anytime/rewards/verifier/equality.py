@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Protocol
 
 from .forms import (
+    FUNCTION_WORDS,
     INTERVALS,
     Chain,
     Choice,
@@ -57,10 +58,6 @@ _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is not a ratio
 
 _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
-_FUNCTION_WORDS = frozenset(
-    ["ln", "lg", "log", "exp", "abs", "cbrt", "sec", "csc", "cot", "max", "min", "gcd", "lcm", "mod", "floor", "ceil"]
-)
-
 _SAME_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the first says no more than the second
 
 MIN_DECIMALS = 6
@@ -410,4 +407,4 @@ def _renamed_text(text: str, names: dict[str, str]) -> str:
 
 def _letters_of(word: str) -> list[str]:
     """Letters of a word; a control word, or the name of a function, is kept whole."""
-    return [word] if word[0] == "\\" or word in _FUNCTION_WORDS else list(word)
+    return [word] if word[0] == "\\" or word in FUNCTION_WORDS else list(word)

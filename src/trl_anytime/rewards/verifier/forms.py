@@ -190,7 +190,10 @@ _SHORT_WORDS = re.compile(
     "amy|ann|ari|ava|ben|eli|eva|eve|ian|ida|ira|ivy|jay|joe|joy|kai|kay|lea|lee|leo|lou|mia|noa|roy|ray|"
     "sue|una|zoe"
 )
-_FUNCTIONS = re.compile("log|ln|exp|abs|cbrt|floor|ceil|sinh|cosh|tanh|gcd|lcm|max|min|mod|det|arg|sec|csc|cot")
+# Names of functions in plain text, beside those that `normalize` turns into control words
+FUNCTION_WORDS = frozenset(
+    re.findall(r"\w+", "log ln lg exp abs cbrt floor ceil sinh cosh tanh gcd lcm max min mod det arg sec csc cot")
+)
 _VOWEL = re.compile("[aeiouy]")
 _SYLLABLE = re.compile("[^aeiou][aeiou][^aeiou]")
 _TEXT_PIECE = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -718,7 +721,7 @@ def _as_words(text: str) -> str | None:
         words = plain.split()
         if not _BARE_WORDS.fullmatch(plain) or not any(map(_is_word, words)):
             return None
-        if len(words) > 1 and _FUNCTIONS.fullmatch(words[0].lower()):
+        if len(words) > 1 and words[0].lower() in FUNCTION_WORDS:
             return None
     return plain.casefold()
 
