@@ -22,6 +22,7 @@ import pytest
 import quickstart
 import torch
 import toy_task
+from pages import table
 from test_architecture import ORDER
 from test_packaging import OLDEST, PINNED
 from test_tree import drawing
@@ -45,6 +46,7 @@ IN_SHORT = {
     "benchmarks/generation.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
     "benchmarks/memory.py": "--hidden 128 --layers 1 --budgets 8 16 --prompt 4 --summary 4",
 }
+FIGURE = r"\d[\d,]*\.?\d+"  # of two digits or more
 # Commands that another test runs in short, wherever they stand
 ELSEWHERE = {"python -m studies.learning": "tests/test_learning_study.py", "cp outputs/learning": None}
 
@@ -283,18 +285,13 @@ def test_every_page_is_on_the_site():
 # Tables and drawings
 
 
-def table(page: str, header: str) -> list[list[str]]:
-    rows = PAGES[page].read_text().partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
 def test_the_compatibility_table():
     engine = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "tests/vllm_engine/requirements.txt").read_text(), re.M))
     torch_of = dict(
         re.findall(r"^\$\(VENV\)(-\w+)/\.installed:.*\n(?:\t.*\n)*?\t.*torch==([\d.]+)", MAKEFILE, re.MULTILINE)
     )
     ours = (trl_anytime.__version__,)
-    rows = [tuple(row[:5]) for row in table("docs/compatibility.md", "| trl_anytime |")]
+    rows = [tuple(row[:5]) for row in table("docs/compatibility.md", "trl_anytime")]
     assert rows == [
         ours + (PINNED["trl"], PINNED["transformers"], "–", PINNED["torch"]),
         ours + (OLDEST["trl"], OLDEST["transformers"], "–", torch_of["-oldest"]),
@@ -304,15 +301,14 @@ def test_the_compatibility_table():
 
 def test_figures_of_scaling_are_those_of_the_benchmarks():
     rows = re.findall(r"^\| .+ \|$", PAGES["docs/scaling.md"].read_text(), re.MULTILINE)
-    figures = {figure for row in rows for figure in re.findall(r"\d[\d,]*\.?\d+", row)}
+    figures = {figure for row in rows for figure in re.findall(FIGURE, row)}
     assert len(figures) > 20
-    assert figures <= set(re.findall(r"\d[\d,]*\.?\d+", PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
+    assert figures <= set(re.findall(FIGURE, PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
 
 
 def test_the_map_names_every_room():
-    text = PAGES["CONTRIBUTING.md"].read_text().partition("## The map")[2].partition("## Adding")[0]
-    named = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
-    assert [name.removesuffix("/").removesuffix(".py") for name in named] == [x for x in ORDER if x != "__init__"]
+    named = [row[0].strip("`").removesuffix("/").removesuffix(".py") for row in table("CONTRIBUTING.md", "room")]
+    assert named == [room for room in ORDER if room != "__init__"]
 
 
 def test_names_in_the_text_exist():
@@ -348,6 +344,6 @@ def test_the_example_of_the_method():
     rewards = torch.tensor([[0.0, 1], [1, 1]]).view(1, 2, 2, 1)
     of = segment_returns(rewards, [10, 20], "uniform")
     advantages = thinking_advantages(rewards, [10, 20], "uniform")
-    for i, row in enumerate(table("docs/method.md", "mean rewards (0, 1) and\n(1, 1).\n\n")):
+    for i, row in enumerate(table("docs/method.md", "", "$R_1$")):
         expected = [*of.returns[0, i], of.v1[0, i, 1], *of.v2[0, i], *of.brpo[0, i], *advantages[0, i]]
         assert [number(cell) for cell in row[1:]] == pytest.approx([float(x) for x in expected])

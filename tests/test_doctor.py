@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from pages import table
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_brpo_trainer import Gradients, make_trainer
 from tiny import make_config, make_model, make_tokenizer
@@ -130,8 +131,8 @@ def test_a_healthy_recipe(folder, capsys):
     ]
     assert [finding["check"] for finding in printed["findings"]] == [*checks, "memory", "tree attention"]
     assert {finding["level"] for finding in printed["findings"]} == {OK}
-    page = (EXAMPLES.parent / "docs" / "doctor.md").read_text()
-    assert re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE) == [*checks, "memory", "tree attention"]
+    documented = [row[0].strip("`") for row in table("docs/doctor.md", "check")]
+    assert documented == [*checks, "memory", "tree attention"]
     found = {finding["check"]: finding["message"] for finding in printed["findings"]}
     assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
     assert "Packed rollouts agree with separate rows on these weights." in found["tree attention"]

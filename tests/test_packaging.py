@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pages import table
 
 import trl_anytime
 
@@ -84,6 +85,5 @@ def test_what_is_not_loaded(statement, absent):
 
 
 def test_extras_are_what_the_readme_says():
-    readme = (ROOT / "README.md").read_text()
-    named = re.search(r"\(extras: ([^)]*)\)", readme)[1]
-    assert set(re.findall(r"`(\w+)`", named)) == PROJECT["optional-dependencies"].keys()
+    named = {name for row in table("README.md", "extra") for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == PROJECT["optional-dependencies"].keys()
