@@ -6,11 +6,11 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 import yaml
 from datasets import Dataset
-from pages import table
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_brpo_trainer import Gradients, make_trainer
 from tiny import make_config, make_model, make_tokenizer
@@ -131,7 +131,7 @@ def test_a_healthy_recipe(folder, capsys):
     ]
     assert [finding["check"] for finding in printed["findings"]] == [*checks, "memory", "tree attention"]
     assert {finding["level"] for finding in printed["findings"]} == {OK}
-    documented = [row[0].strip("`") for row in table("docs/doctor.md", "check")]
+    documented = [row[0].strip("`") for row in pages.table("docs/doctor.md", "check")]
     assert documented == [*checks, "memory", "tree attention"]
     found = {finding["check"]: finding["message"] for finding in printed["findings"]}
     assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
