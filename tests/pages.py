@@ -6,12 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def tables(page: str, *header: str) -> list[list[list[str]]]:
+    """Return the cells of each table of a page whose header begins with these cells, row by row."""
+    found = re.findall(r"^\|.*\|\n\| ?-.*\|\n(?:\|.*\|\n)*", (ROOT / page).read_text(), re.MULTILINE)
+    rows = [[_cells(line) for line in table.splitlines()] for table in found]
+    return [table[2:] for table in rows if table[0][: len(header)] == list(header)]
+
+
 def table(page: str, *header: str) -> list[list[str]]:
     """Return the cells of the one table of a page whose header begins with these cells, row by row."""
-    tables = re.findall(r"^\|.*\|\n\| ?-.*\|\n(?:\|.*\|\n)*", (ROOT / page).read_text(), re.MULTILINE)
-    cells = [[_cells(line) for line in found.splitlines()] for found in tables]
-    (found,) = (rows for rows in cells if rows[0][: len(header)] == list(header))
-    return found[2:]
+    (found,) = tables(page, *header)
+    return found
 
 
 def _cells(line: str) -> list[str]:

@@ -22,11 +22,12 @@ import pytest
 import quickstart
 import torch
 import toy_task
+import trl
 from pages import table
 from test_architecture import ORDER
 from test_packaging import OLDEST, PINNED
 from test_tree import drawing
-from tiny import make_config, make_model, make_tokenizer, parity_reward
+from tiny import make_config, make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
 
 import trl_anytime
 from trl_anytime.cli import _parser, main
@@ -226,6 +227,7 @@ def tiny_settings(monkeypatch, tmp_path):
             "per_device_train_batch_size": 8,
             "max_steps": 1,
             "num_summaries": 2,
+            "max_summary_length": 4,
         }
         return make_config(tmp_path / output_dir, **settings)
 
@@ -255,6 +257,26 @@ def test_python(typed, tiny_settings, workplace, monkeypatch, tmp_path):
         else:
             code = block.code.replace('"deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"', repr(str(model_dir)))
             exec(compile(code, str(block), "exec"), names)
+
+
+@pytest.mark.parametrize("block", blocks("diff"), ids=str)
+def test_both_sides_of_a_diff_train(block, tiny_settings, monkeypatch, tmp_path):
+    """GRPO without the added lines, BRPO without the removed ones; at most five lines change."""
+    lines = block.code.splitlines()
+    assert sum(line.startswith("+") for line in lines) == sum(line.startswith("-") for line in lines) + 1 <= 6
+
+    def small_grpo(output_dir, max_completion_length, **settings):
+        return make_grpo_config(tmp_path / output_dir, max_steps=1, max_completion_length=6, **settings)
+
+    monkeypatch.setattr(trl, "GRPOConfig", small_grpo)
+    tokenizer = make_tokenizer(extra_words=("Time", "is", "up.", "The"))
+    make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for side, trainer in (("-", trl.GRPOTrainer), ("+", trl_anytime.BRPOTrainer)):
+        names = {"model": str(tmp_path / "model"), "dataset": make_dataset(), "reward": parity_reward}
+        code = "\n".join(line[1:] for line in lines if line[:1] in ("", " ", side))
+        exec(compile(code, str(block), "exec"), names)
+        assert type(names["trainer"]) is trainer and names["trainer"].state.global_step == 1
 
 
 # Links
@@ -312,7 +334,7 @@ def test_the_map_names_every_room():
 
 
 def test_names_in_the_text_exist():
-    """`file.name` on the page about the method, and the tests and functions that CONTRIBUTING names."""
+    """`file.name` on the page about the method, tests and functions that other pages name."""
     modules = {path.stem: path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
     method = PAGES["docs/method.md"].read_text()
     found = re.findall(r"`([a-z]\w+)\.([A-Za-z]\w+)(?:\.(\w+))?`", method)
@@ -321,9 +343,10 @@ def test_names_in_the_text_exist():
         value = getattr(importlib.import_module(".".join(modules[module].with_suffix("").parts)), name)
         assert not member or hasattr(value, member)
     contributing = PAGES["CONTRIBUTING.md"].read_text()
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", contributing):
-        assert f"def {name}(" in tests, name
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in ("CONTRIBUTING.md", "docs/reliability_tests.md", "docs/grpo_with_a_budget.md"):
+        for name, suffix in re.findall(r"`(?:tests/)?(test_\w+)(\.py)?`", PAGES[page].read_text()):
+            assert f"{name}.py" in tests if suffix else f"def {name}(" in "".join(tests.values()), name
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for name in re.findall(r"`(_[A-Za-z]\w+)`", contributing):
         assert name in sources, name
