@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "quickstart.ipynb"
 SHORT = {"UPDATES": 2, "SFT_STEPS": 4, "EVAL_PROBLEMS": 8, "PROMPTS": 2, "TRACES": 4}
 
 
+@pytest.mark.heavy
 def test_every_cell_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
