@@ -13,7 +13,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "src" / "trl_anytime" / "brpo_con
 
 
 # As HTML: a reference in Hugging Face's form, a section of a docstring, an equation, an include
-RAW = re.compile(r"\[<code>~?[\w.]+</code>\]|<p>(?:Args|Parameters|Returns|Raises):|\\[(\[]|\$\$|--8<--")
+RAW = re.compile(r"\[<code>~?[\w.]+</code>\]|<p>(?:Args|Parameters|Returns|Raises):|\\[(\[]|\$\$|<!-- site:")
 
 
 def problems(site: Path) -> list[str]:

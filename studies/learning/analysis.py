@@ -1,10 +1,11 @@
 """
-The tables and figures of docs/results.md, from the results of the studies `tuning` and `main`:
+The tables and figures of docs/results_tables.md, from the results of the studies `tuning` and `main`:
 
-    python -m studies.learning.analysis studies/learning/results docs/results.md
+    python -m studies.learning.analysis studies/learning/results docs/results_tables.md
 
 Each table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the page; the figures go to
-`images/` beside it. The words around the tables are the author's, who has to read them again.
+`images/` beside it. The words around the tables, and the numbers of docs/results.md, are the author's, who has to read
+them again.
 
 Anytime accuracy is the mean over the grid of evaluation budgets. Intervals are 95 %, by Student's t over seeds.
 Differences are paired by seed: the same warm start, problems and held-out problems; one whose interval leaves out 0 is

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 import yaml
@@ -130,8 +131,8 @@ def test_a_healthy_recipe(folder, capsys):
     ]
     assert [finding["check"] for finding in printed["findings"]] == [*checks, "memory", "tree attention"]
     assert {finding["level"] for finding in printed["findings"]} == {OK}
-    page = (EXAMPLES.parent / "docs" / "doctor.md").read_text()
-    assert re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE) == [*checks, "memory", "tree attention"]
+    documented = [row[0].strip("`") for row in pages.table("docs/doctor.md", "check")]
+    assert documented == [*checks, "memory", "tree attention"]
     found = {finding["check"]: finding["message"] for finding in printed["findings"]}
     assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
     assert "Packed rollouts agree with separate rows on these weights." in found["tree attention"]

@@ -1,14 +1,11 @@
 """The table of data sets in docs/evaluation.md. What else the page tells to type is run by test_docs.py."""
 
-from tests.support import ROOT
+from tests.support.pages import table
 from trl_anytime.evaluation.problems import BENCHMARKS
-
-PAGE = (ROOT / "docs" / "evaluation.md").read_text()
 
 
 def test_the_table_of_data_sets():
-    table = PAGE.partition("| `--dataset` |")[2].partition("\n\n")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    rows = table("docs/evaluation.md", "`--dataset`")
     assert {row[0].strip("`") for row in rows} == set(BENCHMARKS)
     for name, source, count in rows:
         benchmark = BENCHMARKS[name.strip("`")]

@@ -22,12 +22,14 @@ import pytest
 import quickstart
 import torch
 import toy_task
+import trl
 
 import trl_anytime
 from tests.support import ROOT
 from tests.support.packed import drawing
+from tests.support.pages import table
 from tests.support.project import OLDEST, ORDER, PINNED
-from tests.support.tiny import make_config, make_model, make_tokenizer, parity_reward
+from tests.support.tiny import make_config, make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
 from trl_anytime.cli import _parser, main
 from trl_anytime.method.advantages import segment_returns, thinking_advantages
 
@@ -44,6 +46,7 @@ IN_SHORT = {
     "benchmarks/generation.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
     "benchmarks/memory.py": "--hidden 128 --layers 1 --budgets 8 16 --prompt 4 --summary 4",
 }
+FIGURE = r"\d[\d,]*\.?\d+"  # of two digits or more
 # Commands that another test runs in short, wherever they stand
 ELSEWHERE = {"python -m studies.learning": "tests/project/test_learning_study.py", "cp outputs/learning": None}
 
@@ -225,6 +228,7 @@ def tiny_settings(monkeypatch, tmp_path):
             "per_device_train_batch_size": 8,
             "max_steps": 1,
             "num_summaries": 2,
+            "max_summary_length": 4,
         }
         return make_config(tmp_path / output_dir, **settings)
 
@@ -256,6 +260,26 @@ def test_python(typed, tiny_settings, workplace, monkeypatch, tmp_path):
             exec(compile(code, str(block), "exec"), names)
 
 
+@pytest.mark.parametrize("block", blocks("diff"), ids=str)
+def test_both_sides_of_a_diff_train(block, tiny_settings, monkeypatch, tmp_path):
+    """GRPO without the added lines, BRPO without the removed ones; at most five lines change."""
+    lines = block.code.splitlines()
+    assert sum(line.startswith("+") for line in lines) == sum(line.startswith("-") for line in lines) + 1 <= 6
+
+    def small_grpo(output_dir, max_completion_length, **settings):
+        return make_grpo_config(tmp_path / output_dir, max_steps=1, max_completion_length=6, **settings)
+
+    monkeypatch.setattr(trl, "GRPOConfig", small_grpo)
+    tokenizer = make_tokenizer(extra_words=("Time", "is", "up.", "The"))
+    make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for side, trainer in (("-", trl.GRPOTrainer), ("+", trl_anytime.BRPOTrainer)):
+        names = {"model": str(tmp_path / "model"), "dataset": make_dataset(), "reward": parity_reward}
+        code = "\n".join(line[1:] for line in lines if line[:1] in ("", " ", side))
+        exec(compile(code, str(block), "exec"), names)
+        assert type(names["trainer"]) is trainer and names["trainer"].state.global_step == 1
+
+
 # Links
 
 
@@ -284,18 +308,13 @@ def test_every_page_is_on_the_site():
 # Tables and drawings
 
 
-def table(page: str, header: str) -> list[list[str]]:
-    rows = PAGES[page].read_text().partition(header)[2].partition("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
 def test_the_compatibility_table():
     engine = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "tests/vllm_engine/requirements.txt").read_text(), re.M))
     torch_of = dict(
         re.findall(r"^\$\(VENV\)(-\w+)/\.installed:.*\n(?:\t.*\n)*?\t.*torch==([\d.]+)", MAKEFILE, re.MULTILINE)
     )
     ours = (trl_anytime.__version__,)
-    rows = [tuple(row[:5]) for row in table("docs/compatibility.md", "| trl_anytime |")]
+    rows = [tuple(row[:5]) for row in table("docs/compatibility.md", "trl_anytime")]
     assert rows == [
         ours + (PINNED["trl"], PINNED["transformers"], "–", PINNED["torch"]),
         ours + (OLDEST["trl"], OLDEST["transformers"], "–", torch_of["-oldest"]),
@@ -305,19 +324,18 @@ def test_the_compatibility_table():
 
 def test_figures_of_scaling_are_those_of_the_benchmarks():
     rows = re.findall(r"^\| .+ \|$", PAGES["docs/scaling.md"].read_text(), re.MULTILINE)
-    figures = {figure for row in rows for figure in re.findall(r"\d[\d,]*\.?\d+", row)}
+    figures = {figure for row in rows for figure in re.findall(FIGURE, row)}
     assert len(figures) > 20
-    assert figures <= set(re.findall(r"\d[\d,]*\.?\d+", PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
+    assert figures <= set(re.findall(FIGURE, PAGES["docs/benchmarks.md"].read_text())) | {"1024", "2048"}
 
 
 def test_the_map_names_every_room():
-    text = PAGES["CONTRIBUTING.md"].read_text().partition("## The map")[2].partition("## Adding")[0]
-    named = re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)
-    assert [name.removesuffix("/").removesuffix(".py") for name in named] == [x for x in ORDER if x != "__init__"]
+    named = [row[0].strip("`").removesuffix("/").removesuffix(".py") for row in table("CONTRIBUTING.md", "room")]
+    assert named == [room for room in ORDER if room != "__init__"]
 
 
 def test_names_in_the_text_exist():
-    """`file.name` on the page about the method, and the tests and functions that CONTRIBUTING names."""
+    """`file.name` on the page about the method, tests and functions that other pages name."""
     modules = {path.stem: path.relative_to(ROOT / "src") for path in (ROOT / "src").rglob("*.py")}
     method = PAGES["docs/method.md"].read_text()
     found = re.findall(r"`([a-z]\w+)\.([A-Za-z]\w+)(?:\.(\w+))?`", method)
@@ -326,9 +344,10 @@ def test_names_in_the_text_exist():
         value = getattr(importlib.import_module(".".join(modules[module].with_suffix("").parts)), name)
         assert not member or hasattr(value, member)
     contributing = PAGES["CONTRIBUTING.md"].read_text()
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", contributing):
-        assert f"def {name}(" in tests, name
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in ("CONTRIBUTING.md", "docs/reliability_tests.md", "docs/grpo_with_a_budget.md"):
+        for name, suffix in re.findall(r"`(?:tests/(?:\w+/)*)?(test_\w+)(\.py)?`", PAGES[page].read_text()):
+            assert f"{name}.py" in tests if suffix else f"def {name}(" in "".join(tests.values()), name
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     for name in re.findall(r"`(_[A-Za-z]\w+)`", contributing):
         assert name in sources, name
@@ -349,6 +368,6 @@ def test_the_example_of_the_method():
     rewards = torch.tensor([[0.0, 1], [1, 1]]).view(1, 2, 2, 1)
     of = segment_returns(rewards, [10, 20], "uniform")
     advantages = thinking_advantages(rewards, [10, 20], "uniform")
-    for i, row in enumerate(table("docs/method.md", "mean rewards (0, 1) and\n(1, 1).\n\n")):
+    for i, row in enumerate(table("docs/method.md", "", "$R_1$")):
         expected = [*of.returns[0, i], of.v1[0, i, 1], *of.v2[0, i], *of.brpo[0, i], *advantages[0, i]]
         assert [number(cell) for cell in row[1:]] == pytest.approx([float(x) for x in expected])

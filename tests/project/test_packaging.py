@@ -12,6 +12,7 @@ from packaging.version import Version
 
 import trl_anytime
 from tests.support import ROOT
+from tests.support.pages import table
 from tests.support.project import OLDEST, PINNED
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -82,6 +83,5 @@ def test_what_is_not_loaded(statement, absent):
 
 
 def test_extras_are_what_the_readme_says():
-    readme = (ROOT / "README.md").read_text()
-    named = re.search(r"\(extras: ([^)]*)\)", readme)[1]
-    assert set(re.findall(r"`(\w+)`", named)) == PROJECT["optional-dependencies"].keys()
+    named = {name for row in table("README.md", "extra") for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == PROJECT["optional-dependencies"].keys()

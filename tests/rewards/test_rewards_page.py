@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.support import ROOT
+from tests.support.pages import table
 from tests.support.servers import LoopbackServer, QuietHandler, serving
 from trl_anytime.rewards import MathReward, grade_answers
 
@@ -15,9 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def policies():
-    table = PAGE.partition("| subject |")[2].partition("\n\n")[0]
-    for line in table.splitlines()[2:]:
-        subject, _, equal, different = (cell.strip() for cell in line.strip("|").split("|"))
+    for subject, _, equal, different in table("docs/rewards.md", "subject"):
         for cell, score in ((equal, 1.0), (different, 0.0)):
             for gold, answer in re.findall(r"`([^`]*)` and `([^`]*)`", cell):
                 yield pytest.param(gold, answer, score, id=f"{subject}: {gold} and {answer}")
@@ -32,20 +31,18 @@ def test_policies(gold, answer, score):
     assert grade_answers([answer], [gold]) == [score]
 
 
-def test_settings_are_as_documented():
+def test_limits_are_as_documented():
     defaults = MathReward()
-    for name, value in (
-        ("max_answer_length", "2,000 characters"),
-        ("cpu_limit", "2 s"),
-        ("hard_limit", "10 s"),
-        ("memory_limit", "1,024 MiB"),
-        ("tasks_per_worker", "2,000"),
-        ("batch_limit", "60 s"),
-    ):
-        assert f"`{name}` ({value})" in PAGE.replace("\n  ", " ")
-        assert getattr(defaults, name) == float(value.split()[0].replace(",", ""))
-    for name in defaults.COUNTERS:
-        assert f"| `{name}` |" in PAGE
+    limits = {row[0].strip("`"): row[1] for row in table("docs/rewards.md", "limit")}
+    assert limits.keys() == {
+        *("max_answer_length", "cpu_limit", "hard_limit", "memory_limit", "tasks_per_worker", "batch_limit")
+    }
+    for name, value in limits.items():
+        assert getattr(defaults, name) == float(value.split()[0].replace(",", "")), name
+
+
+def test_counters_are_as_documented():
+    assert {row[0].strip("`") for row in table("docs/rewards.md", "counter")} == set(MathReward().COUNTERS)
 
 
 class Sandbox(QuietHandler):

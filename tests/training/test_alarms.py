@@ -1,12 +1,14 @@
 """Alarms: each goes off once, where it should, and not a little earlier or where a figure is a little better."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.support import DATA, ROOT
+from tests.support import DATA
+from tests.support.pages import table
 from tests.support.scenarios import SETTINGS
 from tests.support.tiny import make_model, make_tokenizer, parity_reward, tiny_trainer
 from trl_anytime.rewards import MathReward
@@ -366,11 +368,8 @@ def test_only_the_main_process_warns_and_a_restart_knows(ranks, tmp_path):
 
 
 def test_the_documentation_lists_every_alarm_with_its_threshold():
-    table = {}
-    for line in (ROOT / "docs/monitoring.md").read_text().split("## Alarms")[1].splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 3:
-            table[cells[0]] = cells[1]
-    words = {"boxes are missing": "half", "the reward is the same at all budgets": "no difference at all"}
+    thresholds = {row[0]: row[1] for row in table("docs/monitoring.md", "alarm")}
+    assert thresholds.keys() == {alarm.name for alarm in ALARMS}
     for alarm in ALARMS:
-        assert words.get(alarm.name, f"{alarm.threshold:.2g}") in table[alarm.name], alarm.name
+        figures = [float(figure) for figure in re.findall(r"\d[\d.]*(?:e-\d+)?", thresholds[alarm.name])]
+        assert any(figure == pytest.approx(alarm.threshold) for figure in figures), alarm.name
