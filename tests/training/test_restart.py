@@ -129,21 +129,21 @@ def test_killed_again_and_again(ranks, straight, tmp_path):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@slow
 @pytest.mark.parametrize(
     ("kind", "rank", "place", "count", "step", "due"),
     [
         ("one rank", 0, "generation", 2, 5, False),
-        ("one rank", 0, "evaluation", 1, 6, False),
-        ("two ranks", 1, "grading", 3, 6, False),
-        ("one rank", 0, "loss", 6, 6, True),
-        ("one rank", 0, "loss", 12, 10, True),  # the last step, after two losses of an evaluation
-        ("GRPO", 0, "generation", 2, 5, False),
-        ("GRPO, two ranks", 1, "loss", 6, 6, True),
-        ("epochs", 0, "loss", 8, 8, True),
-        ("epochs", 0, "loss", 5, 5, False),
-        ("epochs", 0, "loss", 22, 18, True),
-        ("two ranks, epochs", 1, "loss", 8, 8, True),
+        pytest.param("one rank", 0, "evaluation", 1, 6, False, marks=slow),
+        pytest.param("two ranks", 1, "grading", 3, 6, False, marks=slow),
+        pytest.param("one rank", 0, "loss", 6, 6, True, marks=slow),
+        # The last step, after two losses of an evaluation
+        pytest.param("one rank", 0, "loss", 12, 10, True, marks=slow),
+        pytest.param("GRPO", 0, "generation", 2, 5, False, marks=slow),
+        pytest.param("GRPO, two ranks", 1, "loss", 6, 6, True, marks=slow),
+        pytest.param("epochs", 0, "loss", 8, 8, True, marks=slow),
+        pytest.param("epochs", 0, "loss", 5, 5, False, marks=slow),
+        pytest.param("epochs", 0, "loss", 22, 18, True, marks=slow),
+        pytest.param("two ranks, epochs", 1, "loss", 8, 8, True, marks=slow),
     ],
 )
 def test_sigterm_saves_and_exits(ranks, straight, tmp_path, kind, rank, place, count, step, due):
