@@ -566,43 +566,74 @@ def test_empty_thinkings(tmp_path):
 # Variants that are TRL's
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "beta": 0.1},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"loss_type": "dapo", "top_entropy_quantile": 0.5, "pad_to_multiple_of": 8},
-        {"loss_type": "grpo", "entropy_coef": 0.01},
-        {"bf16": True},
-        {"train_dataset": IterableDataset.from_generator(lambda: iter(make_dataset()))},
-        {"train_dataset": Dataset.from_dict({"prompt": ["1 2 <think>", "3 <think>"], "answer": ["1", "2"]})},
-    ],
-    ids=["lora and kl", "checkpointing", "reentrant", "dapo", "entropy bonus", "bf16", "streaming", "plain prompts"],
-)
-def test_variants_train(tmp_path, settings):
-    if settings.get("gradient_checkpointing") is None:
-        settings = {"gradient_checkpointing": False, **settings}
-    trainer = tiny_trainer(tmp_path, **settings)
-    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    trainer.train()
-    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
-    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
-
-
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}])
+def test_gradient_checkpointing_changes_nothing(tmp_path, kwargs):
     weights = []
     for checkpointing in (False, True):
-        trainer = tiny_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        trainer = tiny_trainer(
+            tmp_path,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs=kwargs if checkpointing else None,
+        )
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in trainer.model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+    assert (weights[0] - torch.cat([p.flatten() for p in make_model().parameters()])).abs().max() > 1e-4
+
+
+def test_bf16_is_for_the_forward_pass(tmp_path):
+    trainer = tiny_trainer(tmp_path, bf16=True)
+    seen = set()
+    trainer.model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, inputs, output: seen.add((output.dtype, output.requires_grad))
+    )
+    trainer.train()
+    assert (torch.bfloat16, True) in seen and (torch.float32, True) not in seen
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+STREAM = IterableDataset.from_generator(lambda: iter(make_dataset()))
+PLAIN = Dataset.from_dict({"prompt": ["1 2 <think>", "3 <think>"], "answer": ["1", "2"]})
+
+
+@pytest.mark.parametrize(
+    ("train_dataset", "known"),
+    [
+        (
+            STREAM,
+            [
+                f"<|im_start|> user {row['prompt'][0]['content']} <|im_end|> <|im_start|> assistant <think>"
+                for row in make_dataset()
+            ],
+        ),
+        (PLAIN, PLAIN["prompt"]),
+    ],
+    ids=["streaming", "plain prompts"],
+)
+def test_groups_of_prompts_of_any_kind(tmp_path, train_dataset, known):
+    trainer = tiny_trainer(tmp_path, Recorder, train_dataset=train_dataset, max_steps=1)
+    trainer.train()
+    ((_, batch, _),) = trainer.rolled
+    prompts = [trainer.processing_class.decode(rollout.prompt_ids) for rollout in batch.rollouts]
+    first, second = prompts[0], prompts[4]
+    assert prompts == [first] * 4 + [second] * 4
+    assert first != second and {first, second} <= set(known)
 
 
 # Packed or separate rows
 
 
-def test_separate_rows_train_the_same(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "beta": 0.1},
+        {"loss_type": "dapo", "top_entropy_quantile": 0.7, "pad_to_multiple_of": 8},
+        {"loss_type": "grpo", "entropy_coef": 0.01},
+    ],
+    ids=["the defaults", "lora and kl", "dapo", "entropy bonus"],
+)
+def test_separate_rows_train_the_same(tmp_path, settings):
     weights, logs = [], []
     for mode in ("tree", "rows"):
         trainer = tiny_trainer(
@@ -612,6 +643,7 @@ def test_separate_rows_train_the_same(tmp_path):
             optim="sgd",
             learning_rate=1.0,
             gradient_checkpointing=False,
+            **settings,
         )
         trainer.generation = PrefixGeneration(TRLSampler(trainer))  # the same random numbers for both
         trainer.train()
@@ -619,7 +651,7 @@ def test_separate_rows_train_the_same(tmp_path):
         logs.append(trainer.state.log_history)
     torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
     for tree, rows in zip(*logs, strict=True):
-        for name in {"loss", "grad_norm", "entropy"} & set(tree):
+        for name in {"loss", "grad_norm", "entropy", "kl"} & set(tree):
             assert tree[name] == pytest.approx(rows[name], abs=1e-5, rel=1e-4), name
 
 

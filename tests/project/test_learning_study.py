@@ -11,8 +11,6 @@ from studies.learning.study import Job, Study
 from studies.learning.tasks import TASKS, RegisterProblem, make_register_thinking, values
 from tests.support import ROOT
 
-pytestmark = pytest.mark.slow
-
 MAIN = ROOT / "studies" / "learning" / "configs" / "main.yaml"
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},
@@ -180,6 +178,7 @@ def finished(tmp_path_factory):
     return output_dir / "study.jsonl"
 
 
+@pytest.mark.slow
 def test_every_job_has_a_line(finished):
     records = [json.loads(line) for line in finished.read_text().splitlines()]
     assert [Job(**record["job"]) for record in records] == Study(**MINIATURE).jobs()
@@ -204,6 +203,7 @@ def test_every_job_has_a_line(finished):
     }
 
 
+@pytest.mark.slow
 def test_the_page_is_filled(finished, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
@@ -232,6 +232,7 @@ def test_the_page_is_filled(finished, tmp_path):
         analysis.write_page(analysis.Results(results), page)
 
 
+@pytest.mark.slow
 def test_lost_models_are_made_again(tmp_path):
     study = Study(**MINIATURE)
     warm, grpo, uniform, measure = study.jobs()
@@ -243,6 +244,7 @@ def test_lost_models_are_made_again(tmp_path):
     assert run.jobs_to_do(study, done, tmp_path) == [measure]
 
 
+@pytest.mark.slow
 def test_finished_jobs_are_not_done_again(finished, monkeypatch):
     monkeypatch.setattr(run, "run_job", None)
     assert run.run_study(Study(**MINIATURE), finished, num_workers=1) == []

@@ -122,6 +122,7 @@ def test_what_a_call_has_no_time_for_is_late(faulty_workers):
     made.close()
 
 
+@pytest.mark.slow
 def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
     """Three answers that take all of their time, more than `batch_limit`, and right ones behind: each has its turn."""
     numbers = range(2, 32)
@@ -136,6 +137,7 @@ def test_the_time_of_a_call_grows_with_its_answers(faulty_workers):
     assert counts == {"graded": 33, "too_long": 0, "timeouts": 3, "dead_workers": 0, "ungraded": 0}
 
 
+@pytest.mark.slow
 def test_answers_that_were_not_looked_at_have_no_reward(faulty_workers):
     answers, gold_answers = [r"\sqrt8", "fault_{sleep}+x", r"\sqrt8+y", "1"], [r"2\sqrt2", "2", r"2\sqrt2+y", "1"]
     limits = {"workers": 1, "cpu_limit": 0.2, "hard_limit": 100.0, "batch_limit": 8.0}
@@ -187,6 +189,7 @@ print(scores, received, flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_all_processes_while_workers_start(signum):
     """From the first moment on, when a worker has not imported anything, it is for the parent alone."""

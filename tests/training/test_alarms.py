@@ -273,19 +273,16 @@ class TooFast(TrainerCallback):
                 group["lr"] = 0.3
 
 
-@pytest.mark.slow
 def test_a_run_where_nothing_is_wrong(tmp_path, caplog):
     assert train(tmp_path, caplog, max_steps=22) == []
 
 
-@pytest.mark.slow
 def test_no_reward(tmp_path, caplog):
     (warning,) = train(tmp_path, caplog, reward=constant(0.0))
     assert warning.startswith("Step 10: no reward at any budget: the largest `anytime/reward@…` was 0 in the last 10")
     assert "Sample: prompt '<|im_start|> user" in warning and "assistant <think>'" in warning
 
 
-@pytest.mark.slow
 def test_a_constant_reward(tmp_path, caplog):
     warnings = train(tmp_path, caplog, reward=constant(0.7))
     assert names(warnings) == {"nothing to learn from", "the reward is the same at all budgets"}
@@ -337,7 +334,6 @@ def test_a_gradient_that_explodes(tmp_path, caplog):
     assert names(warnings) == {"the gradient explodes"}
 
 
-@pytest.mark.slow
 def test_alarms_can_be_switched_off(tmp_path, caplog):
     assert train(tmp_path, caplog, reward=constant(0.0), alarms=False) == []
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.ranks import torchrun
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 TWO = {
     "world_size": 2,
@@ -29,16 +29,16 @@ SOON = 20
 @pytest.mark.parametrize(
     ("place", "rank", "plain"),
     [
-        ("dataset", 1, False),
-        ("train begin", 0, False),
-        ("data", 0, False),
-        ("generation", 0, False),
+        pytest.param("dataset", 1, False, marks=slow),
+        pytest.param("train begin", 0, False, marks=slow),
+        pytest.param("data", 0, False, marks=slow),
+        pytest.param("generation", 0, False, marks=slow),
         ("generation", 1, False),
-        ("grading", 1, False),
-        ("loss", 1, False),
+        pytest.param("grading", 1, False, marks=slow),
+        pytest.param("loss", 1, False, marks=slow),
         ("backward", 1, False),
-        ("saving", 0, False),
-        ("generation", 1, True),
+        pytest.param("saving", 0, False, marks=slow),
+        pytest.param("generation", 1, True, marks=slow),
         ("backward", 1, True),
     ],
 )
@@ -68,6 +68,7 @@ def test_an_exit_without_a_code_is_a_fault_on_one_rank(ranks, tmp_path):
     assert "in leave" in ended[0].output  # where the exit was
 
 
+@slow
 @pytest.mark.parametrize("code", [0, None, 3])
 def test_an_exit_on_one_rank_ends_both(ranks, tmp_path, code):
     ended = ranks.run("exits", tmp_path, place="loss", rank=1, code=code, **TWO)
@@ -75,6 +76,7 @@ def test_an_exit_on_one_rank_ends_both(ranks, tmp_path, code):
     assert "Rank 1 failed" in ended[0].output and "in leave" in ended[0].output
 
 
+@slow
 def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
     ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
@@ -83,6 +85,7 @@ def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     assert "Planned: while rank 0 waits" in ended[0].output
 
 
+@slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_full_disk(ranks, tmp_path, world_size):
     """Writing fails at the third checkpoint: the second is whole, and the third is known not to be."""
@@ -158,6 +161,7 @@ def test_out_of_memory_says_what_helps(ranks, tmp_path, place, settings):
     assert ended[0].output.count("`per_device_train_batch_size`") == 1  # the advice of one phase
 
 
+@slow
 def test_soak_for_sixty_steps(tmp_path):
     """The benchmark itself, in short: nothing grows, no process is left."""
     command = [sys.executable, "-m", "benchmarks.soak", str(tmp_path), "--steps", "60", "--every", "2"]
@@ -185,6 +189,7 @@ def test_a_reward_that_exits_on_one_rank(ranks, tmp_path, plain):
         assert "ValueError: Step 0: reward function `leaves` failed: " in rank.output and "sys.exit(0)" in rank.output
 
 
+@slow
 def test_an_exception_under_torchrun(tmp_path):
     """As users start it: the launcher must not wait either."""
     fault = {"place": "backward", "save_strategy": "no", "per_device_train_batch_size": 2}

@@ -5,13 +5,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.support import ROOT
 
-pytestmark = pytest.mark.slow
-
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 SETTINGS = {"world_size": 2, "max_steps": 4, "logging_steps": 1, "eval_steps": 2, "per_device_train_batch_size": 2}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fsdp2_trains_like_ddp(ranks, tmp_path, lora):
     ddp = ranks.run("train", tmp_path / "ddp", by_prefix=True, lora=lora, save_strategy="no", **SETTINGS)
     fsdp = ranks.run("sharded", tmp_path / "fsdp", lora=lora, save_strategy="no", **SETTINGS)
@@ -25,6 +23,7 @@ def test_fsdp2_trains_like_ddp(ranks, tmp_path, lora):
         assert rank.result["weights"] == pytest.approx(expected.result["weights"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_exactly(ranks, tmp_path):
     settings = {**SETTINGS, "save_total_limit": None}
     straight = ranks.run("sharded", tmp_path / "straight", **settings)

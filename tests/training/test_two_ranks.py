@@ -37,15 +37,16 @@ def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(ranks, tmp_path, ki
 OF_MICRO_BATCHES = ("entropy", "clip_ratio/")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_generations", [4, 8], ids=["whole groups", "groups split across ranks"])
 @pytest.mark.parametrize(
     ("micro_batches", "method"),
     [
         (1, {}),
-        (2, {}),
-        (1, {"plain": True, "loss_type": "dapo"}),
-        (2, {"plain": True, "loss_type": "grpo", "mask_truncated_completions": True}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(1, {"plain": True, "loss_type": "dapo"}, marks=pytest.mark.slow),
+        pytest.param(
+            2, {"plain": True, "loss_type": "grpo", "mask_truncated_completions": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=["BRPO", "BRPO, two micro-batches", "GRPO by tokens", "GRPO, truncated masked, two micro-batches"],
 )
