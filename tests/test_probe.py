@@ -1,5 +1,6 @@
 """The probe's verdicts on servers that keep to budgets, ignore them, or close traces in other ways."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -94,9 +95,9 @@ def test_text_of_servers_that_return_no_ids():
 
         class Parsed(handler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                budget = int(body.partition(b'"thinking_token_budget": ')[2].partition(b"}")[0].partition(b",")[0])
-                self.reply({"choices": [{"index": 0, "message": messages[budget]}]})
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                message = messages[body["thinking_token_budget"]]
+                self.reply({"choices": [{"index": 0, "message": message}]})
 
         server.RequestHandlerClass = Parsed
         results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
