@@ -24,6 +24,7 @@ from ..outside.validation import (
     MEBIBYTE,
     TOKEN_ID,
     Unfit,
+    boolean,
     fields,
     free_form,
     integer,
@@ -49,7 +50,7 @@ _MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
 _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
 
 BUDGETS = list_of(integer(1), least=1, most=10_000)
-_MARKER = fields(text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
+_MARKER = fields({"in_text": boolean}, text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
 _FIELDS = fields(
     markers=fields(**dict.fromkeys(_MARKERS, _MARKER)),
     budgets=BUDGETS,
@@ -167,7 +168,7 @@ class AnytimeConfig:
             _check_fields(values)
             markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
             markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
-            markers["in_text"] = values["markers"]["think_end"].get("in_text", False) is True
+            markers["in_text"] = values["markers"]["think_end"].get("in_text", False)
             budgets = check_budgets(values["budgets"])
             return cls(
                 markers=ThinkingMarkers(**markers),
