@@ -129,7 +129,7 @@ class AnytimeConfig:
         """
         given = {name: text for name, text in markers.items() if text is not None}
         try:
-            file = _find_file(model, ANYTIME_CONFIG_NAME)
+            file = find_file(model, ANYTIME_CONFIG_NAME)
         except FileNotFoundError:
             if tokenizer is None:
                 raise
@@ -364,7 +364,14 @@ def _check_fields(values: dict[str, Any]) -> None:
         raise Unfit("`markers.truncation_bridge.text` must contain `markers.think_end.text` exactly once.")
 
 
-def _find_file(path: str | Path, name: str) -> Path:
+def find_file(path: str | Path, name: str) -> Path:
+    """
+    Return a file of a model's folder, or of its repository on the Hub.
+
+    Raises:
+        `FileNotFoundError`: If the model has no such file.
+        `OSError`: If there is no such model, or the Hub does not answer.
+    """
     found = Path(path)
     if found.exists():
         file = found / name if found.is_dir() else found
@@ -399,7 +406,7 @@ def generation_eos_token_ids(model: str | Path) -> list[int]:
         return (list_of(TOKEN_ID, most=1000) if isinstance(value, list) else TOKEN_ID)(value, name)
 
     try:
-        file = _find_file(model, _GENERATION_CONFIG)
+        file = find_file(model, _GENERATION_CONFIG)
     except OSError:
         return []
     found = read_json(file, fields({"eos_token_id": or_null(token_ids)}), MEBIBYTE).get("eos_token_id")

@@ -13,7 +13,7 @@ from typing import Any
 from ..outside.display import for_terminal
 from ..outside.validation import TOKEN_ID, Check, Unfit, fields, integer, list_of, or_null, string
 from .backend import Generation, RolloutSettings
-from .sampling import Sampling
+from .sampling import BUDGET_FIELD, NO_BUDGET, Sampling
 from .types import Rollout, Thinking
 
 MODELS = fields(data=list_of(fields({"max_model_len": or_null(integer(1))}, id=string(1000, least=1)), least=1))
@@ -194,6 +194,7 @@ def completion_body(
         "stop_token_ids": stop_token_ids,
         "n": num_continuations,
         "return_token_ids": True,
+        "vllm_xargs": {BUDGET_FIELD: NO_BUDGET},  # who continues token ids cuts by itself
         **sampling.vllm(),
     }
     return body if seed is None else {**body, "seed": seed}

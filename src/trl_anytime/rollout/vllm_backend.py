@@ -19,6 +19,7 @@ from trl.import_utils import is_vllm_available
 
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
+from .sampling import BUDGET_FIELD, NO_BUDGET
 from .types import Rollout, Thinking
 
 if is_vllm_available():
@@ -94,6 +95,7 @@ class _EngineLoop:
                 "`max_summary_length`, or drop the longest prompts."
             )
         # Deltas, as otherwise a trace would be copied as a whole for each of its tokens
+        sampling = {"extra_args": {BUDGET_FIELD: NO_BUDGET}, **sampling}
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
         continuation = _Continuation(f"rollout-{self._num_requests}")
         self._num_requests += 1
