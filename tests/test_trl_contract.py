@@ -16,6 +16,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 import trl_anytime.brpo_trainer
 import trl_anytime.rollout.trl_backend
 import trl_anytime.rollout.vllm_backend
+import trl_anytime.rollout.vllm_server
 import trl_anytime.training.reliable_trainer
 from trl_anytime import BRPOTrainer
 from trl_anytime.checks.arguments import _REWARD_ARGUMENTS
@@ -130,7 +131,8 @@ def test_vllm_generation():
     source = inspect.getsource(VLLMGeneration)
     used = {
         node.attr
-        for node in ast.walk(ast.parse(Path(trl_anytime.rollout.vllm_backend.__file__).read_text()))
+        for module in (trl_anytime.rollout.vllm_backend, trl_anytime.rollout.vllm_server)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self._vllm", "vllm", "vllm_generation")
     }
     for name in used - {"sync_weights"}:
@@ -154,7 +156,7 @@ def test_vllm_client():
     """The methods by which TRL talks to a server in training; our client stands in for them."""
     calls = set(re.findall(r"self\.vllm_client\.(\w+)\(", inspect.getsource(VLLMGeneration)))
     calls -= {"init_communicator", "image_features"}  # at the start, and for images
-    ours = {name for name in vars(trl_anytime.rollout.vllm_backend._PatientClient) if name[0] != "_"}
+    ours = {name for name in vars(trl_anytime.rollout.vllm_server._PatientClient) if name[0] != "_"}
     assert calls == ours
     assert parameters(VLLMClient.update_named_params) == ["self", "metadata", "named_params"]
     assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]

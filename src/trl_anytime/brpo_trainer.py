@@ -38,7 +38,7 @@ from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout.backend import RolloutSettings
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
-from .rollout.vllm_backend import check_server
+from .rollout.vllm_server import check_server, server_url
 from .training import micro_batches
 from .training.alarms import Alarms
 from .training.metrics import (
@@ -204,7 +204,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
         self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
         if args.use_vllm and args.vllm_mode == "server":
-            self._engine_context = check_server(args, model if isinstance(model, str) else model.name_or_path or "")
+            name = model if isinstance(model, str) else model.name_or_path or ""
+            self._engine_context = check_server(server_url(args), args.vllm_server_timeout, name)
 
         super().__init__(model, reward_funcs, args, train_dataset, on_nonfinite=args.on_nonfinite, **kwargs)
         check_trainable(self.model)

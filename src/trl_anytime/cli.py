@@ -167,16 +167,15 @@ def _parser() -> argparse.ArgumentParser:
         _probe,
         "check that a server keeps to thinking budgets and uses the trained markers",
         "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budgets 32,128,512\n"
-        "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budget-field vllm_xargs.thinking_budget",
+        "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budget-field thinking_token_budget",
     )
     _add_model(probe, with_backend=False, base_url_required=True)
     probe.add_argument("--budgets", type=parse_budgets, default=[32, 128, 512], help="default: 32,128,512")
     probe.add_argument(
         "--budget-field",
-        default="thinking_token_budget",
         metavar="FIELD",
-        help="field of the request, dots lead into objects (default: %(default)s, which is vLLM's own; that of "
-        "`serve-command` is vllm_xargs.thinking_budget)",
+        help="field of the request, dots lead into objects (default: vllm_xargs.thinking_budget, which a server of "
+        "`serve-command` takes; vLLM's own is thinking_token_budget)",
     )
     probe.add_argument("--question", help="what to ask: something that takes long to think about")
 
@@ -494,23 +493,25 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from .inference.probe import QUESTION, probe, results_table, verdict
+    from .inference.probe import OWN_FIELD, QUESTION, probe, results_table, verdict
 
+    field = options.budget_field or OWN_FIELD
     budgets, options.budgets = options.budgets, None  # those of the config stay
     tokenizer, config = _tokenizer_and_config(options)
-    results = probe(_client(options), config, tokenizer, budgets, options.budget_field, options.question or QUESTION)
+    results = probe(_client(options), config, tokenizer, budgets, field, options.question or QUESTION)
     _print(results_table(results))
-    wrong = verdict(results)
+    wrong = verdict(results, field)
     _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
     return FAILED if wrong else 0
 
 
 def _serve_command(options: argparse.Namespace) -> int:
-    from .inference.serving import deployment
+    from .inference.serving import deployment, find_adapter, reasoning_parser
 
-    _, config = _tokenizer_and_config(options)
+    tokenizer, config = _tokenizer_and_config(options)
     budget = config.budgets[-1] if options.budget is None else options.budget
-    _print(deployment(options.model, config, budget).text())
+    adapter, parser = find_adapter(options.model), reasoning_parser(config, tokenizer)
+    _print(deployment(options.model, config, budget, adapter, parser).text())
     return 0
 
 

@@ -4,11 +4,18 @@ Thinking budgets inside vLLM, exact to the token: a logits processor for its eng
     vllm serve MODEL --logits-processors trl_anytime.vllm_budget:VLLMThinkingBudget
 
 A request asks for a budget by `"vllm_xargs": {"thinking_budget": 1000}`, and `SamplingParams` by
-`extra_args={"thinking_budget": 1000}`. vLLM's own `thinking_token_budget` does less: it puts no answer bridge behind a
+`extra_args={"thinking_budget": 1000}`. 0 means no thinking, and -1 leaves the request as it is.
+
+A request that asks for none gets the last budget that the model was trained with. Another default, -1 included, is
+set when the engine starts, by `--additional-config '{"thinking_budget": 500}'`. A default gives way to `max_tokens`,
+so that an answer fits in.
+
+vLLM's own `thinking_token_budget` does less: it puts no answer bridge behind a
 trace that ended by itself. Its sampler (0.31) also overlooks such an end if the text that it forces is more than the
 end marker, and then forces that text in the middle of the answer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,39 +24,82 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from .inference.anytime_config import AnytimeConfig
-from .rollout.markers import EndScan
+from .rollout.encoding import encode
+from .rollout.markers import EndScan, render_prompt
+from .rollout.sampling import BUDGET_FIELD, NO_BUDGET
 
-BUDGET_FIELD = "thinking_budget"
+_Processor = Callable[..., torch.Tensor]  # of the tokens so far and the logits; of the prompt before them, if it asks
 
 
 class VLLMThinkingBudget(AdapterLogitsProcessor):
     """
-    Holds requests that ask for a thinking budget to it, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
+    Holds requests to a thinking budget, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
 
-    Markers and bridges are those of [`AnytimeConfig.from_pretrained`].
+    A request names its budget in the field `thinking_budget` of `vllm_xargs` (server) or `extra_args` (engine). 0
+    means no thinking, and -1 leaves the request as it is. The default is the last budget of the anytime config, or the
+    field `thinking_budget` of the engine's `additional_config`. It holds where the prompt ends as the chat template
+    ends it, and gives way to `max_tokens`, so that an answer fits in.
+
+    Markers and bridges are those of [`AnytimeConfig.from_pretrained`] for the folder of the tokenizer, which is the
+    adapter's where an adapter is served. If that has no config, the model's is used.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         super().__init__(vllm_config, device, is_pin_memory)
         model = vllm_config.model_config
         tokenizer = AutoTokenizer.from_pretrained(model.tokenizer)
-        self._anytime_config = AnytimeConfig.from_pretrained(model.model, tokenizer)
+        folder = model.tokenizer
+        try:
+            AnytimeConfig.from_pretrained(folder)
+        except FileNotFoundError:
+            folder = model.model
+        self._anytime_config = config = AnytimeConfig.from_pretrained(folder, tokenizer)
+        additional = vllm_config.additional_config
+        default = additional.get(BUDGET_FIELD) if isinstance(additional, dict) else None
+        self._default = config.budgets[-1] if default is None else _checked(default)
+        question = config.question(tokenizer, "?")
+        _, opening = render_prompt(tokenizer, question, config.chat_template_kwargs)
+        self._opening = encode(tokenizer, opening) if opening else []
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse what is not a budget."""
         budget = (sampling_params.extra_args or {}).get(BUDGET_FIELD)
-        if budget is not None and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-            raise ValueError(f"`{BUDGET_FIELD}` must be a positive int (thinking tokens), got {budget!r}.")
+        if budget is not None:
+            _checked(budget)
 
     def is_argmax_invariant(self) -> bool:
         """Return `False`, because it forces tokens."""
         return False
 
-    def new_req_logits_processor(self, params: SamplingParams) -> "_Budget | None":
-        """Return the processor of a request that asks for a budget, else `None`."""
-        budget = (params.extra_args or {}).get(BUDGET_FIELD)
-        return None if budget is None else _Budget(self._anytime_config, budget)
+    def new_req_logits_processor(self, params: SamplingParams) -> _Processor | None:
+        """Return the processor of a request, or `None` for one that has no budget."""
+        config = self._anytime_config
+        asked = (params.extra_args or {}).get(BUDGET_FIELD)
+        budget = self._default if asked is None else asked
+        if budget == NO_BUDGET:
+            return None
+        if asked is not None:
+            return _Budget(config, budget)
+        if params.max_tokens is not None:  # which in a server is at most what the context has room for
+            around = config.markers.max_bridge_length + config.max_summary_length + 1  # and EOS
+            budget = min(budget, max(params.max_tokens - around, 0))
+        limit, opening = _Budget(config, budget), self._opening
+
+        def limit_thinking(prompt_ids: list[int], token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            is_chat = list(prompt_ids[len(prompt_ids) - len(opening) :]) == opening
+            return limit(token_ids, logits) if is_chat else logits
+
+        return limit_thinking
+
+
+def _checked(budget: Any) -> int:
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < NO_BUDGET:
+        raise ValueError(
+            f"`{BUDGET_FIELD}` must be a number of thinking tokens, 0 for none, or {NO_BUDGET} for no budget; got "
+            f"{budget!r}."
+        )
+    return budget
 
 
 class _Budget:

@@ -74,7 +74,7 @@ def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, config):
 def test_nobody_there(model):
     with serving(TinyServer(model)) as server:
         url = server.url
-    with pytest.raises(ConnectionError, match="gave no complete answer within 0 seconds.*refused"):
+    with pytest.raises(ConnectionError, match="0 seconds.*Refused"):
         CompletionClient(url, patience=0.0)
     with pytest.raises(ValueError, match="begins with http"):
         CompletionClient("localhost:8000")

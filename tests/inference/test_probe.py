@@ -1,5 +1,6 @@
 """The probe's verdicts on servers that keep to budgets, ignore them, or close traces in other ways."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from tests.support.anytime import make_anytime_config
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_tokenizer
 from trl_anytime import CompletionClient
-from trl_anytime.inference.probe import judge, probe, results_table, verdict
+from trl_anytime.inference.probe import OWN_FIELD, VLLM_FIELD, judge, probe, results_table, verdict
 
 CONFIG = make_anytime_config()  # "so </think>" (9, 5) closes, "answer" (8) follows
 ONE, THREE, SO, END, ANSWER, EOS = 11, 13, 9, 5, 8, 2
@@ -37,7 +38,7 @@ SERVERS = {
 
 
 @pytest.mark.parametrize(("answer", "expected"), SERVERS.values(), ids=SERVERS)
-@pytest.mark.parametrize("field", ["thinking_token_budget", "custom_params.thinking_budget"])
+@pytest.mark.parametrize("field", ["vllm_xargs.thinking_budget", "custom_params.thinking_budget"])
 def test_verdicts(answer, expected, field):
     def chat(body):
         for part in field.split("."):
@@ -58,12 +59,18 @@ def test_verdicts(answer, expected, field):
     assert len(results_table(results).splitlines()) == 3
 
 
-def test_a_server_that_refuses():
+@pytest.mark.parametrize(("field", "other"), [(OWN_FIELD, VLLM_FIELD), (VLLM_FIELD, OWN_FIELD), ("mine", None)])
+@pytest.mark.parametrize("faults", [["refuses", "refuses"], []], ids=["refuses", "ignores"])
+def test_a_server_of_another_field(field, other, faults):
     tokenizer = make_tokenizer()
-    with serving(TinyServer(tokenizer=tokenizer, faults=["refuses", "refuses"])) as server:
-        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
-    assert "refuses thinking budgets (4, 8 tokens)" in verdict(results)
-    assert "thinking budgets are not configured" in verdict(results)
+    with serving(TinyServer(tokenizer=tokenizer, faults=faults, chat=lambda body: [ONE] * 40)) as server:
+        results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8], field)
+        assert [body[field.split(".")[0]] for body in server.bodies][-1] in ({"thinking_budget": 8}, 8)
+    wrong = verdict(results, field)
+    assert ("thinking budgets are not configured" in wrong) == bool(faults)
+    assert [name for name in (OWN_FIELD, VLLM_FIELD) if f"--budget-field {name}" in wrong] == (
+        [other] if other else []
+    )
 
 
 def test_a_thinking_that_ended_by_itself_is_fine():
@@ -94,9 +101,9 @@ def test_text_of_servers_that_return_no_ids():
 
         class Parsed(handler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                budget = int(body.partition(b'"thinking_token_budget": ')[2].partition(b"}")[0].partition(b",")[0])
-                self.reply({"choices": [{"index": 0, "message": messages[budget]}]})
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                message = messages[body["vllm_xargs"]["thinking_budget"]]
+                self.reply({"choices": [{"index": 0, "message": message}]})
 
         server.RequestHandlerClass = Parsed
         results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])

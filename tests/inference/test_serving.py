@@ -7,9 +7,11 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from tests.support.anytime import make_anytime_config
-from trl_anytime.inference.serving import deployment
+from tests.support.tiny import make_model, make_tokenizer
+from trl_anytime.inference.serving import Adapter, deployment, find_adapter, reasoning_parser
 
 HOSTILE = [
     "$(touch ran)",
@@ -40,6 +42,82 @@ def test_requests_carry_the_config():
     assert "[9, 5, 8]" in text and "[8]" in text  # both bridges, as ids
 
 
+def options_of(command):
+    """The options of a command with their values, and what stands before them."""
+    first = next(i for i, word in enumerate(command) if word.startswith("--"))
+    flags = [word for word in command[first:] if word.startswith("--")]
+    values = {
+        a: b for a, b in zip(command, [*command[1:], "--"], strict=True) if a in flags and not b.startswith("--")
+    }
+    return command[:first], values
+
+
+def test_a_request_without_a_budget_gets_that_of_the_command():
+    config = make_anytime_config()
+    for budget, expected in ((config.budgets[-1], None), (5, '{"thinking_budget": 5}')):
+        _, options = options_of(deployment("some/model", config, budget).command)
+        assert options.get("--additional-config") == expected
+
+
+def test_arguments_of_the_template_are_those_of_the_config():
+    config = replace(make_anytime_config(), chat_template_kwargs={"enable_thinking": True})
+    _, options = options_of(deployment("some/model", config, 5).command)
+    assert json.loads(options["--default-chat-template-kwargs"]) == {"enable_thinking": True}
+
+
+def test_a_reasoning_parser():
+    config, tokenizer = make_anytime_config(), make_tokenizer()
+    assert reasoning_parser(config, tokenizer) == "deepseek_r1"
+    _, options = options_of(deployment("some/model", config, 5, parser="deepseek_r1").command)
+    assert options["--reasoning-parser"] == "deepseek_r1"
+    assert reasoning_parser(make_anytime_config((19, 19)), tokenizer) is None
+
+
+def save_adapter(folder, **settings):
+    get_peft_model(make_model(), LoraConfig(target_modules="all-linear", **settings)).save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "some/base"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "served"),
+    [({"r": 4}, 4, "8"), ({"r": 17}, 17, "32"), ({"r": 4, "rank_pattern": {"q_proj": 9}}, 9, "16")],
+)
+def test_an_adapter_is_served_on_top_of_its_base_model(settings, rank, served, tmp_path):
+    save_adapter(tmp_path, **settings)
+    adapter = find_adapter(str(tmp_path))
+    assert adapter == Adapter("some/base", rank)
+    found = deployment(str(tmp_path), make_anytime_config(), 5, adapter)
+    words, options = options_of(found.command)
+    assert words == ["vllm", "serve", "some/base"] and "--enable-lora" in found.command
+    assert options["--max-lora-rank"] == served and options["--tokenizer"] == str(tmp_path)
+    assert json.loads(options["--lora-modules"]) == {"name": str(tmp_path), "path": str(tmp_path)}
+    assert {request.body["model"] for request in found.requests} == {str(tmp_path)}
+    assert f"--served-name {tmp_path}" in found.text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices"),
+        ({"r": 513}, "513"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve(settings, named, tmp_path):
+    save_adapter(tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"{named}.*merge_and_unload"):
+        find_adapter(str(tmp_path))
+
+
+def test_a_whole_model_is_not_an_adapter(tmp_path):
+    assert find_adapter(str(tmp_path)) is None
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match="adapter_config.json.*base_model_name_or_path"):
+        find_adapter(str(tmp_path))
+
+
 @pytest.mark.parametrize("hostile", HOSTILE, ids=repr)
 def test_what_is_pasted_runs_nothing_but_the_commands(hostile, tmp_path):
     """All that is printed goes through a real shell, in which the commands only say what they were given."""
@@ -47,7 +125,7 @@ def test_what_is_pasted_runs_nothing_but_the_commands(hostile, tmp_path):
     end = config.markers.think_end
     markers = replace(config.markers, truncation_bridge=f"{hostile}{end}{hostile}", answer_bridge=hostile)
     config = replace(config, markers=markers, chat_template_kwargs={hostile: hostile})
-    found = deployment(f"model{hostile}", config, budget=7)
+    found = deployment(f"model{hostile}", config, budget=7, adapter=Adapter(f"base{hostile}", 4))
     (tmp_path / "bin").mkdir()
     for name in ("vllm", "curl"):
         command = tmp_path / "bin" / name

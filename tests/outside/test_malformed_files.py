@@ -192,6 +192,7 @@ FIELDS = {
     ("markers", "think_end"): [None, "</think>", ...],
     **{("markers", name, "text"): TEXTS for name in ("think_end", "truncation_bridge", "answer_bridge")},
     **{("markers", name, "ids"): IDS for name in ("think_end", "truncation_bridge", "answer_bridge")},
+    ("markers", "think_end", "in_text"): ["true", None, 1, [], {}],
     ("budgets",): [*IDS, [0], [3, 3], [7, 3], ...],
     ("prior",): [
         *NUMBERS,

@@ -4,6 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from openai import OpenAI
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -13,7 +16,7 @@ from tests.vllm_engine.servers import serving
 from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
 from trl_anytime.cli import FAILED, main
 from trl_anytime.inference.generate import open_backend
-from trl_anytime.inference.serving import deployment
+from trl_anytime.inference.serving import deployment, find_adapter
 from trl_anytime.outside.validation import free_form
 from trl_anytime.rollout.http_backend import completion_body
 from trl_anytime.rollout.markers import ThinkingMarkers
@@ -82,7 +85,7 @@ def llm(folder):
 @pytest.fixture(scope="module")
 def server(folder, config, tmp_path_factory):
     """What `serve-command` prints, with what a CPU and a test need."""
-    command = deployment(str(folder), config, budget=8).command
+    command = deployment(str(folder), config, budget=8, parser="deepseek_r1").command
     assert command[:3] == ["vllm", "serve", str(folder)]
     arguments = ["--model", *command[2:], "--max-model-len", "1024"]
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):
@@ -156,8 +159,8 @@ def test_one_request_to_the_engine_is_exact(llm, tokenizer, config, expected):
         params = SamplingParams(temperature=0, max_tokens=budget + 3 + 5 + 1, extra_args={BUDGET_FIELD: budget})
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in outputs] == [tokens[budget] for tokens in expected]
-    with pytest.raises(Exception, match="`thinking_budget` must be a positive int"):  # of a class of vLLM's
-        llm.generate(prompts, SamplingParams(extra_args={BUDGET_FIELD: 0}), use_tqdm=False)
+    with pytest.raises(Exception, match="`thinking_budget`"):  # of a class of vLLM's
+        llm.generate(prompts, SamplingParams(extra_args={BUDGET_FIELD: -2}), use_tqdm=False)
 
 
 def test_one_request_to_the_server_is_exact(server, tokenizer, config, expected):
@@ -167,6 +170,51 @@ def test_one_request_to_the_server_is_exact(server, tokenizer, config, expected)
             body = completion_body(client.model, [ids], budget + 3 + 5 + 1, [2], GREEDY)
             answer = client.request("/v1/completions", {**body, "vllm_xargs": {BUDGET_FIELD: budget}}, check=free_form)
             assert answer["choices"][0]["token_ids"] == tokens[budget]
+
+
+def chat(server, question, **body):
+    """The message that a client of OpenAI's gets that knows nothing of budgets."""
+    client = OpenAI(base_url=f"{server}/v1", api_key="EMPTY")
+    messages = [{"role": "user", "content": question}]
+    extra = {"skip_special_tokens": False, "return_token_ids": True}
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id, messages=messages, temperature=0, extra_body=extra, **body
+    )
+    return answer.choices[0]
+
+
+def test_a_client_that_knows_no_budgets(server, tokenizer, model, config):
+    """It gets the budget of the server's start, or less where `max_tokens` says so, and the trace apart."""
+    prompt = [{"role": "user", "content": "1 2 3"}]
+    (output,) = anytime_generate(model, tokenizer, [prompt], [2, 8], config=config)
+    for most, j in ((None, 1), (2 + 3 + 5 + 1, 0)):
+        found = chat(server, "1 2 3", **({} if most is None else {"max_tokens": most}))
+        assert found.token_ids == expected_tokens(output, j)
+        reasoning, _, content = tokenizer.decode(found.token_ids).partition("</think>")
+        assert found.message.reasoning.split() == reasoning.split()
+        assert found.message.content.split() == content.split()
+
+
+def test_an_adapter_is_served(folder, model, tokenizer, config, tmp_path_factory):
+    """By what `serve-command` prints for its folder."""
+    adapted = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, init_lora_weights=False))
+    peft_model.save_pretrained(adapted)
+    tokenizer.save_pretrained(adapted)
+    config.save_pretrained(adapted)
+    prompt = [{"role": "user", "content": "1 2 3"}]
+    (expected,) = anytime_generate(peft_model.eval(), tokenizer, [prompt], [8], config=config)
+    (plain,) = anytime_generate(model, tokenizer, [prompt], [8], config=config)
+    assert expected_tokens(expected) != expected_tokens(plain)
+
+    found = deployment(str(adapted), config, 8, find_adapter(str(adapted)))
+    arguments = ["--model", *found.command[2:], "--max-model-len", "1024"]
+    with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):
+        body = {**found.requests[0].body, "messages": prompt, "return_token_ids": True}
+        client = CompletionClient(url, str(adapted))
+        (choice,) = client.request("/v1/chat/completions", body, check=free_form)["choices"]
+    assert choice["token_ids"] == expected_tokens(expected)
 
 
 def ask(folder, server, question, *more):
@@ -188,7 +236,7 @@ def question(model, tokenizer, config):
 
 
 def test_probe_of_a_server_that_keeps_to_budgets(server, folder, question, capsys):
-    assert ask(folder, server, question, "--budget-field", f"vllm_xargs.{BUDGET_FIELD}") == 0
+    assert ask(folder, server, question) == 0
     printed = capsys.readouterr().out
     assert printed.count("enforced") >= 2 and "keeps to thinking budgets" in printed
 
@@ -201,5 +249,5 @@ def test_probe_of_a_server_that_ignores_budgets(server, folder, capsys):
 
 def test_probe_of_a_server_that_refuses_budgets(server, folder, capsys):
     """vLLM's own budgets, which are not configured here."""
-    assert ask(folder, server, "1 2") == FAILED
-    assert "The server refuses thinking budgets" in capsys.readouterr().out
+    assert ask(folder, server, "1 2", "--budget-field", "thinking_token_budget") == FAILED
+    assert f"--budget-field vllm_xargs.{BUDGET_FIELD}" in capsys.readouterr().out

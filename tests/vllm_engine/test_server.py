@@ -9,11 +9,9 @@ import json
 import pytest
 
 from tests.support.ranks import torchrun
-from tests.support.servers import LoopbackServer, QuietHandler
-from tests.support.servers import serving as in_thread
 from tests.support.tiny import make_config, make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
-from trl_anytime.rollout.vllm_backend import check_server
+from trl_anytime.rollout.vllm_server import check_server
 
 
 @pytest.fixture(scope="module")
@@ -34,53 +32,10 @@ def server(model_dir, tmp_path_factory):
         yield running
 
 
-def make_args(tmp_path, url):
-    return make_config(tmp_path, use_vllm=True, vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1.0)
-
-
-# What the check before TRL's says
-
-
-def test_a_server_that_fits(server, model_dir, tmp_path):
-    assert check_server(make_args(tmp_path, server[0]), model_dir) == 128
-    assert check_server(make_args(tmp_path, server[0]), "") == 128  # a model made on the spot has no name
-
-
-def test_the_wrong_model(server, model_dir, tmp_path):
-    with pytest.raises(
-        ValueError, match=rf"serves '{model_dir}', but the model to be trained is 'some/other'\. Serve"
-    ):
-        check_server(make_args(tmp_path, server[0]), "some/other")
-
-
-MODELS = {"data": [{"id": "alias", "root": "some/model", "max_model_len": 64}]}
-INFO = {"weight_transfer_config": {"backend": "nccl"}, "cache_config": {"enable_prefix_caching": True}}
-
-
-@pytest.mark.parametrize(
-    ("info", "message"),
-    [
-        (None, "VLLM_SERVER_DEV_MODE=1"),
-        ({**INFO, "weight_transfer_config": None}, "--weight-transfer-config"),
-        ({**INFO, "cache_config": {"enable_prefix_caching": False}}, "--enable-prefix-caching"),
-        (INFO, None),
-    ],
-)
-def test_a_server_that_lacks_something(tmp_path, info, message):
-    """Stands in for servers started otherwise, by what they answer."""
-
-    class Handler(QuietHandler):
-        def do_GET(self):
-            answer = MODELS if self.path == "/v1/models" else info and {"vllm_config": info}
-            self.send(answer, 404 if answer is None else 200)
-
-    with in_thread(LoopbackServer(Handler)) as other:
-        args = make_args(tmp_path, other.url)
-        if message is None:
-            assert check_server(args, "alias") == check_server(args, "some/model") == 64
-        else:
-            with pytest.raises(ValueError, match=message):
-                check_server(args, "some/model")
+def test_the_check_before_training(server, model_dir):
+    assert check_server(server[0], 1.0, model_dir) == check_server(server[0], 1.0, "") == 128
+    with pytest.raises(ValueError, match="some/other"):
+        check_server(server[0], 1.0, "some/other")
 
 
 # Training on two ranks; the last test, as the server does not survive it

@@ -1,6 +1,5 @@
 """`trl-anytime doctor`: a training recipe is checked before it runs."""
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from ..modeling.support import admit, branching_mismatch, packing_mismatch, unsu
 from ..outside.validation import Unfit, fields, integer, or_null, read_yaml, string
 from ..rewards import MathReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
-from ..rollout.vllm_backend import check_server
+from ..rollout.vllm_server import check_server, server_url
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding, planned_model, without_memory
@@ -276,10 +275,8 @@ def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool
             )
         )
     if args.vllm_mode == "server" and not settings_only:
-        patient = copy.copy(args)
-        patient.vllm_server_timeout = 1.0
         try:
-            context = check_server(patient, model_name)
+            context = check_server(server_url(args), 1.0, model_name)
         except (ConnectionError, ValueError) as error:
             advice = "Start the server as the message says, before training."
             findings.append(Finding("vllm", ERROR, str(error), advice))

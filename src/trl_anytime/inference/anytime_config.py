@@ -24,6 +24,7 @@ from ..outside.validation import (
     MEBIBYTE,
     TOKEN_ID,
     Unfit,
+    boolean,
     fields,
     free_form,
     integer,
@@ -49,7 +50,7 @@ _MARKERS = ("think_end", "truncation_bridge", "answer_bridge")
 _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
 
 BUDGETS = list_of(integer(1), least=1, most=10_000)
-_MARKER = fields(text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
+_MARKER = fields({"in_text": boolean}, text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
 _FIELDS = fields(
     markers=fields(**dict.fromkeys(_MARKERS, _MARKER)),
     budgets=BUDGETS,
@@ -128,7 +129,7 @@ class AnytimeConfig:
         """
         given = {name: text for name, text in markers.items() if text is not None}
         try:
-            file = _find_file(model, ANYTIME_CONFIG_NAME)
+            file = find_file(model, ANYTIME_CONFIG_NAME)
         except FileNotFoundError:
             if tokenizer is None:
                 raise
@@ -167,7 +168,7 @@ class AnytimeConfig:
             _check_fields(values)
             markers: dict[str, Any] = {name: values["markers"][name]["text"] for name in _MARKERS}
             markers |= {f"{name}_ids": tuple(values["markers"][name]["ids"]) for name in _MARKERS}
-            markers["in_text"] = values["markers"]["think_end"].get("in_text", False) is True
+            markers["in_text"] = values["markers"]["think_end"].get("in_text", False)
             budgets = check_budgets(values["budgets"])
             return cls(
                 markers=ThinkingMarkers(**markers),
@@ -363,7 +364,14 @@ def _check_fields(values: dict[str, Any]) -> None:
         raise Unfit("`markers.truncation_bridge.text` must contain `markers.think_end.text` exactly once.")
 
 
-def _find_file(path: str | Path, name: str) -> Path:
+def find_file(path: str | Path, name: str) -> Path:
+    """
+    Return a file of a model's folder, or of its repository on the Hub.
+
+    Raises:
+        `FileNotFoundError`: If the model has no such file.
+        `OSError`: If there is no such model, or the Hub does not answer.
+    """
     found = Path(path)
     if found.exists():
         file = found / name if found.is_dir() else found
@@ -398,7 +406,7 @@ def generation_eos_token_ids(model: str | Path) -> list[int]:
         return (list_of(TOKEN_ID, most=1000) if isinstance(value, list) else TOKEN_ID)(value, name)
 
     try:
-        file = _find_file(model, _GENERATION_CONFIG)
+        file = find_file(model, _GENERATION_CONFIG)
     except OSError:
         return []
     found = read_json(file, fields({"eos_token_id": or_null(token_ids)}), MEBIBYTE).get("eos_token_id")

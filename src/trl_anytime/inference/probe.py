@@ -10,6 +10,7 @@ from ..outside.tables import aligned
 from ..outside.validation import TOKEN_ID, fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.http_backend import CompletionClient
+from ..rollout.sampling import BUDGET_FIELD
 from .anytime_config import AnytimeConfig
 
 QUESTION = (
@@ -17,6 +18,8 @@ QUESTION = (
     "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
     "\\boxed{}."
 )
+# The fields of a request for a budget: this package's logits processor's, and vLLM's own
+OWN_FIELD, VLLM_FIELD = f"vllm_xargs.{BUDGET_FIELD}", "thinking_token_budget"
 # So many tokens more, so that a server that ignores the budget shows it
 _HEADROOM = 256
 # A reasoning parser takes an answer apart, and each server has its own name for the trace
@@ -115,7 +118,7 @@ def probe(
     config: AnytimeConfig,
     tokenizer: PreTrainedTokenizerBase,
     budgets: list[int],
-    budget_field: str = "thinking_token_budget",
+    budget_field: str = OWN_FIELD,
     question: str = QUESTION,
 ) -> list[ProbeResult]:
     """
@@ -130,8 +133,8 @@ def probe(
             Tokenizer of the model.
         budgets (`list[int]`):
             Budgets in thinking tokens.
-        budget_field (`str`, *optional*, defaults to `"thinking_token_budget"`):
-            The request's field for the budget (vLLM's by default); dots lead into objects.
+        budget_field (`str`, *optional*, defaults to `"vllm_xargs.thinking_budget"`):
+            The request's field for the budget, by default that of [`VLLMThinkingBudget`]; dots lead into objects.
         question (`str`, *optional*):
             What to ask: something that takes long to think about.
 
@@ -185,15 +188,20 @@ def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
     return f"{reasoning}{config.markers.think_end}{content}" if content else reasoning
 
 
-def verdict(results: list[ProbeResult]) -> str | None:
-    """Say what is wrong with a server, or return `None`."""
+def verdict(results: list[ProbeResult], budget_field: str = OWN_FIELD) -> str | None:
+    """Say what is wrong with a server that was asked by `budget_field`, and what to do; `None` if nothing is."""
+    other = {
+        OWN_FIELD: f"Start it as `trl-anytime serve-command` says, or ask by vLLM's own: --budget-field {VLLM_FIELD}.",
+        VLLM_FIELD: f"A server that `trl-anytime serve-command` starts is asked by --budget-field {OWN_FIELD}.",
+    }.get(budget_field, "")
     for outcome, message in (
         ("refused", "The server refuses thinking budgets"),
         ("ignored", "The server ignores thinking budgets"),
     ):
         at = [result for result in results if result.outcome == outcome]
         if at:
-            return f"{message} ({', '.join(str(result.budget) for result in at)} tokens). {at[0].detail}".strip()
+            budgets = ", ".join(str(result.budget) for result in at)
+            return " ".join(filter(None, (f"{message} ({budgets} tokens).", at[0].detail, other)))
     for result in results:
         if result.markers != "trained":
             return f"At {result.budget} tokens: {result.markers}."

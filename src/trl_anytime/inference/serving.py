@@ -3,13 +3,78 @@
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..method.budgets import check_budgets
 from ..outside.display import for_json, for_shell, for_terminal
+from ..outside.validation import MEBIBYTE, boolean, fields, free_form, integer, mapping_of, or_null, read_json, string
 from ..rollout.http_backend import completion_body
-from .anytime_config import AnytimeConfig
+from ..rollout.sampling import BUDGET_FIELD
+from .anytime_config import AnytimeConfig, find_file
 
 _PROMPT = "<ids of the rendered prompt>"
 _CONTEXT = f"{_PROMPT} + <ids of the trace> + <bridge>"
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
+_ADAPTER = fields(
+    {
+        "rank_pattern": or_null(mapping_of(integer(1))),
+        "use_dora": or_null(boolean),
+        "modules_to_save": free_form,
+        "trainable_token_indices": free_form,
+    },
+    base_model_name_or_path=string(10_000, least=1),
+    r=integer(1),
+)
+_NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    A LoRA adapter that vLLM serves on top of its base model.
+
+    Args:
+        base_model (`str`):
+            Folder or Hub id of the base model.
+        rank (`int`):
+            The largest rank of its matrices.
+    """
+
+    base_model: str
+    rank: int
+
+
+def find_adapter(model: str) -> Adapter | None:
+    """
+    Return the adapter in a model's folder, or `None` for a whole model.
+
+    Raises:
+        `ValueError`: If its configuration is damaged, or vLLM cannot serve it.
+    """
+    try:
+        file = find_file(model, "adapter_config.json")
+    except OSError:
+        return None
+    values = read_json(file, _ADAPTER, MEBIBYTE)
+    adapter = Adapter(
+        values["base_model_name_or_path"], max([values["r"], *(values.get("rank_pattern") or {}).values()])
+    )
+    reasons = [f"`{name}`" for name in _NOT_SERVED if values.get(name)]
+    if adapter.rank > _LORA_RANKS[-1]:
+        reasons.append(f"rank {adapter.rank}")
+    if reasons:
+        raise ValueError(
+            f"vLLM does not serve adapters with {', '.join(reasons)}: merge {model} into its base model with PEFT's "
+            "`merge_and_unload`, save that with the tokenizer and anytime_config.json, and serve it."
+        )
+    return adapter
+
+
+def reasoning_parser(config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return vLLM's parser that gives clients a trace apart from its answer, where there is one for the markers."""
+    markers, tokens = config.markers, tokenizer.get_vocab()
+    is_known = markers.think_end == "</think>" and not markers.in_text
+    return "deepseek_r1" if is_known and {"<think>", "</think>"} <= tokens.keys() else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +138,9 @@ def _comment(text: str) -> str:
     return "\n".join(f"# {line}" for line in for_terminal(text).split("\n"))
 
 
-def deployment(model: str, config: AnytimeConfig, budget: int) -> Deployment:
+def deployment(
+    model: str, config: AnytimeConfig, budget: int, adapter: Adapter | None = None, parser: str | None = None
+) -> Deployment:
     """
     Return how to serve a model with vLLM.
 
@@ -83,31 +150,48 @@ def deployment(model: str, config: AnytimeConfig, budget: int) -> Deployment:
         config ([`AnytimeConfig`]):
             How it was trained.
         budget (`int`):
-            Budget in thinking tokens of the requests.
+            Budget in thinking tokens of the requests, and of those that name none.
+        adapter ([`Adapter`], *optional*):
+            What the model is an adapter of, see [`find_adapter`].
+        parser (`str`, *optional*):
+            See [`reasoning_parser`].
 
     Raises:
         `ValueError`: If the budget is not a positive int.
     """
     check_budgets([budget], "budget")
-    command = ["vllm", "serve", model, "--generation-config", "vllm", "--enable-prefix-caching"]
+    command = ["vllm", "serve", model if adapter is None else adapter.base_model]
+    if adapter is not None:
+        rank = min(rank for rank in _LORA_RANKS if rank >= adapter.rank)
+        module = for_json({"name": model, "path": model})
+        command += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module, "--tokenizer", model]
+    command += ["--generation-config", "vllm", "--enable-prefix-caching"]
+    if config.chat_template_kwargs:
+        command += ["--default-chat-template-kwargs", for_json(config.chat_template_kwargs)]
+    if parser is not None:
+        command += ["--reasoning-parser", parser]
+    if budget != config.budgets[-1]:
+        command += ["--additional-config", for_json({BUDGET_FIELD: budget})]
     command += ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
     chat = {
         "model": model,
         "messages": [{"role": "user", "content": "<question>"}],
-        "vllm_xargs": {"thinking_budget": budget},
+        "vllm_xargs": {BUDGET_FIELD: budget},
         # One more, for the EOS that ends an answer at its limit
         "max_tokens": budget + config.markers.max_bridge_length + config.max_summary_length + 1,
         "chat_template_kwargs": config.chat_template_kwargs,
         **config.sampling.vllm(),
     }
+    served_name = "" if adapter is None else f" --served-name {for_shell(model)}"
     notes = [
+        f"A request without a budget gets one of {budget} tokens, or fewer if its max_tokens leaves no room for the "
+        "answer. A budget of 0 means no thinking.",
         "The server needs this package for its logits processor (pip install trl-anytime), and enforces the budget by "
         "itself. Without it, leave out --logits-processors and send the two requests by token ids, as "
         "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
         "vLLM's own thinking_token_budget is not the same: no answer bridge follows a trace that ended by itself, "
         "and the end of such a trace is overlooked if --reasoning-config forces more than the end marker.",
-        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000 "
-        "--budget-field vllm_xargs.thinking_budget",
+        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
     ]
     one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
     return Deployment(command, [one, *_by_token_ids(model, config, budget)], "http://localhost:8000", notes)

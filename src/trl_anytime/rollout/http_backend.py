@@ -5,48 +5,18 @@ A request that is refused for now, stalls or breaks off is sent again until it s
 comes back is checked: an answer that is shorter than it should be is an error, never a result.
 """
 
-import json
-import random
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from itertools import islice
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-
-from transformers.utils import logging
 
 from ..outside.display import for_terminal
-from ..outside.transport import ask, get_json
-from ..outside.validation import (
-    MEBIBYTE,
-    TOKEN_ID,
-    Check,
-    Unfit,
-    fields,
-    integer,
-    list_of,
-    or_null,
-    parse_json,
-    string,
-)
+from ..outside.validation import TOKEN_ID, Check, Unfit, fields, integer, list_of, or_null, string
 from .backend import Generation, RolloutSettings
-from .sampling import Sampling
+from .sampling import BUDGET_FIELD, NO_BUDGET, Sampling
 from .types import Rollout, Thinking
 
-# What a server says when the same request may succeed later: a timeout, a conflict, too early, too many requests, and
-# failures of its own or of a proxy before it
-_TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-_LONGEST_WAIT = 60.0  # seconds between two attempts, unless the server asks for more
-_LONGEST_REFUSAL = MEBIBYTE // 16  # bytes that are read of what a server says about it
-
 MODELS = fields(data=list_of(fields({"max_model_len": or_null(integer(1))}, id=string(1000, least=1)), least=1))
-
-logger = logging.get_logger(__name__)
 
 
 class CompletionClient:
@@ -80,15 +50,14 @@ class CompletionClient:
         first_wait: float = 1.0,
         concurrency: int = 32,
     ):
-        _check_address(base_url)
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self.concurrency = concurrency
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            if not (api_key.isascii() and api_key.isprintable()):
-                raise ValueError("The API key has characters that a header cannot hold, such as a line break.")
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout, self._patience, self._first_wait = timeout, patience, first_wait
+        try:
+            from ..outside.transport import Server
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{error.name}, which talks to servers, is missing: pip install 'trl-anytime[client]'."
+            ) from error
+        self._server = Server(base_url, api_key, timeout, patience, first_wait)
+        self.base_url, self.concurrency = self._server.url, concurrency
         cards = {card["id"]: card for card in self.request("/v1/models", check=MODELS)["data"]}
         self.model = model or next(iter(cards))
         if self.model not in cards:
@@ -175,88 +144,28 @@ class CompletionClient:
             `ValueError`: If it refuses the request.
         """
         body = completion_body(self.model, [prompt_ids], max_tokens, stop_token_ids, sampling, seed=seed)
-        reason, num_tokens = None, 0
-        event = fields(choices=list_of(_choice(max_tokens, streamed=True)))
-        try:
-            address, streamed = f"{self.base_url}/v1/completions", {**body, "stream": True}
-            with ask(address, streamed, self._headers, self._timeout) as answer:
-                for line in answer.lines():
-                    if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
-                        continue
-                    for choice in parse_json(line.removeprefix(b"data:"), "an event", event)["choices"]:
-                        reason = choice["finish_reason"] or reason
-                        tokens = choice.get("token_ids") or []
-                        if not tokens:
-                            continue
-                        answer.extend()  # which a server cannot do for ever
-                        num_tokens += len(tokens)
-                        if num_tokens > max_tokens:
-                            raise Unfit(f"more than {max_tokens} tokens came")
-                        yield tokens
-        except HTTPError as error:
-            raise self._refusal("/v1/completions", error) from error
-        except (OSError, HTTPException, Unfit) as error:
-            raise ConnectionError(f"{self.base_url} broke off: {_in_one_line(error)}") from error
+        event = fields(choices=list_of(_choice(max_tokens, streamed=True), most=1))
+
+        def parse(value: Any) -> Any:
+            choices = event(value, "an event")["choices"]
+            return choices and (choices[0].get("token_ids") or choices[0]["finish_reason"]) and choices[0]
+
+        num_tokens, reason = 0, None
+        for choice in self._server.stream("/v1/completions", {**body, "stream": True}, parse):
+            tokens, reason = choice.get("token_ids") or [], choice["finish_reason"]
+            num_tokens += len(tokens)
+            if num_tokens > max_tokens:
+                raise ConnectionError(f"{self.base_url} broke off: more than {max_tokens} tokens came")
+            if tokens:
+                yield tokens
+            if reason is not None:  # there is nothing to wait for
+                break
         if reason not in ("stop", "length"):
             raise ConnectionError(f"{self.base_url} broke off ({reason!r}).")
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, check: Check) -> Any:
-        """
-        One answer of the server, asked for as often as it takes.
-
-        Args:
-            path (`str`):
-                Path of the endpoint.
-            body (`dict[str, Any]`, *optional*):
-                What to post; a plain request if not set.
-            check (`Check`):
-                What the answer must be, see [`~trl_anytime.outside.validation`]. One that fails it is asked for again.
-
-        Raises:
-            `ConnectionError`: If there is no complete answer while the patience lasts.
-            `ValueError`: If the server refuses the request for good.
-        """
-        deadline = time.monotonic() + self._patience
-        wait = self._first_wait
-        while True:
-            asked_wait = 0.0
-            try:
-                return get_json(self.base_url + path, check, body, self._headers, self._timeout)
-            except HTTPError as error:
-                if error.code not in _TRY_AGAIN:
-                    raise self._refusal(path, error) from error
-                failure, asked_wait = f"{error.code} {_said(error)}", _retry_after(error)
-            except (OSError, HTTPException, Unfit) as error:
-                failure = _in_one_line(error)
-            pause = max(min(wait, _LONGEST_WAIT) * random.uniform(0.8, 1.2), asked_wait)
-            if time.monotonic() + pause > deadline:
-                raise ConnectionError(
-                    f"{self.base_url}{path} gave no complete answer within {self._patience:g} seconds; the last "
-                    f"failure: {failure}"
-                )
-            logger.warning(f"{self.base_url}{path} failed, next attempt in {pause:.1f} seconds: {failure}")
-            time.sleep(pause)
-            wait *= 2
-
-    def _refusal(self, path: str, error: HTTPError) -> ValueError:
-        if 300 <= error.code < 400:
-            return ValueError(
-                f"{self.base_url}{path} redirects to {error.headers.get('Location', '')[:200]!r} ({error.code}). That "
-                "is not followed: set the address of the server itself."
-            )
-        return ValueError(f"{self.base_url}{path} refused the request ({error.code}): {_said(error)}")
-
-
-def _check_address(base_url: str) -> None:
-    if not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"The address of a server begins with http:// or https://, got {base_url!r}.")
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not (parts.query or parts.fragment)
-    except ValueError:  # of a port
-        usable = False
-    if not usable or not base_url.isprintable() or " " in base_url:
-        raise ValueError(f"The address of a server is like http://localhost:8000, got {base_url!r}.")
+        """Return an answer of the server, see [`~trl_anytime.outside.transport.Server.request`]."""
+        return self._server.request(path, body, check=check)
 
 
 def _choice(max_tokens: int, streamed: bool = False) -> Check:
@@ -266,10 +175,6 @@ def _choice(max_tokens: int, streamed: bool = False) -> Check:
     if streamed:
         return fields(optional, finish_reason=or_null(string(100)))
     return fields(optional, index=integer(0), finish_reason=or_null(string(100)))
-
-
-def _in_one_line(error: Exception) -> str:
-    return for_terminal(f"{type(error).__name__}: {error}", one_line=True)
 
 
 def completion_body(
@@ -289,34 +194,10 @@ def completion_body(
         "stop_token_ids": stop_token_ids,
         "n": num_continuations,
         "return_token_ids": True,
+        "vllm_xargs": {BUDGET_FIELD: NO_BUDGET},  # who continues token ids cuts by itself
         **sampling.vllm(),
     }
     return body if seed is None else {**body, "seed": seed}
-
-
-def _said(error: HTTPError) -> str:
-    """What a server says about its refusal, in one line that a terminal can show."""
-    said = str(error.reason)
-    try:
-        said = error.read(_LONGEST_REFUSAL).decode(errors="replace")
-        answer = json.loads(said)
-        said = str((answer.get("error") or answer).get("message", said))
-    except (OSError, HTTPException, ValueError, AttributeError, RecursionError):
-        pass
-    return for_terminal(said[:500], one_line=True)
-
-
-def _retry_after(error: HTTPError) -> float:
-    """Seconds that a server asks to wait, by a number or by a date; 0 if it does not."""
-    value = error.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))  # in this order 0 for NaN
-    except ValueError:
-        pass
-    try:
-        return max((parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds(), 0.0)
-    except (TypeError, ValueError, OverflowError):
-        return 0.0
 
 
 class ServerGeneration(Generation):

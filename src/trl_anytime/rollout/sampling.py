@@ -7,6 +7,10 @@ from transformers import GenerationConfig
 
 from ..outside.validation import integer, number
 
+# How a vLLM request tells `VLLMThinkingBudget` its budget, and what tells it to leave the request as it is
+BUDGET_FIELD = "thinking_budget"
+NO_BUDGET = -1
+
 # The bounds keep out what no model was sampled with, infinity first
 SAMPLING = {
     "temperature": number(0, 1000),

@@ -15,7 +15,8 @@ from ..modeling.support import branching_mismatch
 from ..modeling.tree_attention import plain_attention
 from .backend import Generation, PrefixGeneration
 from .transformers_backend import TransformersGeneration, unsupported_sampling
-from .vllm_backend import ColocateGeneration, ServerSampler
+from .vllm_backend import ColocateGeneration
+from .vllm_server import ServerSampler
 
 logger = get_logger(__name__)
 

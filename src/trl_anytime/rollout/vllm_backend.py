@@ -1,32 +1,25 @@
 """
-The two phases with vLLM: an engine loop of ours in colocate mode, TRL's client in server mode.
+The two phases in a vLLM engine, by a loop of ours over its steps.
 
-Both work on the [`~trl.generation.vllm_generation.VLLMGeneration`] that TRL has built, with its engine or client and
-its sampling settings.
+In training it is the engine of [`~trl.generation.vllm_generation.VLLMGeneration`] in colocate mode, with its sampling
+settings. Its server mode is in [`~trl_anytime.rollout.vllm_server`].
 """
 
-import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from itertools import chain
-from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.import_utils import is_vllm_available
 
-from ..brpo_config import BRPOConfig
-from ..outside.transport import get_json
-from ..outside.validation import boolean, fields, integer, list_of, or_null, string
-from .backend import Generation, RolloutSettings, Sampler
+from .backend import Generation, RolloutSettings
 from .markers import EndScan
+from .sampling import BUDGET_FIELD, NO_BUDGET
 from .types import Rollout, Thinking
 
 if is_vllm_available():
@@ -37,9 +30,6 @@ if is_vllm_available():
 # computed in parts, in several such steps (TRL sets 4096 tokens for one); an engine that cannot place its requests in
 # its cache makes nothing but such steps.
 _MOST_EMPTY_STEPS = 1000
-
-
-# Colocate mode
 
 
 @dataclass(eq=False)
@@ -105,6 +95,7 @@ class _EngineLoop:
                 "`max_summary_length`, or drop the longest prompts."
             )
         # Deltas, as otherwise a trace would be copied as a whole for each of its tokens
+        sampling = {"extra_args": {BUDGET_FIELD: NO_BUDGET}, **sampling}
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
         continuation = _Continuation(f"rollout-{self._num_requests}")
         self._num_requests += 1
@@ -415,174 +406,3 @@ def _with_seed(sampling: dict[str, Any], number: int) -> dict[str, Any]:
     """The parameters of one continuation: with one seed for all, the summaries of a cut would be the same."""
     seed = sampling.get("seed")
     return sampling if seed is None else {**sampling, "seed": seed + number}
-
-
-# Server mode
-
-
-def check_server(args: BRPOConfig, model_name: str) -> int:
-    """
-    Wait until the vLLM server is there, and see whether it is one that this trainer can use.
-
-    TRL looks for the server on the main process only, where an error leaves the other ranks waiting. This check, which
-    comes before TRL's, is collective.
-
-    Args:
-        args ([`BRPOConfig`]):
-            Where the server is, and how long to wait for it (`vllm_server_timeout`, in seconds).
-        model_name (`str`):
-            Repository or folder of the model to be trained; empty if it has none.
-
-    Returns:
-        `int`: Tokens that a prompt and its continuation may come to in the server.
-
-    Raises:
-        `ConnectionError`: On every rank, if the server does not answer in time.
-        `ValueError`: On every rank, if it serves another model or lacks what TRL and BRPO need.
-    """
-    outcome: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome = [_check_server(args, model_name)]
-        except (OSError, HTTPException, ValueError) as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
-
-
-_MODELS = fields(data=list_of(fields(id=string(1000), root=string(10_000), max_model_len=integer(1)), least=1))
-_SERVER_INFO = fields(
-    vllm_config=fields(
-        weight_transfer_config=lambda value, name: value,  # whether there is one
-        cache_config=fields(enable_prefix_caching=or_null(boolean)),
-    )
-)
-
-
-def _check_server(args: BRPOConfig, model_name: str) -> int:
-    url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    deadline = time.monotonic() + args.vllm_server_timeout
-    while True:
-        try:
-            served = get_json(f"{url}/v1/models", _MODELS)["data"][0]
-            break
-        except (OSError, HTTPException) as error:  # refused, timed out, or an HTTP status while it starts
-            if time.monotonic() >= deadline:
-                raise ConnectionError(
-                    f"The vLLM server at {url} did not answer within `vllm_server_timeout={args.vllm_server_timeout}` "
-                    f"seconds: {error}. Start it with `vllm serve`, or set `vllm_server_base_url`."
-                ) from error
-        time.sleep(min(2.0, args.vllm_server_timeout / 10))
-
-    names = {served["id"], served["root"]}
-    if model_name and model_name not in names and Path(model_name).resolve() != Path(served["root"]).resolve():
-        raise ValueError(
-            f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. "
-            "Serve that; or, if both have the same architecture, restart the server with "
-            f"`--served-model-name {model_name}`."
-        )
-    try:
-        config = get_json(f"{url}/server_info?config_format=json", _SERVER_INFO)["vllm_config"]
-    except HTTPError as error:
-        raise ValueError(
-            f"The vLLM server at {url} does not offer its development endpoints ({error}), by which TRL sends it the "
-            "weights: restart it with `VLLM_SERVER_DEV_MODE=1` in its environment."
-        ) from error
-    if config["weight_transfer_config"] is None:
-        raise ValueError(
-            f"The vLLM server at {url} cannot receive weights: restart it with "
-            """`--weight-transfer-config '{"backend": "nccl"}'`."""
-        )
-    if not config["cache_config"]["enable_prefix_caching"]:
-        raise ValueError(
-            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking anew: "
-            "restart it with `--enable-prefix-caching`."
-        )
-    return served["max_model_len"]
-
-
-class _PatientClient:
-    """
-    TRL's client, whose failures wait until every rank can be told.
-
-    TRL calls it on the main process, in the middle of collectives: an error there would leave the other ranks waiting.
-    After a failure it does nothing and returns empty continuations.
-
-    Args:
-        client ([`~trl.generation.vllm_client.VLLMClient`]):
-            TRL's client.
-
-    Attributes:
-        error (`Exception`, *optional*):
-            What failed first.
-    """
-
-    def __init__(self, client: Any):
-        self._client = client
-        self.error: Exception | None = None
-
-    @contextmanager
-    def _patiently(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is, every rank must hear of it
-            self.error = error
-
-    def generate(self, *, prompts: list, n: int, **kwargs: Any) -> dict[str, Any]:
-        if self.error is None:
-            with self._patiently():
-                return self._client.generate(prompts=prompts, n=n, **kwargs)
-        nothing: list[list] = [[] for _ in range(n * len(prompts))]
-        return {"prompt_ids": prompts, "completion_ids": nothing, "logprobs": nothing, "logprob_token_ids": None}
-
-    def update_named_params(self, metadata: list, named_params: Iterator) -> None:
-        if self.error is None:
-            with self._patiently():
-                self._client.update_named_params(metadata, named_params)
-        for _ in named_params:  # the other ranks take part in gathering what is left
-            pass
-
-    def reset_prefix_cache(self) -> None:
-        if self.error is None:
-            with self._patiently():
-                self._client.reset_prefix_cache()
-
-
-class ServerSampler:
-    """
-    A [`~trl_anytime.rollout.backend.Sampler`] over TRL's server mode, whose failures are raised on every rank.
-
-    Args:
-        sample ([`~trl_anytime.rollout.backend.Sampler`]):
-            Samples by `vllm_generation`.
-        vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            TRL's backend, in server mode. Its client is replaced by one that reports failures here.
-    """
-
-    def __init__(self, sample: Sampler, vllm_generation: VLLMGeneration):
-        self._sample = sample
-        self._client: _PatientClient | None = None
-        if vllm_generation.accelerator.is_main_process:
-            self._client = _PatientClient(vllm_generation.vllm_client)
-            vllm_generation.vllm_client = self._client  # type: ignore[assignment]
-
-    def __call__(
-        self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """
-        Collective.
-
-        Raises:
-            `RuntimeError`: On every rank, if the server failed since the last call.
-        """
-        sampled = self._sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations)
-        error = None
-        if self._client is not None:
-            error, self._client.error = self._client.error, None
-        message = [None if error is None else f"The vLLM server failed: {type(error).__name__}: {error}"]
-        broadcast_object_list(message)
-        if message[0] is not None:
-            raise RuntimeError(message[0]) from error
-        return sampled
