@@ -8,9 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import trl.import_utils  # noqa: F401  which looks for vLLM, before there seems to be one
-from test_inference import expected_tokens
-from tiny_anytime_config import GREEDY, make_anytime_config
 
+from tests.support.anytime import GREEDY, expected_tokens, make_anytime_config
 from trl_anytime import anytime_generate
 from trl_anytime.rollout import vllm_backend  # noqa: F401  likewise
 

@@ -5,12 +5,11 @@ import gzip
 import json
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from tests.support.anytime import GREEDY, make_anytime_config
-from tests.support.servers import LoopbackServer, QuietHandler, serving
+from tests.support.servers import listening
 from trl_anytime import CompletionClient
 from trl_anytime.outside import transport
 from trl_anytime.outside.transport import Server
@@ -19,23 +18,6 @@ from trl_anytime.outside.validation import MEBIBYTE, fields, integer
 ANSWER = json.dumps({"a": 1}).encode()
 CHECK = fields(a=integer(0))
 MODELS = {"data": [{"id": "tiny", "max_model_len": 64}]}
-
-
-@contextmanager
-def listening(answer):
-    """The address of a server that calls `answer(handler)` for each request, and the headers that it was sent."""
-    seen = []
-
-    class Handler(QuietHandler):
-        def do_GET(self):
-            seen.append({name.lower(): value for name, value in self.headers.items()})
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            answer(self)
-
-        do_POST = do_GET
-
-    with serving(LoopbackServer(Handler)) as server:
-        yield server.url, seen
 
 
 def drip(handler, head, byte):

@@ -58,6 +58,23 @@ def serving(server):
         server.server_close()
 
 
+@contextmanager
+def listening(answer):
+    """The address of a server that calls `answer(handler)` for each request, and the headers that it was sent."""
+    seen = []
+
+    class Handler(QuietHandler):
+        def do_GET(self):
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer(self)
+
+        do_POST = do_GET
+
+    with serving(LoopbackServer(Handler)) as server:
+        yield server.url, seen
+
+
 class TinyServer(LoopbackServer):
     """
     An OpenAI-compatible server that can be told to misbehave.

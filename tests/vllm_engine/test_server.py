@@ -9,7 +9,7 @@ import json
 import pytest
 
 from tests.support.ranks import torchrun
-from tests.support.tiny import make_config, make_model, make_tokenizer
+from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
 from trl_anytime.rollout.vllm_server import check_server
 

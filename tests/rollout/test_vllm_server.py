@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from test_transport import listening, send
-from tiny import make_config
 
+from tests.support.servers import listening
+from tests.support.tiny import make_config
 from trl_anytime.rollout.vllm_server import check_server, server_url
 
 MODELS = {"data": [{"id": "alias", "root": "some/model", "max_model_len": 64}]}
@@ -17,7 +17,7 @@ def saying(info):
 
     def answer(handler):
         said = MODELS if handler.path == "/v1/models" else info and {"vllm_config": info}
-        send(handler, json.dumps(said).encode(), 404 if said is None else 200)
+        handler.send(json.dumps(said).encode(), 404 if said is None else 200)
 
     return listening(answer)
 
@@ -51,7 +51,7 @@ def test_a_server_that_starts_late():
 
     def start(handler):
         said = MODELS if handler.path == "/v1/models" else {"vllm_config": INFO}
-        send(handler, json.dumps(said).encode(), 503 if len(seen) < 3 else 200)
+        handler.send(json.dumps(said).encode(), 503 if len(seen) < 3 else 200)
 
     with listening(start) as (url, seen):
         assert check_server(url, 2.0, "some/model") == 64
