@@ -8,8 +8,8 @@ import trl_anytime
 PACKAGE = Path(trl_anytime.__file__).parent
 # A module may import from its own room and from those before it
 ORDER = [
-    *("outside", "rewards", "method", "brpo_config", "modeling", "rollout", "inference", "evaluation"),
-    *("data", "training", "reporting", "checks", "vllm_budget", "brpo_trainer", "__init__", "cli"),
+    *("outside", "rewards", "method", "brpo_config", "modeling", "rollout", "inference", "data"),
+    *("evaluation", "training", "reporting", "checks", "vllm_budget", "brpo_trainer", "__init__", "train", "cli"),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trl_anytime.evaluation.problems import BENCHMARKS
+from trl_anytime.data.problems import BENCHMARKS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
 
