@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tiny import make_tokenizer
+from tiny_anytime_config import make_anytime_config
 
 import trl_anytime
 from trl_anytime import cli
@@ -19,6 +20,8 @@ from trl_anytime.data.recipe import (
     set_chat_template,
     to_prompts,
 )
+from trl_anytime.evaluation.evaluate import Evaluation, differences
+from trl_anytime.evaluation.problems import ProblemSet
 from trl_anytime.rewards import MathReward
 from trl_anytime.train import main
 
@@ -191,3 +194,23 @@ def test_a_template_that_opens_the_thinking(tmp_path):
     for path in (str(tmp_path), "chatml_thinking"):
         with pytest.raises(ValueError, match="chatml_think|chat_template_path"):
             set_chat_template(tokenizer, path)
+
+
+# The same prompts elsewhere
+
+
+def test_a_system_prompt_of_an_evaluation():
+    """It is part of the protocol; a model without a template cannot have one."""
+    tokenizer, config = make_tokenizer(), make_anytime_config()
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1"}]
+    assert config.question(tokenizer, "1 + 1", "Think.") == messages
+    assert config.question(tokenizer, "1 + 1") == messages[1:]
+    sets = [ProblemSet("a", ["1 + 1"], ["2"])]
+    plain = Evaluation(None, tokenizer, config, sets, "tiny")
+    asked = Evaluation(None, tokenizer, config, sets, "tiny", system_prompt="1")
+    (difference,) = differences(asked.protocol.as_dict(), plain.protocol.as_dict())
+    assert difference.startswith("system_prompt ")
+    assert len(asked._prompt_ids["a"][0]) > len(plain._prompt_ids["a"][0])
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        config.question(tokenizer, "1 + 1", "Think.")
