@@ -70,13 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Any, help: str, examples: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, help: str, examples: str, **kwargs: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=help,
             description=f"{help[0].upper()}{help[1:]}.",
             epilog=f"examples:\n{examples}\n\n{_EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
         )
         command.set_defaults(run=run)
         return command
@@ -85,11 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         _doctor,
         "check a training recipe before it runs",
-        "  trl-anytime doctor examples/configs/8k_anytime_uniform.yaml --processes 8 --gpu-memory 80\n"
-        "  trl-anytime doctor mine.yaml --accelerate-config examples/accelerate_configs/fsdp2.yaml\n"
+        "  trl-anytime doctor 8k_anytime_uniform --processes 8 --gpu-memory 80\n"
+        "  trl-anytime doctor mine.yaml --accelerate-config fsdp2\n"
         "  trl-anytime doctor mine.yaml --set budgets='1000 2000' --set model_name_or_path=outputs/sft --json",
     )
-    doctor.add_argument("config", type=Path, help="file that `examples/train.py --config` takes")
+    doctor.add_argument("config", type=Path, help="file that `train --config` takes, or the name of a recipe")
     doctor.add_argument(
         "--set",
         dest="changes",
@@ -103,12 +104,32 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--load-model", action="store_true", help="measure tree attention on large weights too")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     launch = doctor.add_argument_group("GPUs that the run is going to have")
-    launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as for `accelerate launch`")
+    launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as of `train`")
     launch.add_argument(
         "--processes", type=int, metavar="N", help="how many (default: of the file, else this machine's)"
     )
     launch.add_argument("--sharding", choices=["none", "fsdp", "zero2", "zero3"], help="(default: of the file)")
     launch.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: of this machine's)")
+
+    train = add(
+        "train",
+        _train,
+        "train by a recipe",
+        "  trl-anytime train --config 8k_anytime_uniform --num_processes 8\n"
+        "  trl-anytime train --config mine.yaml --accelerate_config zero2 --learning_rate 2e-6\n"
+        "  accelerate launch -m trl_anytime.train --config mine.yaml",
+        prefix_chars="\0",  # every word is passed on
+        add_help=False,
+    )
+    train.add_argument(
+        "words",
+        nargs="*",
+        metavar="--NAME VALUE",
+        help="--config: a YAML file, or the name of a recipe; --accelerate_config: a file of `accelerate config`, or "
+        "one of fsdp2, multi_gpu, single_gpu, zero2, zero3; options of `accelerate launch`; any other setting, which "
+        "overrides the recipe's (`python -m trl_anytime.train --help` lists them)",
+    )
+    train.set_defaults(help_of_train=train.format_help)
 
     evaluate = add(
         "eval",
@@ -124,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sampling(evaluate)
     problems = evaluate.add_argument_group("problems")
     problems.add_argument(
+        "--dataset-name",
         "--dataset",
         dest="datasets",
         action="append",
@@ -131,11 +153,23 @@ def _parser() -> argparse.ArgumentParser:
         help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]) or a json, jsonl, "
         "parquet or csv file; NAME=SOURCE names it; can be repeated",
     )
-    problems.add_argument("--question-column", metavar="COLUMN")
-    problems.add_argument("--answer-column", metavar="COLUMN")
+    problems.add_argument("--problem-column", metavar="COLUMN", help="(default: problem, question or prompt)")
+    problems.add_argument(
+        "--answer-column",
+        metavar="COLUMN",
+        help="(default: answer, solution, reward_model.ground_truth or final_answer)",
+    )
     problems.add_argument("--split", help="split of Hub data sets (default: test, else train)")
     problems.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each data set")
-    problems.add_argument("--skip-bad-answers", action="store_true", help="leave out rows without a usable answer")
+    problems.add_argument(
+        "--on-bad-gold",
+        choices=["raise", "skip"],
+        default="raise",
+        help="rows without a usable gold answer: an error (default), or leave them out",
+    )
+    problems.add_argument(
+        "--system-prompt", metavar="TEXT", help="system message before each question (default: none)"
+    )
     problems.add_argument("--instruction", help="text behind each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
     measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
@@ -158,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(generate, with_backend=False)
     generate.add_argument("question", help="the question; - reads it from standard input")
+    generate.add_argument("--system-prompt", metavar="TEXT", help="system message (default: none)")
     generate.add_argument("--instruction", default="", help="text behind the question (default: none)")
     generate.add_argument("--seed", type=int)
     _add_sampling(generate)
@@ -376,7 +411,26 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if report.passed else FAILED
 
 
+def _train(options: argparse.Namespace) -> int:
+    if {"-h", "--help"} & set(options.words):
+        _print(options.help_of_train())
+        return 0
+    import subprocess
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    from .data.recipe import launch_words
+
+    launch, settings = launch_words(options.words)
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "-m", "trl_anytime.train", *settings]))
+    except subprocess.CalledProcessError as error:  # what went wrong stands above
+        return error.returncode
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
+    from .data.problems import as_flag
     from .evaluation.evaluate import (
         INSTRUCTION,
         Evaluation,
@@ -401,12 +455,13 @@ def _eval(options: argparse.Namespace) -> int:
     problem_sets = [
         load_problems(
             source,
-            options.question_column,
+            options.problem_column,
             options.answer_column,
             options.split,
             options.limit,
-            options.skip_bad_answers,
+            options.on_bad_gold,
             any_text=reward is not None,
+            spell=as_flag,
         )
         for source in options.datasets
     ]
@@ -421,6 +476,7 @@ def _eval(options: argparse.Namespace) -> int:
         num_samples=1 if options.samples is None else options.samples,
         num_summaries=options.summaries,
         instruction=INSTRUCTION if options.instruction is None else options.instruction,
+        system_prompt=options.system_prompt,
         reward=reward,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -486,7 +542,7 @@ def _generate(options: argparse.Namespace) -> int:
     tokenizer, config = _tokenizer_and_config(options)
     model = _load_model(options)
     question = sys.stdin.read() if options.question == "-" else options.question
-    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip())
+    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip(), options.system_prompt)
     sample = streaming_sampler(model, tokenizer, config.sampling, options.seed)
     stream_answers(sample, tokenizer, config, prompt, context_length(model))
     return 0

@@ -42,7 +42,7 @@ from trl_anytime.checks.unused_settings import (
     unused_recipe_settings,
     unused_settings,
 )
-from trl_anytime.data import DataArguments
+from trl_anytime.data.recipe import DataArguments
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
 from trl_anytime.rewards import MathReward
@@ -170,10 +170,10 @@ def test_the_report_for_people(folder, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "There is no file"),
         ("- budgets", "holds list instead of settings"),
         ("budgets: [", "is not YAML"),
-        ("model_name_or_path: a\ndataset_name: b\nbudgetts: [1]", "no setting `budgetts`. Did you mean `budgets`?"),
+        ("model_name_or_path: a\ndataset_name: b\nbudgetts: [1]", "no setting `budgetts`. Did you mean budgets?"),
         ("budgets: [1]", "`dataset_name` is missing"),
         ("model_name_or_path: a\ndataset_name: b\nlearning_rate: much", "invalid float value: 'much'"),
     ],
@@ -198,7 +198,7 @@ SHARDING = {"fsdp2": "fsdp", "zero2": "zero2", "zero3": "zero3", "multi_gpu": "n
 
 @pytest.mark.parametrize("name", SHARDING)
 def test_launch_files(name):
-    launch = read_launch(EXAMPLES / "accelerate_configs" / f"{name}.yaml", None, None)
+    launch = read_launch(Path(name), None, None)
     assert launch == Launch(1 if name == "single_gpu" else 8, SHARDING[name])
 
 
@@ -257,9 +257,9 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
         ({"budgets": [64, 600]}, "context", ERROR, "more than the model's context of 512", "Lower `budgets`"),
         ({"gradient_accumulation_steps": 32}, "batch", ERROR, "24 prompts and a generation batch takes 32",
          "at most 96 traces"),
-        ({"problem_column": "question"}, "data", ERROR, "no 'question'", "`problem_column`"),
+        ({"problem_column": "question"}, "data", ERROR, "column 'question'", "`problem_column`"),
         ({"max_prompt_length": 10}, "data", ERROR, "Nothing is left", "raise `max_prompt_length`"),
-        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "nowhere.jsonl is not there", "`dataset_name`"),
+        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "There is no file nowhere.jsonl", "`dataset_name`"),
         ({"remove_unused_columns": True}, "gold answers", ERROR, "the column 'answer'", "Remove the setting"),
         ({"truncation_bridge": "no end"}, "template", ERROR, "exactly once", "the setting that is named"),
         ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING,
@@ -274,11 +274,34 @@ def test_faults_of_model_and_data(folder, changes, check, level, found, change):
     assert found in finding[check].message and change in finding[check].fix
 
 
+def test_a_chat_model_that_was_not_taught_to_think(folder):
+    """Its marker is several tokens, which no prompt opens: nothing would end. A template of one's own opens it."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([], vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"])
+    chat = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=chat + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    tokenizer.save_pretrained(folder / "chat")
+    make_model("qwen3", len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "chat")
+    chat_model = {"model_name_or_path": str(folder / "chat")}
+    assert look(folder, **chat_model)["template"].level == ERROR
+    found = look(folder, **chat_model, think_end="</think>")
+    assert found.keys() == {"template"} and found["template"].level == WARNING
+    assert "`chat_template_path`" in found["template"].fix
+    assert look(folder, **chat_model, chat_template_path="chatml_think") == {}
+    found = look(folder, chat_template_path="chatml_thonk")
+    assert found["template"].level == ERROR and "chatml_think" in found["template"].message
+
+
 def test_gold_answers_that_are_none(folder):
     rows = [*PROBLEMS, {"problem": "What?", "answer": None}]
     name = save_rows(folder / "bad.jsonl", rows)
     assert "Row 24: column 'answer' holds None" in look(folder, dataset_name=name)["data"].message
-    assert look(folder, dataset_name=name, on_bad_answer="skip") == {}
+    assert look(folder, dataset_name=name, on_bad_gold="skip") == {}
     assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].message
 
 
@@ -293,7 +316,7 @@ def test_gold_answers_that_are_texts(folder):
     prose = save_rows(folder / "prose.jsonl", [*PROBLEMS, {"problem": "?", "answer": "It is 4, because 2 + 2 = 4."}])
     for changes in ({"dataset_name": prose}, {"eval_dataset_name": prose, "eval_strategy": "steps"}):
         found = look(folder, **changes)
-        assert "Row 24" in found["data"].message and "on_bad_answer" in found["data"].fix
+        assert "Row 24" in found["data"].message and "on_bad_gold" in found["data"].fix
     shapes = [{**row, "answer": f"It is so.\n#### {row['answer']}"} for row in PROBLEMS]
     assert look(folder, dataset_name=save_rows(folder / "gsm8k.jsonl", shapes)) == {}
 
@@ -313,7 +336,7 @@ def test_nested_answers(folder):
         for row in PROBLEMS
     ]
     name = save_rows(folder / "verl.jsonl", rows)
-    assert look(folder, dataset_name=name, problem_column="prompt") == {}
+    assert look(folder, dataset_name=name) == {}
 
 
 def test_an_adapter_in_place_of_a_model(folder, tmp_path):
@@ -490,8 +513,8 @@ def test_unused_settings_of_evaluation_data(tmp_path):
     [
         ({"dataset_name": "owner/set", "dataset_config": "main", "dataset_train_split": "part"}, {}, set()),
         ({"dataset_name": "a.jsonl", "dataset_train_split": "part"}, {}, {"dataset_train_split"}),
-        ({"dataset_name": "owner/set", "eval_dataset_split": "part"}, {}, {"eval_dataset_split"}),
-        ({"dataset_name": "owner/set", "eval_dataset_split": "part", "eval_dataset_name": "owner/b"}, {}, set()),
+        ({"dataset_name": "owner/set", "dataset_test_split": "part"}, {}, {"dataset_test_split"}),
+        ({"dataset_name": "owner/set", "dataset_test_split": "part", "eval_dataset_name": "owner/b"}, {}, set()),
         ({"dataset_name": "owner/set"}, {"lora_r": 8, "lora_alpha": 3}, {"lora_r", "lora_alpha"}),
         ({"dataset_name": "owner/set"}, {"lora_r": 8, "use_peft": True}, set()),
     ],

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.support import ROOT
+from tests.support import DATA
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
@@ -176,12 +176,8 @@ def test_the_preset_of_the_paper(folder):
     assert protocol["instruction"] == r"Let's think step by step and output the final answer within \boxed{}."
 
 
-DATA = ROOT.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not DATA.exists(), reason="the problems are not part of the repository: ../shared/data is missing")
-def test_real_problems(tmp_path):
-    """Olympiad questions through a byte-level tokenizer, with the bridges of the paper."""
+def test_problems_with_formulas(tmp_path):
+    """Through a byte-level tokenizer, with the bridges of the paper; two sets."""
     bpe = ByteLevelBPETokenizer()
     special_tokens = ["<|end|>", "<think>", "</think>"]
     bpe.train_from_iterator([], vocab_size=300, special_tokens=special_tokens)
@@ -191,7 +187,8 @@ def test_real_problems(tmp_path):
     )
     tokenizer.save_pretrained(tmp_path)
     make_model(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(tmp_path)
-    sets = [f"--dataset={name}={DATA / f'{name}.jsonl'}" for name in ("aime24", "amc")]
+    path = DATA / "problems.jsonl"
+    sets = [f"--dataset={name}={path}" for name in ("one", "two")]
     sampling = ["--budgets=8,16", "--max-summary-length=8", "--limit=20", "--batch-size=20", "--device=cpu"]
     assert main(["eval", str(tmp_path), *sets, *sampling, f"--output={tmp_path}"]) == 0
     results = load_results(tmp_path / "results.json")

@@ -1,7 +1,7 @@
 """The table of data sets in docs/evaluation.md. What else the page tells to type is run by test_docs.py."""
 
 from tests.support.pages import table
-from trl_anytime.evaluation.problems import BENCHMARKS
+from trl_anytime.data.problems import BENCHMARKS
 
 
 def test_the_table_of_data_sets():

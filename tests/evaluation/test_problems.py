@@ -1,15 +1,13 @@
 """Problems from benchmarks, the Hub and files, and what is said when there are none."""
 
-import json
-
 import pytest
 from datasets import Dataset
 
-from tests.support import ROOT
-from trl_anytime.evaluation.problems import BENCHMARKS, load_problems
+from tests.support import DATA
+from trl_anytime.data.problems import BENCHMARKS
+from trl_anytime.evaluation.problems import load_problems
 from trl_anytime.rewards import grade_answers
 
-DATA = ROOT.parent / "shared" / "data"
 ROWS = [{"problem": "1 + 1?", "answer": "2"}, {"problem": "a half?", "answer": "0.5"}]
 
 
@@ -58,10 +56,10 @@ def test_a_file_with_a_near_name(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (ROWS, {"answer_column": "answers"}, r"no column 'answers' for the answers.*mean answer\?.*--answer-column"),
+        (ROWS, {"answer_column": "answers"}, r"no column 'answers' for the answers.*mean answer\?.*`answer_column`"),
         ([{"text": "?", "answer": "1"}], {}, "no column 'problem' or 'question' or 'prompt'.* are 'text', 'answer'"),
-        ([*ROWS, {"problem": "?", "answer": None}], {}, "Row 2: column 'answer' holds None.*--skip-bad"),
-        ([*ROWS, {"problem": "", "answer": "1"}], {}, "row 2: column 'problem' holds no question but ''"),
+        ([*ROWS, {"problem": "?", "answer": None}], {}, "Row 2: column 'answer' holds None.*`on_bad_gold`"),
+        ([*ROWS, {"problem": "", "answer": "1"}], {}, "row 2: column 'problem' holds ''"),
     ],
 )  # fmt: skip
 def test_bad_rows_and_columns(tmp_path, rows, arguments, message):
@@ -71,7 +69,7 @@ def test_bad_rows_and_columns(tmp_path, rows, arguments, message):
 
 def test_bad_answers_can_be_left_out(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", [*ROWS, {"problem": "?", "answer": None}])
-    assert len(load_problems(path, skip_bad_answers=True).questions) == 2
+    assert len(load_problems(path, on_bad_gold="skip").questions) == 2
     assert "Left out 1 of 3 rows" in caplog.text
 
 
@@ -87,13 +85,8 @@ def test_benchmarks_are_named_as_on_the_hub():
     assert BENCHMARKS["math500"].hub_id == "HuggingFaceH4/MATH-500" and BENCHMARKS["math500"].split == "test"
 
 
-@pytest.mark.parametrize("name", ["aime24", "amc", "math500"])
-def test_real_problems(name):
-    path = DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"the problems are not part of the repository: ../shared/data/{name}.jsonl is missing")
-    problems = load_problems(f"{name}={path}")
-    assert len(problems.questions) == BENCHMARKS[name].num_problems
-    answers = [json.dumps(answer).strip('"').removesuffix(".0") for answer in problems.answers[:30]]
-    if name != "math500":  # whose answers JSON would escape
-        assert grade_answers(answers, problems.answers[:30]) == [1.0] * 30
+def test_the_answers_of_a_set_are_right():
+    path = DATA / "problems.jsonl"
+    problems = load_problems(f"sample={path}", on_bad_gold="skip")
+    assert (problems.name, len(problems.questions)) == ("sample", 24)
+    assert grade_answers(problems.answers, problems.answers) == [1.0] * 24

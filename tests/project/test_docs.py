@@ -23,6 +23,7 @@ import quickstart
 import torch
 import toy_task
 import trl
+import yaml
 
 import trl_anytime
 from tests.support import ROOT
@@ -171,6 +172,7 @@ def workplace(tmp_path_factory):
     (folder / "problems" / "amc.jsonl").write_text(
         '{"problem": "1 2", "answer": 3}\n{"problem": "4 5", "answer": 9}\n'
     )
+    write_own_data(folder)
     results = [
         "--dataset",
         str(folder / "problems" / "amc.jsonl"),
@@ -181,6 +183,17 @@ def workplace(tmp_path_factory):
     ]
     assert main(["eval", str(folder / "outputs" / "model"), *results]) == 0
     return folder
+
+
+def write_own_data(folder: Path) -> None:
+    """The file and the recipe of docs/data.md; the recipe with a model and sizes for a CPU."""
+    page = [block for language in ("text", "yaml") for block in blocks(language) if block.page == "docs/data.md"]
+    rows, recipe = (block.code for block in page)
+    (folder / "problems.csv").write_text(rows + "".join(f"What is {n} + {n}?,{2 * n}\n" for n in range(6)))
+    tiny = {"model_name_or_path": "outputs/model", "budgets": [4, 8], "max_summary_length": 4, "num_generations": 2}
+    tiny |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "bf16": False}
+    tiny |= {"truncation_bridge": "so </think>", "answer_bridge": "answer"}  # of words that its tokenizer knows
+    (folder / "mine.yaml").write_text(yaml.safe_dump(yaml.safe_load(recipe) | tiny))
 
 
 def typed_pages(language: str) -> Iterator:
@@ -202,7 +215,7 @@ def test_commands(typed, workplace, monkeypatch, capsys):
         elif words[0] == "trl-anytime":
             code = main(words[1:])
             printed = capsys.readouterr()
-            assert code == 0 and printed.out, printed.err
+            assert code == 0 and printed.out, printed.out + printed.err
         elif words[0] == "python" and words[1] in IN_SHORT:
             monkeypatch.setattr(sys, "argv", [*words[1:], *IN_SHORT[words[1]].split()])
             runpy.run_path(words[1], run_name="__main__")

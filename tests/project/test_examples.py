@@ -9,26 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 import toy_task
-import train
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
-from trl import ModelConfig, TrlParser
 
-from tests.support import ROOT
+import trl_anytime
+from tests.support import DATA, ROOT
 from tests.support.tiny import make_tokenizer
-from trl_anytime import BRPOConfig
+from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
 from trl_anytime.rewards import MathReward
+from trl_anytime.train import train
 
 EXAMPLES = ROOT / "examples"
-PROBLEMS = EXAMPLES.parent.parent / "shared" / "data" / "math_train_2000.jsonl"
-
-
-def parse(words: list[str]):
-    # A parser of its own each time: `--config` changes a parser's defaults for good
-    return TrlParser((train.DataArguments, BRPOConfig, ModelConfig)).parse_args_and_config(words)
+RECIPES = Path(trl_anytime.__file__).parent / "recipes"
+PROBLEMS = DATA / "problems.jsonl"
 
 
 # Configurations
@@ -48,7 +44,7 @@ SUMMARY_POLICIES = {"brpo": "decoupled", "grpo": "final"}  # the released names 
 
 
 def load_config(name: str):
-    return parse(["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), "--bf16", "false"])
+    return parse_recipe(["--config", name, "--bf16", "false"])
 
 
 def check_recipe(data_args, args, model_args, prompts: int, group: int):
@@ -56,6 +52,7 @@ def check_recipe(data_args, args, model_args, prompts: int, group: int):
     assert data_args.dataset_name == "agentica-org/DeepScaleR-Preview-Dataset"
     assert data_args.instruction == r"Let's think step by step and output the final answer within \boxed{}."
     assert data_args.max_prompt_length == 1024
+    assert data_args.on_bad_gold == "skip"  # some rows of that data set have no answer
     assert (args.num_train_epochs, args.learning_rate, args.temperature) == (1, 1e-6, 1.0)
     assert (args.loss_type, args.scale_rewards, args.epsilon, args.beta) == ("dr_grpo", "none", 0.2, 0.0)
     assert (args.num_generations, args.num_iterations, args.progress_decay) == (group, 1, 0.5)
@@ -68,7 +65,7 @@ def check_recipe(data_args, args, model_args, prompts: int, group: int):
 
 
 def test_every_configuration_is_checked():
-    names = {path.stem for path in (EXAMPLES / "configs").iterdir()}
+    names = {path.stem for path in RECIPES.iterdir()}
     assert names == {*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE}
 
 
@@ -111,7 +108,7 @@ def test_elastic_reasoning():
 
 
 def test_outputs_do_not_collide():
-    outputs = [yaml.safe_load(path.read_text())["output_dir"] for path in (EXAMPLES / "configs").iterdir()]
+    outputs = [yaml.safe_load(path.read_text())["output_dir"] for path in RECIPES.iterdir()]
     assert len(set(outputs)) == len(outputs)
 
 
@@ -200,7 +197,7 @@ def test_quickstart_in_short(tmp_path):
     assert f"{after[10]:.3f}" in run.stdout
 
 
-# examples/train.py on real problems
+# Training by a recipe
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +213,9 @@ def tiny_distilled(tmp_path_factory) -> str:
 
 def make_tiny_model(path: str, config_class: type) -> str:
     """A random model with a byte-level tokenizer trained on the problems and a template that opens the thinking."""
-    if not PROBLEMS.exists():
-        pytest.skip("the problems are not part of the repository: ../shared/data/math_train_2000.jsonl is missing")
     bpe = ByteLevelBPETokenizer()
     texts = [json.loads(line)["problem"] for line in PROBLEMS.read_text().splitlines()]
+    texts = [f"{text} {DataArguments.instruction}" for text in texts] * 2
     bpe.train_from_iterator(texts, vocab_size=600, special_tokens=["<|end|>", "<think>", "</think>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer,
@@ -251,8 +247,8 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
     settings = {
         "model_name_or_path": model,
         "dataset_name": PROBLEMS,
-        "on_bad_answer": "skip",  # two of the 2000 are None
-        "max_prompt_length": 100,
+        "on_bad_gold": "skip",
+        "max_prompt_length": 200,
         "budgets": "8 16",
         "num_summaries": 2,
         "max_summary_length": 8,
@@ -276,13 +272,12 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE])
 def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
     """One generation batch and its two optimizer steps, every budget divided by 500."""
-    config = yaml.safe_load((EXAMPLES / "configs" / f"{name}.yaml").read_text())
+    config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     group, budgets = config["num_generations"], [max(2, budget // 500) for budget in config["budgets"]]
     shrunk = {
         "model_name_or_path": tiny_distilled,
         "dataset_name": PROBLEMS,
-        "on_bad_answer": "skip",  # two of the 2000 are None
-        "max_prompt_length": 100,
+        "max_prompt_length": 200,
         "budgets": " ".join(map(str, budgets)),
         "max_summary_length": 4,
         # 2 prompts of one group each, on one process
@@ -300,8 +295,8 @@ def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
         "output_dir": tmp_path,
     }
     words = [word for key, value in shrunk.items() for word in (f"--{key}", *str(value).split())]
-    data_args, args, model_args = parse(["--config", str(EXAMPLES / "configs" / f"{name}.yaml"), *words])
-    train.main(data_args, args, model_args)
+    data_args, args, model_args = parse_recipe(["--config", name, *words])
+    train(data_args, args, model_args)
     assert (weights(tmp_path) - weights(tiny_distilled)).abs().max() > 0
 
 
@@ -318,18 +313,17 @@ def test_problems_from_a_file(tmp_path, suffix):
     {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet}[suffix](path)
 
     def load(**settings):
-        data_args = train.DataArguments(path, max_prompt_length=40, **settings)
-        reward = MathReward(on_bad_gold=data_args.on_bad_answer)
-        return train.load_problems(path, None, "train", data_args, make_tokenizer(), reward)
+        data_args = DataArguments(path, max_prompt_length=40, **settings)
+        reward = MathReward(on_bad_gold=data_args.on_bad_gold)
+        return load_prompts(data_args.sources[0], data_args, make_tokenizer(), reward)
 
-    columns = {"problem_column": "question", "answer_column": "truth"}
-    (problem,) = load(**columns, on_bad_answer="skip")
+    (problem,) = load(answer_column="truth", on_bad_gold="skip")
     assert problem.keys() == {"prompt", "answer"} and float(problem["answer"]) == 2
     instruction = r"Let's think step by step and output the final answer within \boxed{}."
     assert problem["prompt"] == [{"role": "user", "content": f"1 + 1 ? {instruction}"}]
-    with pytest.raises(ValueError, match="Row 2.*'answer'"):
-        load(**columns)
-    with pytest.raises(ValueError, match="no 'problem'.*--problem_column"):
+    with pytest.raises(ValueError, match="Row 2.*'truth'"):
+        load(answer_column="truth")
+    with pytest.raises(ValueError, match="`answer_column`"):
         load()
 
 
@@ -342,14 +336,14 @@ def weights(path: str | Path) -> torch.Tensor:
 
 
 def test_train_and_resume(tiny_model, tmp_path):
-    train.main(*parse(arguments(tiny_model, tmp_path)))
+    train(*parse_recipe(arguments(tiny_model, tmp_path)))
     assert {"reward", "anytime/reward@8", "anytime/reward@16"} <= logged(tmp_path / "checkpoint-2")[0].keys()
     assert "BRPO" in (tmp_path / "README.md").read_text()
     after_two = weights(tmp_path)
     assert (after_two - weights(tiny_model)).abs().max() > 1e-4
 
     resumed = arguments(tiny_model, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
-    train.main(*parse([*resumed, "--max_steps", "4"]))
+    train(*parse_recipe([*resumed, "--max_steps", "4"]))
     assert [log["step"] for log in logged(tmp_path / "checkpoint-4")] == [1, 2, 3, 4]
     assert logged(tmp_path / "checkpoint-4")[:2] == logged(tmp_path / "checkpoint-2")[:2]
     assert (weights(tmp_path) - after_two).abs().max() > 1e-4
@@ -360,7 +354,7 @@ def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("\n".join(json.dumps(problem) for problem in problems))
     lora = ["--use_peft", "--lora_r", "4", "--eval_dataset_name", str(held_out), "--eval_budgets", "4", "16"]
-    train.main(*parse(arguments(tiny_model, tmp_path / "model", *lora)))
+    train(*parse_recipe(arguments(tiny_model, tmp_path / "model", *lora)))
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
     results = json.loads((tmp_path / "model" / "eval_results.json").read_text())
     assert {"eval_anytime/reward@4", "eval_anytime/reward@16", "eval_anytime/auc"} <= results.keys()
@@ -370,13 +364,19 @@ def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
     assert str(tmp_path) not in card.content and tiny_model not in card.content
 
 
-def test_train_under_accelerate_launch(tiny_model, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    script = [
-        str(EXAMPLES / "train.py"),
-        *arguments(tiny_model, tmp_path, "--max_steps", "1", "--save_strategy", "no"),
-    ]
-    run = subprocess.run([*command, *script], capture_output=True, text=True)
+LAUNCHES = {
+    "the script": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", str(EXAMPLES / "train.py")],
+    "the module": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "trl_anytime.train"],
+    "the command": ["-m", "trl_anytime.cli", "train", "--cpu", "--accelerate_config", "single_gpu"],
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_launches(tiny_distilled, tmp_path, launch):
+    """Of a recipe that is given by its name."""
+    words = arguments(tiny_distilled, tmp_path, "--max_steps", "1", "--save_strategy", "no", "--use_vllm", "false")
+    words += ["--generation_batch_size", "4", "--gradient_accumulation_steps", "1", "--config", "8k_anytime_uniform"]
+    run = subprocess.run([sys.executable, *LAUNCHES[launch], *words], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert f"Model saved to {tmp_path}" in run.stdout
     assert (tmp_path / "model.safetensors").exists()

@@ -9,16 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support import DATA, ROOT
+from tests.support import DATA
 from tests.support.rewards_cases import DIFFERENT, EQUAL, HOSTILE, TOO_EXPENSIVE, TOO_LONG
 from trl_anytime.rewards import MathReward, grade_answers
 from trl_anytime.rewards.verifier.equality import Exact, answers_equal
 from trl_anytime.rewards.verifier.forms import as_fraction, read
 from trl_anytime.rewards.verifier.gold_answers import gold_alternatives
 from trl_anytime.rewards.verifier.latex import normalize, tokens
-
-SHARED = ROOT.parent / "shared" / "data"
-FILES = ["aime24", "amc", "math500", "math_train_2000"]
 
 
 def scores(pairs) -> dict:
@@ -80,31 +77,24 @@ def test_symmetric_where_it_should_be():
     assert [pair for pair, score in scores(reverse).items() if score != 0.0] == []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_real_gold_equals_itself(name):
-    path = SHARED / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not next to the repository")
-    gold_answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    gold_answers = [gold for gold in gold_answers if gold is not None]
-    texts = [gold_alternatives(gold)[0] for gold in gold_answers]
-    assert [
-        gold for gold, score in zip(gold_answers, grade_answers(texts, gold_answers), strict=True) if score != 1.0
-    ] == []
-    # Not by string equality alone.
-    assert grade_answers([rf" $\displaystyle {text} $." for text in texts], gold_answers) == [1.0] * len(gold_answers)
+# Made-up gold answers in the shapes of contests and school books
+GOLD_ANSWERS = [json.loads(line)["answer"] for line in (DATA / "gold_answers.jsonl").read_text().splitlines()]
 
 
-def test_real_gold_answers_against_each_other():
-    path = SHARED / "math500.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not next to the repository")
-    gold_answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
-    others = gold_answers[1:] + gold_answers[:1]
-    accepted = [
-        (a, b) for a, b, score in zip(gold_answers, others, grade_answers(others, gold_answers), strict=True) if score
-    ]
-    assert [(a, b) for a, b in accepted if a != b] == [("5", "x=5")]  # the only neighbours that are equal, by eye
+def test_every_gold_answer_equals_itself():
+    assert len(GOLD_ANSWERS) == 80
+    texts = [gold_alternatives(gold)[0] for gold in GOLD_ANSWERS]
+    for answers in (texts, [rf" $\displaystyle {text} $." for text in texts]):  # not by string equality alone
+        graded = grade_answers(answers, GOLD_ANSWERS)
+        assert [gold for gold, score in zip(GOLD_ANSWERS, graded, strict=True) if score != 1.0] == []
+
+
+def test_gold_answers_against_each_other():
+    """No two of them are equal."""
+    for shift in (1, 2, 7):
+        others = GOLD_ANSWERS[shift:] + GOLD_ANSWERS[:shift]
+        graded = grade_answers(others, GOLD_ANSWERS)
+        assert [pair for *pair, score in zip(GOLD_ANSWERS, others, graded, strict=True) if score] == []
 
 
 def test_minerva_and_olympiadbench_style_gold_answers():

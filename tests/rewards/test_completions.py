@@ -7,11 +7,10 @@ import warnings
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 
-from tests.support import ROOT
+from tests.support import DATA
 from trl_anytime.rewards import ExactMatch, FormatReward, MathReward, MultipleChoice, NumericClose
 from trl_anytime.rewards.verifier.extraction import after_thinking, answer_paragraph, completion_text, last_boxed
 
-DATA = ROOT.parent / "shared" / "data"
 BRIDGE = "\n\n**Final Answer**\n"
 COUNTERS = {
     "graded",
@@ -170,7 +169,7 @@ def test_an_answer_that_is_too_long():
 @pytest.mark.parametrize("value", [None, "", float("nan"), []])
 def test_bad_gold_answers_at_call_time(value):
     completions = [r"\boxed{2}"] * 3
-    with pytest.raises(ValueError, match="Row 1: column 'answer' holds .*on_bad_gold='skip'"):
+    with pytest.raises(ValueError, match="Row 1: column 'answer' holds .*`on_bad_gold`"):
         MathReward(end_of_thinking=None)([""] * 3, completions, answer=["2", value, "3"])
     reward = MathReward(end_of_thinking=None, on_bad_gold="skip")
     rewards, counts = counted(reward, completions, answer=["2", value, "3"])
@@ -200,19 +199,18 @@ def test_an_iterable_dataset_is_checked_when_graded():
     assert MathReward().check_dataset(dataset) is dataset
 
 
-@pytest.mark.parametrize(("name", "bad"), [("aime24", 0), ("amc", 0), ("math500", 0), ("math_train_2000", 2)])
-def test_real_data_sets(name, bad, tmp_path):
-    path = DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not next to the repository")
+def test_a_data_set_from_a_file(tmp_path):
+    """24 problems with an answer, and one without."""
+    path = DATA / "problems.jsonl"
     dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
-    if bad:
-        with pytest.raises(ValueError, match=r"Row \d+: column 'answer' holds None"):
-            MathReward().check_dataset(dataset)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert len(MathReward(on_bad_gold="skip").check_dataset(dataset)) == len(dataset) - bad
-    assert len([entry for entry in caught if "Left out" in str(entry.message)]) == bool(bad)
+    with pytest.raises(ValueError, match="Row 24: column 'answer' holds None"):
+        MathReward().check_dataset(dataset)
+    with pytest.warns(UserWarning, match="1 of 25"):
+        kept = MathReward(on_bad_gold="skip").check_dataset(dataset)
+    assert len(kept) == 24
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert MathReward().check_dataset(kept) is kept
 
 
 @pytest.mark.parametrize("reward_class", EVERY_CLASS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trl_anytime import cli
 from trl_anytime.checks.start_checks import text_gold_answers
-from trl_anytime.data import DataArguments, read_rows, to_problems
+from trl_anytime.data.recipe import DataArguments, to_prompts
 from trl_anytime.evaluation.problems import load_problems
 from trl_anytime.rewards import ExactMatch, MathReward, MultipleChoice, NumericClose, grade_answers
 from trl_anytime.rewards.verifier.gold_answers import bad_gold_message, gold_alternatives
@@ -184,7 +184,7 @@ def write(path: Path, rows: list[dict]) -> str:
 def read_by_training(path: str, on_bad_gold: str = "raise", **settings) -> Dataset:
     data_args = DataArguments(path, instruction="", **settings)
     reward = MathReward(on_bad_gold=on_bad_gold)
-    return to_problems(read_rows(path, None, "train", data_args), data_args, reward)
+    return to_prompts(data_args.sources[0].read(data_args), data_args, reward)
 
 
 def test_training_and_evaluation_read_the_same(tmp_path):
@@ -195,13 +195,13 @@ def test_training_and_evaluation_read_the_same(tmp_path):
         path = write(
             tmp_path / f"bad{number}.jsonl", [{"problem": "?", "answer": "1"}, {"problem": "?", "answer": value}]
         )
-        with pytest.raises(ValueError, match="Row 1.*on_bad_gold.*on_bad_answer"):
+        with pytest.raises(ValueError, match="Row 1.*`on_bad_gold`"):
             read_by_training(path)
-        with pytest.raises(ValueError, match="(?i)row 1.*--skip-bad-answers"):
+        with pytest.raises(ValueError, match="Row 1.*`on_bad_gold`"):
             load_problems(path)
         with pytest.warns(UserWarning, match="1 of 2 rows"):
             assert len(read_by_training(path, "skip")) == 1
-        assert load_problems(path, skip_bad_answers=True).answers == ["1"]
+        assert load_problems(path, on_bad_gold="skip").answers == ["1"]
     # Rewards of one's own may want any text
     path = write(tmp_path / "text.jsonl", [{"problem": "?", "answer": SOLUTION}])
     assert load_problems(path, any_text=True).answers == [SOLUTION]
@@ -233,7 +233,7 @@ def test_the_nested_answers_of_verl(tmp_path, as_json, suffix):
     for named in ({}, {"answer_column": "reward_model.ground_truth"}):
         problems = load_problems(path, **named)
         assert problems.questions == ["0 + 0?", "1 + 1?", "2 + 2?"] and problems.answers == ["0", "2", "4"]
-        trained = read_by_training(path, problem_column="prompt", **named)
+        trained = read_by_training(path, **named)
         assert list(trained["answer"]) == ["0", "2", "4"] and list(trained["prompt"]) == [
             row["prompt"] for row in VERL
         ]

@@ -16,18 +16,18 @@ from trl.import_utils import is_vllm_available
 from trl.trainer.utils import add_fused_lm_head
 
 from ..brpo_config import BRPOConfig
-from ..data import (
+from ..data.recipe import (
     DataArguments,
     UnreadableRecipe,
     drop_long_prompts,
-    is_file,
     model_init_kwargs,
+    packaged_file,
     read_recipe,
-    read_rows,
-    to_problems,
+    set_chat_template,
+    to_prompts,
 )
 from ..modeling.support import admit, branching_mismatch, packing_mismatch, unsupported_structure
-from ..outside.validation import Unfit, fields, integer, or_null, read_yaml, string
+from ..outside.validation import fields, integer, or_null, read_yaml, string
 from ..rewards import MathReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.vllm_server import check_server, server_url
@@ -88,7 +88,7 @@ def read_launch(accelerate_config: Path | None, num_processes: int | None, shard
 
     Args:
         accelerate_config (`Path`, *optional*):
-            File that `accelerate launch --config_file` takes.
+            File that `accelerate launch --config_file` takes, or the name of one that comes with this package.
         num_processes (`int`, *optional*):
             GPUs, instead of what the file says. Defaults to those of this machine, at least 1.
         sharding (`str`, *optional*):
@@ -100,9 +100,9 @@ def read_launch(accelerate_config: Path | None, num_processes: int | None, shard
     config: Any = {}
     if accelerate_config is not None:
         try:
-            config = read_yaml(accelerate_config)
+            config = read_yaml(packaged_file("accelerate_configs", accelerate_config))
             _LAUNCH(config, "")
-        except (OSError, Unfit) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{accelerate_config} is not a configuration of accelerate: {error}") from error
     stage = (config.get("deepspeed_config") or {}).get("zero_stage")
     found = "fsdp" if config.get("distributed_type") == "FSDP" else f"zero{stage}" if stage in (2, 3) else "none"
@@ -123,7 +123,7 @@ def check_recipe(
 
     Args:
         path (`Path`):
-            The file that `examples/train.py --config` takes.
+            The recipe that `trl-anytime train --config` takes: a file, or a name.
         changes (`Mapping[str, str]`):
             Settings that override those of the file.
         launch ([`Launch`]):
@@ -156,13 +156,18 @@ def check_recipe(
         found.findings.append(Finding("settings", OK, "Every setting that is given has an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only)
     found.findings += engine_findings
-    reward = MathReward(on_bad_gold=data_args.on_bad_answer)
+    reward = MathReward(on_bad_gold=data_args.on_bad_gold)
     tokenizer = config = dataset = markers = None
     datasets: dict[str, Dataset] = {}
     if not settings_only:
         tokenizer, config = _model_files(found, name, init_kwargs)
+        if tokenizer is not None:
+            try:
+                set_chat_template(tokenizer, data_args.chat_template_path)
+            except (OSError, ValueError) as error:
+                found.findings.append(Finding("template", ERROR, str(error), "Change `chat_template_path`."))
         datasets = _data(found, data_args, tokenizer, reward)
-        dataset = datasets.get(_name(data_args.dataset_name, data_args.dataset_train_split))
+        dataset = datasets.get(str(data_args.sources[0]))
     prompt_length = data_args.max_prompt_length
     if tokenizer is not None:
         # Without data, what follows every problem stands for a prompt, and the limit for the longest
@@ -345,48 +350,41 @@ def _data(
     found: Report, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
 ) -> dict[str, Dataset]:
     """The problems to train and to evaluate on, as the training script reads them; why there are none is a finding."""
-    sources = [(data_args.dataset_name, data_args.dataset_config, data_args.dataset_train_split)]
-    if data_args.eval_dataset_name:
-        sources.append((data_args.eval_dataset_name, None, data_args.eval_dataset_split))
     datasets = {}
-    for source, config, split in sources:
+    for source in data_args.sources:
         try:
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always")
-                rows = read_rows(source, config, split, data_args)
-                problems = to_problems(rows, data_args, reward)
+                rows = source.read(data_args)
+                prompts = to_prompts(rows, data_args, reward)
         except (OSError, ValueError, DatasetGenerationError) as error:
             found.findings.append(
                 Finding(
                     "data",
                     ERROR,
-                    f"{source!r} cannot be used: {_first_line(error)} What needs it is not checked.",
-                    "Mend the file, or set `dataset_name`, `problem_column`, `answer_column` or "
-                    "`on_bad_answer: skip`.",
+                    f"{source.name!r} cannot be used: {_first_line(error)} What needs it is not checked.",
+                    "Mend the data, or set `dataset_name`, `problem_column`, `answer_column` or `on_bad_gold: skip`.",
                 )
             )
             continue
-        kept = problems if tokenizer is None else drop_long_prompts(problems, data_args, tokenizer)
-        found.findings.append(_of_problems(source, rows, problems, kept, data_args, [str(w.message) for w in raised]))
+        kept = prompts if tokenizer is None else drop_long_prompts(prompts, data_args, tokenizer)
+        said = [str(warning.message) for warning in raised]
+        found.findings.append(_of_problems(source.name, len(rows.rows), prompts, kept, data_args, said))
         if len(kept):
-            datasets[_name(source, split)] = kept
+            datasets[str(source)] = kept
     return datasets
 
 
-def _name(source: str, split: str) -> str:
-    return source if is_file(source) else f"{source} ({split})"
-
-
 def _of_problems(
-    source: str, rows: Dataset, problems: Dataset, kept: Dataset, data_args: DataArguments, raised: Sequence[str]
+    source: str, num_rows: int, prompts: Dataset, kept: Dataset, data_args: DataArguments, raised: Sequence[str]
 ) -> Finding:
-    long = len(problems) - len(kept)
-    message = " ".join([f"{source}: {len(kept):,} of {len(rows):,} rows are problems.", *raised])
+    long = len(prompts) - len(kept)
+    message = " ".join([f"{source}: {len(kept):,} of {num_rows:,} rows are problems.", *raised])
     if long:
         message += f" {long:,} prompts have more than {data_args.max_prompt_length} tokens and are left out."
     if not len(kept):
         return Finding("data", ERROR, f"{message} Nothing is left.", "Give problems, or raise `max_prompt_length`.")
-    if long > _MOST_LONG_PROMPTS * len(rows):
+    if long > _MOST_LONG_PROMPTS * num_rows:
         return Finding("data", WARNING, message, "Raise `max_prompt_length`, and `vllm_max_model_length` with it.")
     return Finding("data", OK, message)
 

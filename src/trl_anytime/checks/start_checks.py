@@ -35,7 +35,7 @@ _ANSWERING_WORDS = frozenset(["yes", "no", "true", "false"])
 _MANY_WORDS = 5
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
 _LETTERS = re.compile(r"[^\W\d_][^\W\d_ /'-]*(?:[ /'-]+[^\W\d_ /'-]+)*")
-_SKIP_BAD_GOLDS = "`MathReward(on_bad_gold='skip')` (in a recipe `on_bad_answer: skip`) leaves out what is no answer."
+_SKIP_BAD_GOLDS = "`on_bad_gold`, of the reward or in a recipe, set to 'skip' leaves out what is not an answer."
 
 
 def sampled_rows(dataset: Dataset) -> list[dict[str, Any]]:
@@ -93,9 +93,10 @@ def template_findings(
 
     if markers.in_text and not opened:
         warn(
-            f"The model may not know {end!r}: that is not one token, and the prompt does not open the thinking.",
-            f"Train a model that was taught to think. Add {end!r} to its tokenizer as a token, and open the thinking "
-            "in the chat template.",
+            f"The prompt does not open the thinking, and {end!r} is not one token of the tokenizer. A model that was "
+            "not taught to write it never ends a trace.",
+            "Set `chat_template_path` to a template that opens the thinking, after a warm start by SFT "
+            "(docs/data.md), or train a model that was taught to think.",
         )
     if markers.in_text and (
         (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching

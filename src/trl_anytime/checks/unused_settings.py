@@ -1,7 +1,7 @@
 """
 Settings that were given and have no effect, each with what would give it one.
 
-Only those that this package defines or leaves without effect, and those of `examples/train.py`. What TRL and
+Only those that this package defines or leaves without effect, and those of data and adapters. What TRL and
 transformers do with their own settings changes with their releases.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 from trl import ModelConfig
 
 from ..brpo_config import BRPOConfig
-from ..data import DataArguments, is_file
+from ..data.problems import is_file
+from ..data.recipe import DataArguments
 from .finding import WARNING, Finding
 
 
@@ -74,7 +75,7 @@ _EVALUATION = _Unused(
 _DATA = (
     _Unused(("dataset_config", "dataset_train_split"), lambda data: is_file(data.dataset_name), "a file is one split"),
     _Unused(
-        ("eval_dataset_split",),
+        ("dataset_test_split",),
         lambda data: data.eval_dataset_name is None or is_file(data.eval_dataset_name),
         "there is no evaluation set on the Hub",
         "Remove it, or set `eval_dataset_name`.",
@@ -107,7 +108,7 @@ def unused_settings(args: BRPOConfig, has_eval_data: bool) -> list[Finding]:
 
 
 def unused_recipe_settings(data_args: DataArguments, model_args: ModelConfig) -> list[Finding]:
-    """Find the same among the settings that `examples/train.py` adds: those of data and adapters."""
+    """Find the same among the settings of data and adapters."""
     return _unused(data_args, _DATA) + _unused(model_args, _MODEL)
 
 

@@ -92,6 +92,8 @@ class Protocol:
             Name of the reward.
         seed (`int`):
             Seed of the draws.
+        system_prompt (`str`, *optional*):
+            System message before each question.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Protocol:
     num_summaries: int
     reward: str
     seed: int
+    system_prompt: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -259,6 +262,8 @@ class Evaluation:
             Summaries for each trace and cut.
         instruction (`str`, *optional*):
             Text behind each question. Defaults to the paper's.
+        system_prompt (`str`, *optional*):
+            System message before each question.
         reward (`Callable`, *optional*):
             A reward function as TRL's. Defaults to [`~trl_anytime.rewards.MathReward`].
         batch_size (`int`, *optional*):
@@ -281,6 +286,7 @@ class Evaluation:
     num_samples: int = 1
     num_summaries: int = 1
     instruction: str = INSTRUCTION
+    system_prompt: str | None = None
     reward: Callable[..., list[float | None]] | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -308,6 +314,7 @@ class Evaluation:
             self.num_summaries,
             getattr(self._reward, "__name__", type(self._reward).__name__),
             self.seed,
+            self.system_prompt,
         )
 
     @cached_property
@@ -321,7 +328,7 @@ class Evaluation:
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
         prompts = {
             problems.name: [
-                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
+                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip(), self.system_prompt)
                 for question in problems.questions
             ]
             for problems in self.problem_sets

@@ -346,9 +346,17 @@ class AnytimeConfig:
         """
         return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 
-    def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
-        """Return a question as a prompt: a conversation, or the text itself for a model without a chat template."""
-        return [{"role": "user", "content": text}] if tokenizer.chat_template else text
+    def question(self, tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None = None) -> Any:
+        """
+        Return a question as a prompt: a conversation, or the text itself for a model without a chat template.
+
+        Raises:
+            `ValueError`: If a model without a chat template is given a system prompt.
+        """
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        if system and not tokenizer.chat_template:
+            raise ValueError("The tokenizer has no chat template for a system prompt. Leave the system prompt out.")
+        return [*system, {"role": "user", "content": text}] if tokenizer.chat_template else text
 
 
 def _check_fields(values: dict[str, Any]) -> None:

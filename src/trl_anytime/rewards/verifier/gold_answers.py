@@ -146,7 +146,7 @@ def count_words(text: str) -> int:
     return len(_WORD.findall(_LATEX_WORDS.sub(" ", text)))
 
 
-_SKIP = "set on_bad_gold='skip' for the reward, `on_bad_answer: skip` in a recipe"
+_SKIP = "set `on_bad_gold` to 'skip'"
 
 
 def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:

@@ -1,0 +1,1 @@
+"""Problems, and the settings of a training recipe."""

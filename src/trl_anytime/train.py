@@ -1,0 +1,109 @@
+"""
+Train a reasoning model by Budget Relative Policy Optimization on problems with verifiable answers.
+
+    accelerate launch -m trl_anytime.train --config 8k_anytime_uniform
+
+or on one device, with a local file and LoRA, everything on the command line:
+
+    python -m trl_anytime.train \
+        --model_name_or_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \
+        --dataset_name problems.jsonl \
+        --budgets 1000 2000 4000 \
+        --use_peft \
+        --output_dir outputs/anytime
+
+Every setting of BRPOConfig (and so of TRL's GRPOConfig) and of TRL's ModelConfig is an option; `--help` lists them.
+`--resume_from_checkpoint outputs/anytime/checkpoint-100` goes on, `--push_to_hub` uploads the model with its card.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from transformers import AutoTokenizer
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from .brpo_config import BRPOConfig
+from .brpo_trainer import BRPOTrainer
+from .data.recipe import (
+    DataArguments,
+    load_prompts,
+    model_init_kwargs,
+    name_in_card,
+    parse_recipe,
+    set_chat_template,
+)
+from .outside.display import for_terminal
+from .rewards import MathReward
+
+
+def train(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
+    """
+    Train, evaluate and save a model as a recipe says.
+
+    Args:
+        data_args ([`DataArguments`]):
+            The problems.
+        training_args ([`BRPOConfig`]):
+            The training.
+        model_args (`ModelConfig`):
+            The model and its adapters.
+    """
+    model_name = str(model_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_name,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    set_chat_template(tokenizer, data_args.chat_template_path)
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+
+    # What the card cannot find out
+    training_args.card_dataset = training_args.card_dataset or name_in_card(str(data_args.dataset_name))
+    if data_args.eval_dataset_name:
+        training_args.card_eval_dataset = training_args.card_eval_dataset or name_in_card(data_args.eval_dataset_name)
+    training_args.card_question = training_args.card_question or f"What is 2 + 2? {data_args.instruction}".strip()
+
+    reward = MathReward(on_bad_gold=data_args.on_bad_gold)
+    # One process prepares the data, the others read its cache
+    with PartialState().local_main_process_first():
+        datasets = [load_prompts(source, data_args, tokenizer, reward) for source in data_args.sources]
+    train_dataset, eval_dataset = (*datasets, None)[:2]
+
+    trainer = BRPOTrainer(
+        model_name,
+        training_args,
+        train_dataset,
+        reward_funcs=reward,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if eval_dataset is not None and not training_args.resume_from_checkpoint:
+        trainer.evaluate()  # for the card: the curve before training
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+        trainer.create_model_card()  # once more, with this evaluation
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.accelerator.end_training()
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Train as the command line says. A setting that is wrong ends with one line and exit code 2."""
+    try:
+        settings = parse_recipe(sys.argv[1:] if words is None else words)
+    except ValueError as error:
+        print(for_terminal(f"trl_anytime.train: {error}"), file=sys.stderr)
+        sys.exit(2)
+    train(*settings)
+
+
+if __name__ == "__main__":
+    main()
