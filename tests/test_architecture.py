@@ -9,7 +9,7 @@ PACKAGE = Path(trl_anytime.__file__).parent
 # A module may import from its own room and from those before it
 ORDER = [
     *("outside", "rewards", "method", "brpo_config", "modeling", "rollout", "inference", "evaluation"),
-    *("data", "training", "reporting", "checks", "vllm_budget", "brpo_trainer", "__init__", "cli"),
+    *("data", "training", "reporting", "checks", "vllm_budget", "brpo_trainer", "__init__", "cli", "__main__"),
 ]
 
 
@@ -20,7 +20,13 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (*here[: len(here) + 1 - node.level], *(node.module or "").split("."))
             base = tuple(filter(None, base))
-            yield from [base] if node.module else [(*base, alias.name) for alias in node.names]
+            names = [(*base, alias.name) for alias in node.names]
+            yield from [base] if node.module else (name if is_module(name) else (*base, "__init__") for name in names)
+
+
+def is_module(name):
+    path = PACKAGE.joinpath(*name)
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def test_rooms_are_all_in_the_order():
