@@ -4,23 +4,28 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from . import __version__
+from .outside.command_line import CommandParser, PrintCompletion
 from .outside.display import for_shell, for_terminal
 
 if TYPE_CHECKING:
     from .inference.anytime_config import AnytimeConfig
 
 # Exit codes
-FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED = 1, 2, 3, 130
+FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 130, 141
 _EXIT_CODES = f"""exit codes:
   0  done
   {FAILED}  a check failed (doctor, probe)
   {BAD_INPUT}  bad input: what is wrong and what to do is said on stderr
   {SERVER_FAILED}  a server or the Hub failed for too long; the same command goes on where it stopped
-  {INTERRUPTED}  interrupted; likewise"""
+  {INTERRUPTED}  interrupted; likewise
+  {PIPE_CLOSED}  nobody reads what is printed any more"""
 
 # `None` leaves what the model's anytime config says
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -48,9 +53,9 @@ def parse_budgets(text: str) -> list[int]:
     except ValueError:
         budgets = []
     if not budgets or budgets[0] < 1 or any(a >= b for a, b in zip(budgets, budgets[1:], strict=False)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of increasing budgets such as 250,1000,8000 or 250:8000:250 (first:last:step)"
-        )
+        in_order = ",".join(map(str, sorted({budget for budget in budgets if budget > 0})))
+        fix = f"Give {in_order}." if in_order else "Give 250,1000,8000, or 250:8000:250 (first:last:step)."
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of increasing budgets. {fix}")
     return budgets
 
 
@@ -62,11 +67,18 @@ def _parse_change(text: str) -> tuple[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trl-anytime",
         description="Evaluate, use and deploy reasoning models at any thinking budget.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=["bash", "zsh", "tcsh"],
+        help="print a script for tab completion in that shell (needs the extra `completion`)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -182,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")
     measure.add_argument("--batch-size", type=int, metavar="N", help="samples that are computed together")
     measure.add_argument("--output", type=Path, help="folder of the results (default: outputs/eval/MODEL)")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON")
 
     generate = add(
         "generate",
@@ -213,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         "`serve-command` takes; vLLM's own is thinking_token_budget)",
     )
     probe.add_argument("--question", help="what to ask: something that takes long to think about")
+    probe.add_argument("--json", action="store_true", help="print JSON")
 
     serve = add(
         "serve-command",
@@ -222,15 +236,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(serve, with_backend=False, with_server=False)
     serve.add_argument("--budget", type=int, metavar="TOKENS", help="of the requests (default: the largest trained)")
+    serve.add_argument("--json", action="store_true", help="print JSON")
 
     plot = add(
         "plot",
         _plot,
         "draw curves of results, or of a training run over its steps",
-        "  trl-anytime plot base/results.json trained/results.json --output curves.png\n"
-        "  trl-anytime plot outputs/model/checkpoint-100 --output training.png",
+        "  trl-anytime plot base trained --labels before after --output curves.png\n"
+        "  trl-anytime plot outputs/model --output training.png",
     )
-    plot.add_argument("sources", nargs="+", type=Path, help="results.json files; or one trainer_state.json")
+    plot.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        help="results.json files or their folders; or one trainer_state.json, checkpoint or folder of checkpoints",
+    )
+    plot.add_argument("--labels", nargs="+", metavar="TEXT", help="names of the curves (default: of the models)")
     plot.add_argument("--output", type=Path, default=Path("curves.png"), help="default: curves.png")
     return parser
 
@@ -284,11 +305,21 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    options = argparse.Namespace()
     try:
-        if not sys.stderr.isatty():
-            _hide_progress_bars()
-        return options.run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            if not sys.stderr.isatty():
+                _hide_progress_bars()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
+                return options.run(options)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be told
+    except BrokenPipeError:
+        # What is left in the buffer would be an error once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except ConnectionError as error:
         _print(f"trl-anytime: {error}", sys.stderr)
         return SERVER_FAILED
@@ -359,21 +390,52 @@ def _load_model(options: argparse.Namespace) -> Any:
     if options.base_url:
         return _client(options)
     if vars(options).get("backend") == "vllm":
-        from vllm import LLM
-
-        return LLM(
+        return _vllm()(
             options.model,
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             generation_config="vllm",
             enable_prefix_caching=True,
         )
-    import torch
     from transformers import AutoModelForCausalLM
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     model = _loaded("weights", options.model, AutoModelForCausalLM.from_pretrained, dtype=options.dtype)
     return model.to(device)
+
+
+def _check_machine(options: argparse.Namespace) -> None:
+    """Refuse a library or a device that this machine lacks, before anything is loaded."""
+    if options.base_url:
+        return
+    if vars(options).get("backend") == "vllm":
+        _vllm()
+    else:
+        _device(options.device)
+
+
+def _vllm() -> Any:
+    """Return vLLM's engine."""
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ValueError(
+            f"vLLM cannot be imported ({error}). Run `pip install 'trl-anytime[vllm]'`, or leave out --backend vllm."
+        ) from error
+    return LLM
+
+
+def _device(name: str | None) -> str:
+    """Return a device that can be used, by default a GPU if there is one."""
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}). Leave it out, or give cpu.") from error
+    return device
 
 
 def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
@@ -392,12 +454,9 @@ def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> A
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    import warnings
-
     from .checks.doctor import check_recipe, read_launch
     from .checks.finding import as_json, as_text
 
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
     report = check_recipe(
         options.config,
         dict(options.changes),
@@ -450,6 +509,7 @@ def _eval(options: argparse.Namespace) -> int:
             setattr(options, name, value)
     if not options.datasets:
         raise ValueError("There is nothing to evaluate on: set --dataset (such as --dataset aime24) or --preset.")
+    _check_machine(options)
     baseline = None if options.baseline is None else load_results(options.baseline)
     reward = None if options.reward is None else _load_function(options.reward)
     problem_sets = [
@@ -493,7 +553,7 @@ def _eval(options: argparse.Namespace) -> int:
     _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     save_samples(records, problem_sets, output / "samples.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
-    _print(table(results))
+    _print(json.dumps(results, indent=1) if options.json else table(results))
     if said := limited_answers(results):
         _print(f"\n{said}", sys.stderr)
     _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", sys.stderr)
@@ -539,6 +599,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .inference.generate import context_length
     from .inference.streaming import stream_answers, streaming_sampler
 
+    _check_machine(options)
     tokenizer, config = _tokenizer_and_config(options)
     model = _load_model(options)
     question = sys.stdin.read() if options.question == "-" else options.question
@@ -555,9 +616,12 @@ def _probe(options: argparse.Namespace) -> int:
     budgets, options.budgets = options.budgets, None  # those of the config stay
     tokenizer, config = _tokenizer_and_config(options)
     results = probe(_client(options), config, tokenizer, budgets, field, options.question or QUESTION)
-    _print(results_table(results))
     wrong = verdict(results, field)
-    _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
+    if options.json:
+        _print(json.dumps({"results": [asdict(result) for result in results], "wrong": wrong}, indent=1))
+    else:
+        _print(results_table(results))
+        _print(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
     return FAILED if wrong else 0
 
 
@@ -567,7 +631,8 @@ def _serve_command(options: argparse.Namespace) -> int:
     tokenizer, config = _tokenizer_and_config(options)
     budget = config.budgets[-1] if options.budget is None else options.budget
     adapter, parser = find_adapter(options.model), reasoning_parser(config, tokenizer)
-    _print(deployment(options.model, config, budget, adapter, parser).text())
+    how = deployment(options.model, config, budget, adapter, parser)
+    _print(json.dumps(asdict(how), indent=1) if options.json else how.text())
     return 0
 
 
@@ -580,19 +645,26 @@ def _plot(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'trl-anytime[plot]'.") from error
 
-    states = [path / "trainer_state.json" if path.is_dir() else path for path in options.sources]
-    if states[0].name == "trainer_state.json":
-        if len(states) > 1:
-            raise ValueError("Only one training run can be drawn at a time.")
-        if not states[0].exists():
-            raise ValueError(
-                f"There is no {states[0]}: give a checkpoint of a training run, or its trainer_state.json."
-            )
-        plot_training(load_log_history(states[0]), options.output)
+    sources = [_source_of_curves(path) for path in options.sources]
+    if sources[0].name == "trainer_state.json":
+        if len(sources) > 1 or options.labels:
+            raise ValueError("A training run is drawn alone and without --labels: give one source.")
+        plot_training(load_log_history(sources[0]), options.output)
     else:
-        plot_results([load_results(path) for path in options.sources], options.output)
+        plot_results([load_results(path) for path in sources], options.output, options.labels)
     _print(str(options.output))
     return 0
+
+
+def _source_of_curves(path: Path) -> Path:
+    """Return the file with curves in a folder: of an evaluation, of a checkpoint, or of the last of a run's."""
+    if not path.is_dir():
+        return path
+    checkpoints = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda file: (len(str(file)), file))
+    for file in (path / "results.json", path / "trainer_state.json", *reversed(checkpoints)):
+        if file.is_file():
+            return file
+    raise ValueError(f"{path} holds neither results of `trl-anytime eval` nor checkpoints. Give a folder that does.")
 
 
 if __name__ == "__main__":

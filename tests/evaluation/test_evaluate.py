@@ -301,7 +301,7 @@ def test_plots(folder, finished, tmp_path, capsys):
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0}]}))
     assert main(["plot", str(tmp_path)]) == BAD_INPUT
     assert main(["plot", str(folder)]) == BAD_INPUT
-    assert "There is no" in capsys.readouterr().err
+    assert str(folder) in capsys.readouterr().err
 
 
 # Bad input
@@ -364,7 +364,7 @@ def test_budgets(text, budgets, capsys):
         with pytest.raises(SystemExit) as exit:
             main(["eval", "model", "--budgets", text])
         assert exit.value.code == BAD_INPUT
-        assert "no list of increasing budgets such as" in capsys.readouterr().err
+        assert repr(text) in capsys.readouterr().err
 
 
 def test_help_comes_at_once():

@@ -13,7 +13,13 @@ def imports(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (*here[: len(here) + 1 - node.level], *(node.module or "").split("."))
             base = tuple(filter(None, base))
-            yield from [base] if node.module else [(*base, alias.name) for alias in node.names]
+            names = [(*base, alias.name) for alias in node.names]
+            yield from [base] if node.module else (name if is_module(name) else (*base, "__init__") for name in names)
+
+
+def is_module(name):
+    path = PACKAGE.joinpath(*name)
+    return path.with_suffix(".py").exists() or path.is_dir()
 
 
 def test_rooms_are_all_in_the_order():

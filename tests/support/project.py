@@ -10,7 +10,18 @@ PACKAGE = Path(trl_anytime.__file__).parent
 # A module may import from its own room and from those before it
 ORDER = [
     *("outside", "rewards", "method", "brpo_config", "modeling", "rollout", "inference", "data"),
-    *("evaluation", "training", "reporting", "checks", "vllm_budget", "brpo_trainer", "__init__", "train", "cli"),
+    *(
+        "evaluation",
+        "training",
+        "reporting",
+        "checks",
+        "vllm_budget",
+        "brpo_trainer",
+        "__init__",
+        "train",
+        "cli",
+        "__main__",
+    ),
 ]
 PINNED = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 OLDEST = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "Makefile").read_text().split("OLDEST =")[1].split("\n\n")[0]))

@@ -16,29 +16,39 @@ _WITHOUT_TEX = rc_context({"text.usetex": False})
 
 
 @_WITHOUT_TEX
-def plot_results(results: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence[str] | None = None) -> None:
     """
-    Accuracy against budget with confidence bands: a panel for each data set, a curve for each result.
+    Draw accuracy against budget with confidence bands: a panel for each data set, a curve for each result.
 
     Args:
         results (`Sequence[dict]`):
             Results of `trl-anytime eval`.
         path (`Path`):
             The picture.
+        labels (`Sequence[str]`, *optional*):
+            Names of the curves. Defaults to the names of the models.
+
+    Raises:
+        `ValueError`: If there is not one label for each result.
     """
+    labels = [result["protocol"]["model"] for result in results] if labels is None else labels
+    if len(labels) != len(results):
+        raise ValueError(f"There are {len(results)} results and {len(labels)} labels. Give one label for each.")
     groups = list(dict.fromkeys(group for result in results for group in result["curves"]))
     figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        for result in results:
+        for result, label in zip(results, labels, strict=True):
             if group not in result["curves"]:
                 continue
             budgets = result["protocol"]["budgets"]
             curve = [Estimate(e["mean"], e["low"], e["high"]) for e in result["curves"][group]["accuracy"]]
-            label = for_plot(result["protocol"]["model"])
-            (line,) = axes.plot(budgets, [e.mean for e in curve], "o-", ms=3, label=label)
+            (line,) = axes.plot(budgets, [e.mean for e in curve], "o-", ms=3, label=for_plot(label))
             axes.fill_between(
                 budgets, [e.low for e in curve], [e.high for e in curve], color=line.get_color(), alpha=0.15
             )
+        drawn = [e for result in results for e in result["curves"].get(group, {"accuracy": ()})["accuracy"]]
+        if all(e["low"] >= 0 and e["high"] <= 1 for e in drawn):  # a reward of the user may lie elsewhere
+            axes.set_ylim(0, 1)
         axes.set(title=for_plot(group), xlabel="thinking budget (tokens)", ylabel="accuracy")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")

@@ -1,0 +1,66 @@
+"""A parser of command lines that says in one line what is wrong, and what was perhaps meant."""
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+_CHOICES = re.compile(r"invalid choice: '(.*?)' \(choose from (.*?)\)")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """
+    [`argparse.ArgumentParser`] with errors of one line.
+
+    argparse prints all options before an error. It also leaves unknown options of a command to the parser above it,
+    which does not know what the command's own options are called.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            hint = _did_you_mean(options[0], self._option_string_actions) if options else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
+        return known, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        message = message.rstrip(".")
+        if found := _CHOICES.search(message):
+            choices = re.split(r", ", found[2].replace("'", ""))
+            message += f".{_did_you_mean(found[1], choices)}".rstrip(".")
+        ending = "" if message.endswith(("?", "!")) else "."
+        self.exit(2, f"{self.prog}: {message}{ending} `{self.prog} --help` lists what there is.\n")
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+class PrintCompletion(argparse.Action):
+    """Print a script that completes commands, options and files in a shell, by shtab."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+    ) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error("shtab is missing. Run `pip install 'trl-anytime[completion]'`")
+        for action in _all_actions(parser._actions):
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # where shtab looks for it
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
+def _all_actions(actions: Sequence[argparse.Action]) -> Iterable[argparse.Action]:
+    for action in actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _all_actions(command._actions)
