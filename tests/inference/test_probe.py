@@ -96,7 +96,7 @@ def test_text_of_servers_that_return_no_ids():
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 budget = int(body.partition(b'"thinking_token_budget": ')[2].partition(b"}")[0].partition(b",")[0])
-                self.reply({"choices": [{"index": 0, "message": messages[budget]}]})
+                self.send({"choices": [{"index": 0, "message": messages[budget]}]})
 
         server.RequestHandlerClass = Parsed
         results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])
