@@ -103,7 +103,7 @@ def test_text_of_servers_that_return_no_ids():
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 message = messages[body["vllm_xargs"]["thinking_budget"]]
-                self.reply({"choices": [{"index": 0, "message": message}]})
+                self.send({"choices": [{"index": 0, "message": message}]})
 
         server.RequestHandlerClass = Parsed
         results = probe(CompletionClient(server.url, patience=1.0), CONFIG, tokenizer, [4, 8])

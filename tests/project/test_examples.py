@@ -177,6 +177,7 @@ def test_sft_rows_train_thinking_and_answer_only():
     assert max(lengths) == 15 + 40 + 4
 
 
+@pytest.mark.slow
 def test_quickstart_in_short(tmp_path):
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output_dir", str(tmp_path)]
     in_short = ["--updates", "25", "--sft_steps", "500", "--eval_problems", "500"]

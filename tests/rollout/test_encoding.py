@@ -76,7 +76,7 @@ def test_an_answer_of_unknown_words():
         class WithoutIds(handler):
             def do_POST(self):
                 self.rfile.read(int(self.headers["Content-Length"]))
-                self.reply({"choices": [{"message": {"content": "ordinary words </think> 3"}}]})
+                self.send({"choices": [{"message": {"content": "ordinary words </think> 3"}}]})
 
         server.RequestHandlerClass = WithoutIds
         with pytest.raises(ValueError, match="ordinary words"):

@@ -63,13 +63,11 @@ def rank_trainer(directory, lora=False, prompts=4, model=None, fsdp2=False, plai
     """
     if "RANK" in os.environ:
         settings["ddp_backend"] = "gloo"
-    if fsdp2:
-        use_fsdp2()
     if lora:
         settings["peft_config"] = LoraConfig(**{**LORA, **(lora if isinstance(lora, dict) else {})})
     trainer = tiny_trainer(
         os.path.join(directory, "out"),
-        ReliableGRPOTrainer if plain else BRPOTrainer,
+        ShardedTrainer if fsdp2 else ReliableGRPOTrainer if plain else BRPOTrainer,
         model=make_model(**(model or {})),
         train_dataset=make_dataset(max(prompts) + 1).select(prompts)
         if isinstance(prompts, list)
@@ -517,6 +515,14 @@ def use_fsdp2():
     Accelerator(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+class ShardedTrainer(BRPOTrainer):
+    """Under FSDP2. Making a configuration resets accelerate's state, so FSDP is set up after that."""
+
+    def __init__(self, *args, **kwargs):
+        use_fsdp2()
+        super().__init__(*args, **kwargs)
 
 
 def sharded(directory, resume=None, kill=None, wrong_attention=False, **settings):
