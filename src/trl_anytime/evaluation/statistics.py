@@ -139,10 +139,8 @@ def _widened(estimate: Estimate, sets: list[np.ndarray]) -> Estimate:
         return estimate
     # At 0 of n Wilson's interval is [0, z² / (n + z²)], and at n of n its mirror image
     widths = [_Z**2 / (len(values_Q) + _Z**2) for values_Q in sets]
-    low = np.mean(
-        [value - width if (value := values_Q[0]) else 0 for values_Q, width in zip(sets, widths, strict=True)]
-    )
-    high = np.mean([1 if values_Q[0] else width for values_Q, width in zip(sets, widths, strict=True)])
+    ends = [(1 - width, 1) if values_Q[0] else (0, width) for values_Q, width in zip(sets, widths, strict=True)]
+    low, high = np.mean(ends, axis=0)
     return Estimate(estimate.mean, float(low), float(high))
 
 
