@@ -29,6 +29,19 @@ def test_data_sets_weigh_alike_and_are_resampled_each_by_itself():
     assert (e.low, e.high) == (pytest.approx(0.701, abs=0.006), pytest.approx(0.799, abs=0.006))
 
 
+def test_intervals_at_0_and_1_are_wilson_s():
+    # 0 of 10: z² / (n + z²) = 3.8415 / 13.8415 = 0.2775. At 10 of 10 its mirror image
+    curve, average = estimates([np.array([[0.0, 1.0]] * 10)])
+    assert [(e.mean, e.low, e.high) for e in curve] == [
+        (0.0, 0.0, pytest.approx(0.2775, abs=1e-4)),
+        (1.0, pytest.approx(0.7225, abs=1e-4), 1.0),
+    ]
+    assert (average.mean, average.low, average.high) == (0.5, 0.5, 0.5)  # every question has the same mean
+    # With a set of 6 at 1, 3.8415 / 9.8415 = 0.3903: [(0 + 0.6097) / 2, (0.2775 + 1) / 2]
+    ((e,), _) = estimates([np.zeros((10, 1)), np.ones((6, 1))])
+    assert (e.mean, e.low, e.high) == (0.5, pytest.approx(0.3048, abs=1e-4), pytest.approx(0.6388, abs=1e-4))
+
+
 def test_a_paired_comparison():
     # Three questions, each better by the same: only the exchange of none or of all has a mean as large, 2 of 8
     theirs = np.array([[0.1], [0.5], [0.9]])

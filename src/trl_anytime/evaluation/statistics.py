@@ -1,16 +1,21 @@
 """
 Accuracy-versus-budget curves with their uncertainty, and the comparison of two. Questions are what is resampled.
 
+Where all questions are wrong, or all are right, there is nothing to resample: Wilson's interval takes the place of the
+bootstrap's.
+
 Dimensions: Q questions, M budgets, B bootstrap samples.
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 _RESAMPLES = 10_000
 _CONFIDENCE = 0.95
 _ROWS_AT_ONCE = 1000  # of the resampling weights, which are B × Q
+_Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,10 @@ def resampled_means(values_QM: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Estimate]:
     """
-    A curve and its average over budgets; of several sets of questions, the mean of the sets, each resampled by itself.
+    Estimate a curve and its average over budgets.
+
+    Of several sets of questions it is the mean of the sets, each resampled by itself. If each set's questions are all
+    at 0 or all at 1, the interval is the mean of the sets' Wilson intervals, which is a little too wide.
 
     Args:
         sets (`list[np.ndarray]`):
@@ -82,6 +90,12 @@ def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Es
     Returns:
         `tuple`: M estimates, and the estimate of their mean (the anytime average).
     """
+    curve, average = _bootstrapped(sets, seed)
+    curve = [_widened(estimate, [values_QM[:, j] for values_QM in sets]) for j, estimate in enumerate(curve)]
+    return curve, _widened(average, [values_QM.mean(axis=1) for values_QM in sets])
+
+
+def _bootstrapped(sets: list[np.ndarray], seed: int) -> tuple[list[Estimate], Estimate]:
     means_M = np.mean([values_QM.mean(axis=0) for values_QM in sets], axis=0)
     means_BM = np.mean([resampled_means(values_QM, seed + i) for i, values_QM in enumerate(sets)], axis=0)
     curve = [_estimate(mean, means_BM[:, j]) for j, mean in enumerate(means_M)]
@@ -99,7 +113,7 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
             Seed of the draws.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    curve, average = estimates(differences, seed)
+    curve, average = _bootstrapped(differences, seed)
     generator = np.random.default_rng(seed)
     observed_M = np.mean([d.mean(axis=0) for d in differences], axis=0)
     flipped = []
@@ -117,6 +131,17 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
         [Comparison(e, p_value(observed_M[j], flipped_BM[:, j])) for j, e in enumerate(curve)],
         Comparison(average, p_value(observed_M.mean(), flipped_BM.mean(axis=1))),
     )
+
+
+def _widened(estimate: Estimate, sets: list[np.ndarray]) -> Estimate:
+    """Return Wilson's interval if each set's values, (Q,), are all 0 or all 1, and else the estimate as it is."""
+    if not all((values_Q == values_Q[0]).all() and values_Q[0] in (0, 1) for values_Q in sets):
+        return estimate
+    # At 0 of n Wilson's interval is [0, z² / (n + z²)], and at n of n its mirror image
+    widths = [_Z**2 / (len(values_Q) + _Z**2) for values_Q in sets]
+    ends = [(1 - width, 1) if values_Q[0] else (0, width) for values_Q, width in zip(sets, widths, strict=True)]
+    low, high = np.mean(ends, axis=0)
+    return Estimate(estimate.mean, float(low), float(high))
 
 
 def _estimate(mean: float, means_B: np.ndarray) -> Estimate:
