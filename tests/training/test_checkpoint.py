@@ -62,12 +62,12 @@ def make_a_pipe(folder):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "optimizer.pt should have"),
-        (lambda folder: (folder / "rank_state_0.pth").unlink(), "rank_state_0.pth should have"),
-        (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}"),
+        (truncate, "optimizer.pt"),
+        (lambda folder: (folder / "rank_state_0.pth").unlink(), "rank_state_0.pth"),
+        (lambda folder: (folder / MANIFEST).unlink(), MANIFEST),
         (lambda folder: (folder / MANIFEST).write_text("{"), MANIFEST),
-        (flip_a_bit, "model.safetensors has other content"),
-        (lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": None})), "is unfinished"),
+        (flip_a_bit, "model.safetensors"),
+        (lambda folder: (folder / MANIFEST).write_text(json.dumps({"files": None})), "unfinished"),
     ],
 )
 def test_broken_checkpoints(ranks, saved, tmp_path, damage, reason):
@@ -225,7 +225,6 @@ CHANGES = [
     ({"lora": True}, "`peft_config['default'].r` was None, is 4"),
     (
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
-        "It holds rollouts that are dealt out in the old way. Resume with the old settings, or from a checkpoint at a "
         "multiple of 4 steps",
     ),
 ]

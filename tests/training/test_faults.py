@@ -64,7 +64,7 @@ def test_an_exit_without_a_code_is_a_fault_on_one_rank(ranks, tmp_path):
     """`sys.exit(0)` where a callback, the data or anything else runs: the run is not finished, and says so."""
     ended = ranks.run("exits", tmp_path, place="loss", **{**TWO, "world_size": 1, "per_device_train_batch_size": 4})
     assert ended[0].code == 1
-    assert "RuntimeError: Training was ended by an exit with code 0" in ended[0].output
+    assert "RuntimeError: " in ended[0].output and "code 0" in ended[0].output
     assert "in leave" in ended[0].output  # where the exit was
 
 
@@ -81,7 +81,7 @@ def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
     ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
     assert [rank.code for rank in ended] == [1, 1]
-    assert "Rank 0 ends, because another failed. Rank 1 failed" in ended[0].output
+    assert "Rank 0 ends" in ended[0].output and "Rank 1 failed" in ended[0].output
     assert "Planned: while rank 0 waits" in ended[0].output
 
 
@@ -95,7 +95,7 @@ def test_full_disk(ranks, tmp_path, world_size):
     assert all("File too large" in rank.output for rank in ended)
     resumed = ranks.run("train", tmp_path, resume=True, **settings)
     assert [rank.code for rank in resumed] == [0] * world_size, resumed[0].output
-    assert "checkpoint-3 is unfinished: the run ended while saving it." in resumed[0].output
+    assert "checkpoint-3 is unfinished" in resumed[0].output
     assert resumed[0].result["steps"] == 4
     names = {path.name for path in Path(tmp_path / "out").glob("checkpoint-*")}
     assert names == {"checkpoint-3", "checkpoint-4"}  # `save_total_limit` counts whole ones
@@ -104,16 +104,16 @@ def test_full_disk(ranks, tmp_path, world_size):
 def test_log_probabilities_that_are_nan(ranks, tmp_path):
     ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no")
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 1: log-probabilities not finite for 4 of 4 rollouts" in ended[0].output
-    assert "with the prompts ['<|im_start|> user" in ended[0].output
+    assert "FloatingPointError: Step 1: log-probabilities" in ended[0].output and "4 of 4 rollouts" in ended[0].output
+    assert "['<|im_start|> user" in ended[0].output
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_loss_that_is_nan(ranks, tmp_path, plain):
     ended = ranks.run("loss_becomes_nan", tmp_path, save_strategy="no", plain=plain)
     assert ended[0].code == 1
-    assert "FloatingPointError: Step 0: the loss of a micro-batch of 4 rollouts is" in ended[0].output
-    assert "with the prompts" not in ended[0].output  # which of them is not known
+    assert "FloatingPointError: Step 0: the loss" in ended[0].output and "4 rollouts" in ended[0].output
+    assert "<|im_start|> user" not in ended[0].output  # which of the prompts it was is not known
 
 
 # BRPO scores a micro-batch at a time, GRPO a generation batch
@@ -122,9 +122,9 @@ def test_nan_that_meets_sampling_first(ranks, tmp_path, kind, scored):
     """All ways to generate with transformers; on a GPU `multinomial` itself would end in an assertion."""
     ended = ranks.run("train", tmp_path, nan_weights=True, save_strategy="no", **kind)
     assert ended[0].code == 1
-    expected = f"FloatingPointError: Step 0: log-probabilities not finite for {scored} of {scored} rollouts"
-    assert expected in ended[0].output
-    assert "with the prompts ['<|im_start|> user" in ended[0].output
+    output = ended[0].output
+    assert "FloatingPointError: Step 0: log-probabilities" in output and f"{scored} of {scored} rollouts" in output
+    assert "['<|im_start|> user" in output
 
 
 @pytest.mark.parametrize(("world_size", "plain"), [(1, False), (2, False), (2, True)])
@@ -178,8 +178,8 @@ def test_a_reward_model_that_returns_nan(ranks, tmp_path, plain):
     ended = ranks.run("reward_model", tmp_path, world_size=2, **settings)
     for rank in ended:
         assert rank.code == 1
-        assert "FloatingPointError: Step 0: reward model `spoilt` returned nan for" in rank.output
-        assert "first for the prompt" in rank.output
+        assert "FloatingPointError: Step 0: reward model `spoilt`" in rank.output and "nan" in rank.output
+        assert "'role': 'user'" in rank.output  # the prompt
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -1,4 +1,4 @@
-"""Alarms: training that goes wrong in one of several known ways says so once, with a sample and a suggestion."""
+"""Alarms: warn once when training goes wrong in one of several known ways, with a sample and a suggestion."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,60 +14,60 @@ from ..rollout.types import Rollout
 
 logger = get_logger(__name__)
 
-# Updates that a figure is taken over: a hard batch or two raise no alarm, and of a run of hundreds it is little
+# Updates that a figure is averaged over. One or two hard batches raise no alarm, and a run has hundreds of updates.
 WINDOW = 10
-# "Always", or one less it "never", in a share of rollouts that a figure averages
+# A ratio at or above this counts as always, at or below 1 - this as never
 ALWAYS = 0.99
-# Of rewards that are the same at all budgets: their means are sums in the same order, and differ by rounding at most
+# Largest spread of rewards that count as equal at all budgets. Their means differ by rounding only.
 SAME = 1e-6
-# Share of the rollouts whose tokens all have advantage 0. It rises by itself as problems get solved: to .86 over ten
-# updates in a run of the learning study that reached a reward of .98.
+# Share of the rollouts whose tokens all have advantage 0. It rises as problems get solved. In a run of the learning
+# study that reached a reward of .98 it rose to .86 over ten updates.
 NO_ADVANTAGE = 0.95
-# Share of the summaries without a box among those that a reward looks at. Where most lack it, it grades the form.
+# Share of the graded summaries without a box. If most lack a box, the reward mainly grades the form.
 NO_BOX = 0.5
-# Share of the summaries that are cut off. Now and then one repeats itself in every run (1 % in the quickstart); at a
-# quarter, answers that are right do not fit.
+# Share of the summaries that are cut off. A few repeat themselves in every run (1 % in the quickstart). At a quarter,
+# correct answers no longer fit.
 CLIPPED = 0.25
-# Share of the graded answers that were given up, which score 0 whatever they say. Noise as large as many a run's gain.
+# Share of the graded answers that timed out. They score 0 whatever they say. That noise is as large as a typical gain.
 TIMEOUTS = 0.05
 # Mean difference between vLLM's and the trainer's log-probabilities, in nats per token. With bfloat16 on both sides,
-# 0.01 to 0.04 is reported; from 0.1 on a token's ratio is off by half of what PPO's clipping allows.
+# 0.01 to 0.04 is reported. At 0.1 a token's ratio is off by half of what PPO's clipping allows.
 LOGPROB_DIFFERENCE = 0.1
-# Entropy, against the first window. Training uses it up, and good runs keep a quarter
-# (https://huggingface.co/papers/2505.22617); the quickstart keeps four tenths.
+# Entropy relative to the first window. Training lowers it, and good runs keep a quarter
+# (https://huggingface.co/papers/2505.22617). The quickstart keeps four tenths.
 ENTROPY_LEFT = 0.1
-# Gradient norm, median against that of the window before: at most 2.1 in the runs of the learning study
+# Median gradient norm relative to the window before. It was at most 2.1 in the runs of the learning study.
 GRAD_NORM_GROWTH = 10.0
-# The norm is logged for one update, and says nothing of the others since the last log: one alone may be a chance
+# Fewest norms in a window. A log holds the norm of one update only, and a single large one may be chance.
 GRAD_NORMS = 3
 
-_PIECE = 80  # characters of a prompt, of either end of a trace, of a summary: all four make a few lines
+_PIECE = 80  # characters shown of a prompt, of each end of a trace and of a summary, a few lines in all
 
 
 @dataclass(frozen=True)
 class Alarm:
     """
-    One way in which training goes wrong.
+    Describe one way in which training goes wrong.
 
     Args:
         name (`str`):
             What is wrong.
         metric (`str`):
-            What the figure is.
+            Description of the figure.
         figure (`Callable`):
-            The figure in one log; None where the log does not have it.
+            Reads the figure from one log. Returns `None` if the log does not have it.
         threshold (`float`):
-            The alarm goes off where the mean figure of the last window is as large as this, or larger.
+            The alarm goes off if the mean figure of the last window is at least this.
         suggestion (`str`):
             What to change.
         low (`bool`, *optional*, defaults to `False`):
-            Whether it goes off where the figure is as small, or smaller.
+            Whether the alarm goes off if the figure is at most `threshold` instead.
         compared_with (`str`, *optional*):
-            `"first"`: `threshold` is a multiple of the mean over the first window; `"before"`: of the median over the
-            window before the last, and the figure is a median, too.
+            `"first"`: `threshold` is a multiple of the mean over the first window. `"before"`: `threshold` is a
+            multiple of the median over the window before the last, and the figure is a median too.
         shows (`Callable`, *optional*):
-            How well a rollout and a summary of it (token ids and text) show what is wrong. The first is taken if not
-            set.
+            Scores how well a rollout and one of its summaries (token ids and text) show what is wrong. If not set,
+            the first summary is shown.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Alarm:
 
     @property
     def least_values(self) -> int:
-        """Values that a window must have, however many updates they stand for."""
+        """Return the fewest values that a window must have, whatever number of updates they stand for."""
         return GRAD_NORMS if self.compared_with == "before" else 1
 
 
@@ -97,7 +97,11 @@ def _largest_reward(metrics: Mapping[str, float]) -> float | None:
 
 
 def _reward_spread(metrics: Mapping[str, float]) -> float | None:
-    """Largest less smallest reward, as a share; 0 where no thinking is cut and summaries differ by chance alone."""
+    """
+    Return the largest minus the smallest reward, as a share of the largest.
+
+    The spread is 0 if no trace is cut, because summaries then differ by chance alone.
+    """
     rewards = _rewards(metrics)
     if len(rewards) < 2 or not any(rewards):  # rewards of 0 have an alarm of their own
         return None
@@ -112,7 +116,7 @@ def _no_advantage(metrics: Mapping[str, float]) -> float | None:
 
 
 def _counts(metrics: Mapping[str, float], counter: str) -> float:
-    """One of the counters that `trl_anytime.rewards` log, over all reward functions."""
+    """Sum one of the counters that `trl_anytime.rewards` log over all reward functions."""
     return sum(n for name, n in metrics.items() if name.startswith("rewards/") and name.endswith(f"/{counter}"))
 
 
@@ -141,8 +145,8 @@ ALARMS = (
         "the largest `anytime/reward@…`",
         _largest_reward,
         0.0,
-        "see in the sample whether the reward function would find a right answer there; if so, train on problems that "
-        "this model can solve",
+        "Check in the sample whether the reward function would recognise a correct answer. If it would, train on "
+        "problems that this model can sometimes solve",
         low=True,
     ),
     Alarm(
@@ -150,14 +154,14 @@ ALARMS = (
         "`anytime/no_advantage_ratio`",
         _no_advantage,
         NO_ADVANTAGE,
-        "train on problems that the model solves now and then, neither always nor never",
+        "Train on problems that the model solves sometimes, neither always nor never",
     ),
     Alarm(
         "boxes are missing",
-        r"the share of summaries without a \boxed{} (`no_box`)",
+        r"the share of summaries without \boxed{} (`no_box`)",
         _no_box,
         NO_BOX,
-        r"end every prompt with the request to put the final answer within \boxed{}",
+        r"End every prompt with the request to put the final answer within \boxed{}",
         shows=lambda rollout, ids, text: "\\boxed" not in text,
     ),
     Alarm(
@@ -165,7 +169,7 @@ ALARMS = (
         "`summary/clipped_ratio`",
         _logged("summary/clipped_ratio"),
         CLIPPED,
-        "raise `max_summary_length`",
+        "Raise `max_summary_length`",
         shows=lambda rollout, ids, text: len(ids),
     ),
     Alarm(
@@ -173,7 +177,7 @@ ALARMS = (
         "`thinking/finished_ratio`",
         _logged("thinking/finished_ratio"),
         1 - ALWAYS,
-        "raise the last of `budgets`, or set `think_end` if the sample ends its thinking in another way",
+        "Raise the last of `budgets`. If the sample ends its thinking with another marker, set `think_end` to it",
         low=True,
         shows=lambda rollout, ids, text: not rollout.thinking.finished,
     ),
@@ -182,30 +186,31 @@ ALARMS = (
         "`thinking/empty_ratio`",
         _logged("thinking/empty_ratio"),
         ALWAYS,
-        "see in the sample whether the chat template closes the thinking (`chat_template_kwargs`); if not, start from "
-        "a model that thinks",
+        "Check in the sample whether the chat template closes the thinking. If it does, change "
+        "`chat_template_kwargs`. If not, start from a model that thinks",
         shows=lambda rollout, ids, text: -len(rollout.thinking.token_ids),
     ),
     Alarm(
         "the verifier gives up",
-        "the share of graded answers with a timeout (`timeouts`)",
+        "the share of graded answers that timed out (`timeouts`)",
         _timeouts,
         TIMEOUTS,
-        "give `MathReward` more `workers`, and if that does not help a larger `cpu_limit`",
+        "Give `MathReward` more `workers`. If that does not help, raise its `cpu_limit`",
     ),
     Alarm(
         "vLLM and trainer disagree on log-probabilities",
-        "the difference per token (`sampling/sampling_logp_difference/mean`)",
+        "the mean difference per token (`sampling/sampling_logp_difference/mean`)",
         _logged("sampling/sampling_logp_difference/mean"),
         LOGPROB_DIFFERENCE,
-        "let vLLM compute what the trainer does: the same dtype, no quantization, `top_p=1`, `top_k=0`, no `min_p`",
+        "Make vLLM compute what the trainer does. Use the same dtype, no quantization, `top_p=1`, `top_k=0` and no "
+        "`min_p`",
     ),
     Alarm(
         "the reward is the same at all budgets",
-        "the spread of `anytime/reward@…`, as a share of the largest,",
+        "the spread of `anytime/reward@…` as a share of the largest",
         _reward_spread,
         SAME,
-        "lower the first of `budgets` if traces end before it, and else check that the reward function reads the "
+        "If traces end before the first of `budgets`, lower it. Otherwise check that the reward function reads the "
         "completion",
         low=True,
     ),
@@ -214,7 +219,7 @@ ALARMS = (
         "`entropy`",
         _logged("entropy"),
         ENTROPY_LEFT,
-        "lower `learning_rate`, or set `entropy_coef`",
+        "Lower `learning_rate`, or set `entropy_coef`",
         low=True,
         compared_with="first",
     ),
@@ -223,7 +228,7 @@ ALARMS = (
         "the median `grad_norm`",
         _grad_norm,
         GRAD_NORM_GROWTH,
-        "lower `learning_rate`",
+        "Lower `learning_rate`",
         compared_with="before",
     ),
 )
@@ -232,13 +237,13 @@ ALARMS = (
 @dataclass
 class _History:
     """
-    The values of one figure.
+    Hold the values of one figure.
 
     Args:
         last_step (`int`):
             Step of the last value.
         values (`list[tuple[int, float]]`):
-            Values that are still needed, each after the number of updates that it stands for.
+            Pairs of a number of updates and the value that stands for them. Only values still needed are kept.
         first (`float`, *optional*):
             Mean over the first window.
     """
@@ -252,17 +257,17 @@ class Alarms(TrainerCallback, ExportableState):
     """
     Watch what is logged and warn once for each alarm.
 
-    A value counts for all updates since the one before, of which it is the mean if there were several. The progress of
-    the alarms is saved in `trainer_state.json`, and a resumed run goes on from there. Only the main process watches.
-    `trainer.remove_callback(Alarms)` switches them off.
+    A logged value counts as the mean over all updates since the previous log. The progress of the alarms is saved in
+    `trainer_state.json`, and a resumed run continues from there. Only the main process watches.
+    `trainer.remove_callback(Alarms)` switches all alarms off.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Decodes the sample. Taken from the trainer when training begins if not set.
+            Decodes the sample. If not set, it is taken from the trainer when training begins.
 
     Attributes:
         rollouts (`Sequence[Rollout]`):
-            Where the sample is taken from; none is shown if there are none.
+            Rollouts that the sample is taken from. If there are none, no sample is shown.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -275,10 +280,10 @@ class Alarms(TrainerCallback, ExportableState):
         self._gone_off: list[str] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, processing_class: Any = None, **kwargs: Any) -> None:
-        """Start anew, or go on from a checkpoint's `trainer_state.json`."""
+        """Reset the alarms, or restore them from a checkpoint's `trainer_state.json`."""
         self._tokenizer = self._tokenizer or processing_class
         self._forget()
-        # A checkpoint of a run without alarms has no entry, and transformers wants one in order to save
+        # The checkpoint of a run without alarms has no entry, and transformers needs one to save the state
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
             self.progress = saved["attributes"]["progress"]
@@ -293,16 +298,16 @@ class Alarms(TrainerCallback, ExportableState):
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """
-        Take in one log.
+        Add one log, and return the warnings that follow from it.
 
         Args:
             step (`int`):
                 Optimiser steps so far.
             metrics (`Mapping[str, Any]`):
-                What is logged. What is no number, or of an evaluation, is ignored.
+                Logged metrics. Those of an evaluation and values that are not numbers are ignored.
 
         Returns:
-            `list[str]`: a warning for each alarm that goes off.
+            `list[str]`: one warning per alarm that goes off.
         """
         numbers = {
             name: float(value)
@@ -324,7 +329,11 @@ class Alarms(TrainerCallback, ExportableState):
         return warnings
 
     def _sample(self, alarm: Alarm) -> str:
-        """The summary that shows the alarm best, of the first at each budget, the last budget before the others."""
+        """
+        Describe the summary that shows the alarm best.
+
+        Only the first summary at each budget is considered. Among equals, the last budget wins.
+        """
         if not self.rollouts or self._tokenizer is None:
             return ""
         places = [(rollout, j) for rollout in self.rollouts for j in reversed(range(len(rollout.cuts)))]
@@ -343,12 +352,12 @@ class Alarms(TrainerCallback, ExportableState):
         return f" Sample: prompt {prompt!r}, {cut} tokens of thinking {thinking!r}, summary {summary!r}."
 
     def state(self) -> dict[str, Any]:
-        """What transformers writes into `trainer_state.json`."""
+        """Return what transformers writes into `trainer_state.json`."""
         return {"args": {}, "attributes": {"progress": self.progress}}
 
     @property
     def progress(self) -> dict[str, Any]:
-        """Alarms that have gone off and the values that later windows need, in plain types."""
+        """Return the alarms that have gone off and the values that later windows need, in plain types."""
         return {
             "gone_off": list(self._gone_off),
             "histories": {name: [h.last_step, list(h.values), h.first] for name, h in self._histories.items()},
@@ -361,7 +370,11 @@ class Alarms(TrainerCallback, ExportableState):
 
 
 def _finding(alarm: Alarm, history: _History) -> str | None:
-    """What is wrong, if the last window is full and bad. Values that no later window needs are forgotten."""
+    """
+    Describe what is wrong, if the last window is full and its figure has reached the threshold.
+
+    Values that no later window needs are dropped from `history`.
+    """
     last = _last_window(history.values, alarm.least_values)
     if not last:
         return None
@@ -375,23 +388,25 @@ def _finding(alarm: Alarm, history: _History) -> str | None:
         history.values = before + last
         figure, threshold = (median(value for _, value in window) for window in (last, before))
         threshold *= alarm.threshold
-        multiple = f", {alarm.threshold:g} times the {sum(count for count, _ in before)} updates before"
+        multiple = (
+            f", which is {alarm.threshold:g} times that of the {sum(count for count, _ in before)} updates before"
+        )
     else:
         history.values = last
     if alarm.compared_with == "first":
         history.first = figure if history.first is None else history.first
         threshold *= history.first
-        multiple = f", {alarm.threshold:g} times the first {WINDOW} updates"
+        multiple = f", {alarm.threshold:g} times that of the first {WINDOW} updates"
     if figure > threshold if alarm.low else figure < threshold:
         return None
     return (
-        f"{alarm.name}: {alarm.metric} was {figure:.3g} in the last {updates} updates (alarm at {threshold:.3g} or "
-        f"{'less' if alarm.low else 'more'}{multiple})"
+        f"{alarm.name}: {alarm.metric} was {figure:.3g} over the last {updates} updates. The alarm goes off at "
+        f"{threshold:.3g} or {'less' if alarm.low else 'more'}{multiple}"
     )
 
 
 def _last_window(values: list[tuple[int, float]], least_values: int) -> list[tuple[int, float]]:
-    """The last values that stand for [`WINDOW`] updates or more; none if there are not so many."""
+    """Return the last values that stand for at least [`WINDOW`] updates, or none if there are too few."""
     updates = 0
     for length, (count, _) in enumerate(reversed(values), start=1):
         updates += count

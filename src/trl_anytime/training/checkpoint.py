@@ -1,8 +1,8 @@
 """
-Checkpoints that are whole or recognised as broken, and what a resumed run needs besides TRL's own files.
+Checkpoints that are complete or recognised as broken, and the state that TRL's own files lack.
 
-A checkpoint is whole once its manifest, written last, lists every file with its size and a checksum. The manifest also
-records the settings that a resumed run must share.
+A checkpoint is whole once its manifest exists. The manifest is written last. It lists every file with its size and a
+checksum, and records the settings that a resumed run must share.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..outside.validation import MEBIBYTE, boolean, fields, integer, mapping_of,
 
 MANIFEST = "manifest.json"
 _anything = mapping_of(lambda value, name: value)
-# What a manifest says besides its files, as [`settings`] has it
+# Schema of the manifest's settings, see [`settings`]
 _CHECK_SETTINGS = fields(
     fixed=_anything,
     geometry=_anything,
@@ -36,7 +36,7 @@ _CHECK_SETTINGS = fields(
 )
 _CHECK_FILES = mapping_of(fields(bytes=integer(0, 2**63), crc32=integer(0, 2**32)))
 
-# They shape rollouts and advantages, or say which prompts come next
+# Must not change: these shape rollouts and advantages, or decide which prompts come next
 _FIXED = (
     "loss_type",
     "importance_sampling_level",
@@ -49,9 +49,9 @@ _FIXED = (
     "seed",
     "shuffle_dataset",
 )
-# How a batch is dealt out to ranks and micro-batches: may change where no rollouts are in use
+# How a batch is split over ranks and micro-batches. It may change if no rollouts are in use.
 _GEOMETRY = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "world_size")
-# They may change, at the price that the run is another one from here
+# May change, but the run then differs from here on
 _REPORTED = (
     "learning_rate",
     "lr_scheduler_type",
@@ -71,7 +71,7 @@ _REPORTED = (
     "fp16",
     "max_completion_length",
 )
-# Of a model's config: where it was loaded from, and how it is computed
+# Not compared in a model's config: where it was loaded from, and how it is computed
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
@@ -79,7 +79,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "u
 
 
 def begin(folder: Path) -> None:
-    """Mark the checkpoint in `folder` as unfinished; what an earlier attempt left there is removed."""
+    """Mark the checkpoint in `folder` as unfinished, and remove what an earlier attempt left there."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     _write(folder / MANIFEST, {"files": None})
@@ -97,7 +97,7 @@ def finish(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file at one blow, so that it is never seen half written."""
+    """Replace a file atomically, so that it is never seen half written."""
     new = path.with_suffix(".new")
     with open(new, "w") as file:
         json.dump(content, file, indent=1)
@@ -107,7 +107,11 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file: it is meant to find flipped bits, at some 3 GB/s, and not to stop a forger."""
+    """
+    Compute the CRC-32 of a file, at some 3 GB/s.
+
+    It finds flipped bits. It does not protect against forgery.
+    """
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -117,32 +121,35 @@ def _checksum(path: Path) -> int:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """
-    The manifest in `folder`, of a checkpoint that is whole, unfinished (`"files"` is then `None`) or broken.
+    Read the manifest in `folder`. The checkpoint may be whole, unfinished (`"files"` is then `None`) or broken.
 
     Raises:
-        `ValueError`: If there is none, or if it is not one of ours; the message says which.
+        `ValueError`: If there is no manifest, or if it cannot be read. The message says which.
     """
     path = folder / MANIFEST
     try:
         return read_json(path, _check_manifest, 64 * MEBIBYTE)
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}: it is not a checkpoint of `trl_anytime`, or in part.") from None
+        raise ValueError(
+            f"{folder} has no {MANIFEST}. The checkpoint is incomplete, or was not saved by `trl_anytime`. Resume "
+            "from another one."
+        ) from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
 
 
 def _check_manifest(value: Any, name: str) -> Any:
-    """Check for what [`begin`] or [`finish`] writes."""
+    """Check that the value is what [`begin`] or [`finish`] writes."""
     fields(files=or_null(_CHECK_FILES))(value, name)
     return value if value["files"] is None else fields(settings=_CHECK_SETTINGS)(value, name)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     """
-    The manifest of a whole checkpoint, whose files are all read for it.
+    Return the manifest of a whole checkpoint, after a check of all its files.
 
     Raises:
-        `ValueError`: If the checkpoint is not whole; the message says why.
+        `ValueError`: If the checkpoint is not whole. The message says why.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
@@ -153,20 +160,21 @@ def manifest(folder: Path) -> dict[str, Any]:
         path, size = folder / name, recorded["bytes"]
         found = path.stat().st_size if path.is_file() else None
         if found != size:
-            raise ValueError(f"{folder} is broken: {name} should have {size} bytes, it has {found or 'none'}.")
+            raise ValueError(f"{folder} is broken: {name} should have {size} bytes, but has {found or 'none'}.")
         try:
             changed = _checksum(path) != recorded["crc32"]
         except OSError as error:
             raise ValueError(f"{folder} is broken: {name} cannot be read: {error}.") from None
         if changed:
-            raise ValueError(f"{folder} is broken: {name} has other content than was saved.")
+            raise ValueError(f"{folder} is broken: the content of {name} has changed since it was saved.")
     return content
 
 
 def remove_unfinished(output_dir: Path) -> None:
     """
-    Delete the checkpoints in `output_dir` that a run has begun and not finished. One whose manifest cannot be read is
-    left: a look at it may be worth more than its place on the disk.
+    Delete the checkpoints in `output_dir` that a run has begun and not finished.
+
+    A checkpoint whose manifest cannot be read is kept, so that the user can look into it.
     """
     for folder in output_dir.glob("checkpoint-*"):
         try:
@@ -179,17 +187,18 @@ def remove_unfinished(output_dir: Path) -> None:
 
 def rotate(output_dir: Path, limit: int | None, kept: Collection[Path]) -> None:
     """
-    Delete the checkpoints of the lowest steps until `limit` are left. The times of files do not matter: a clock may go
-    back.
+    Delete the checkpoints of the lowest steps until `limit` are left.
+
+    The times of files are not used, because a clock may be set back.
 
     Args:
         output_dir (`Path`):
-            Where the checkpoints of a run are.
+            Folder that holds the checkpoints of a run.
         limit (`int`, *optional*):
-            How many to keep; all if it is `None` or not positive.
+            Number of checkpoints to keep. All are kept if it is `None` or not positive.
         kept (`Collection[Path]`):
-            What is never deleted: the checkpoint just saved, and the best one. The former may have a lower number
-            than others, which a run left that went on from an earlier checkpoint.
+            Checkpoints that are never deleted: the one just saved, and the best one. After a restart from an earlier
+            checkpoint, the one just saved may have a lower step than others.
     """
     if limit is None or limit <= 0:
         return
@@ -201,13 +210,13 @@ def rotate(output_dir: Path, limit: int | None, kept: Collection[Path]) -> None:
 
 def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
     """
-    The checkpoint to go on from.
+    Find the checkpoint to resume from.
 
     Returns:
-        `tuple`: the last whole checkpoint in `output_dir`, and why each later one is not.
+        `tuple`: the last whole checkpoint in `output_dir`, and the reasons why later ones are not whole.
 
     Raises:
-        `ValueError`: If there is none.
+        `ValueError`: If there is no whole checkpoint.
     """
     reasons = []
     for _, folder in reversed(_numbered(output_dir)):
@@ -221,7 +230,7 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
 
 
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
-    """The folders of checkpoints in `output_dir` by their steps, the lowest first."""
+    """Return the steps and folders of the checkpoints in `output_dir`, the lowest step first."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*")]
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
@@ -240,7 +249,7 @@ def settings(
     evaluation_due: bool,
 ) -> dict[str, Any]:
     """
-    What a resumed run is compared by.
+    Return the settings that a resumed run is compared by.
 
     Args:
         args ([`~trl.GRPOConfig`]):
@@ -248,21 +257,21 @@ def settings(
         model ([`~transformers.PreTrainedModel`]):
             The model in training, perhaps with adapters.
         frozen ([`~transformers.PreTrainedModel`], *optional*):
-            A model whose weights matter and are not in the checkpoint: under adapters, or the reference. `None` if
-            there is none, or if it is sharded or changes in training.
+            A model whose weights matter but are not in the checkpoint: the base model under adapters, or the
+            reference model. `None` if there is none, if it is sharded, or if it changes during training.
         num_prompts (`int`, *optional*):
-            Rows of the training data; a stream has none.
+            Rows of the training data. `None` for a stream.
         prompts (`str`, *optional*):
-            Fingerprint of their prompts, see [`fingerprint_of_prompts`].
+            Fingerprint of the prompts, see [`fingerprint_of_prompts`].
         rollouts_in_use (`bool`):
             Whether training is in the middle of a generation batch.
         extra_settings (`Mapping`):
-            What a trainer adds to `"fixed"`, which must not change, and to `"reported"`, which may.
+            Settings that a trainer adds to `"fixed"`, which must not change, and to `"reported"`, which may.
         evaluation_due (`bool`):
-            Whether the evaluation of this step was left out, to be done first when the run goes on.
+            Whether the evaluation of this step was skipped. A resumed run does it first.
 
     Returns:
-        `dict`: of what can be written as JSON.
+        `dict`: settings that can be written as JSON.
     """
     config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE}
     adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
@@ -295,7 +304,7 @@ def settings(
 
 
 def generate_every(args: GRPOConfig) -> int:
-    """Micro-batches that are trained on one generation batch."""
+    """Return the number of micro-batches that are trained on one generation batch."""
     assert args.steps_per_generation is not None  # filled in by TRL
     return args.steps_per_generation * args.num_iterations
 
@@ -308,8 +317,8 @@ def fingerprint_of_weights(model: PreTrainedModel) -> str:
     """
     Hash a sample of the weights that are not in a checkpoint.
 
-    Of a model with adapters these are the frozen ones; of what `modules_to_save` trains, the original. Layers with an
-    adapter are left out: merged for vLLM and separated again, they come back rounded.
+    With adapters these are the frozen weights, and the originals of what `modules_to_save` trains. Layers with an
+    adapter are left out, because merging for vLLM and separating again rounds their weights.
     """
     hashed = hashlib.sha256()
     adapted = hasattr(model, "peft_config")
@@ -322,7 +331,7 @@ def fingerprint_of_weights(model: PreTrainedModel) -> str:
 
 
 def fingerprint_of_prompts(prompts: Iterable[Any]) -> str:
-    """Hash prompts in their order, texts or conversations."""
+    """Hash prompts (texts or conversations) in their order."""
     hashed = hashlib.sha256()
     for prompt in prompts:
         hashed.update(json.dumps(prompt, default=str).encode() + b"\n")
@@ -334,15 +343,15 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: P
     Compare the settings of a checkpoint with those of the run that resumes it.
 
     Returns:
-        `list[str]`: what changed and may.
+        `list[str]`: the changes that are allowed.
 
     Raises:
-        `ValueError`: Names what changed and must not, old and new.
+        `ValueError`: If a setting changed that must not. Names it with its old and new value.
     """
     if saved["save_only_model"]:
         raise ValueError(
-            f"{folder} was saved with `save_only_model=True`: there is nothing to resume from. Pass it as `model` "
-            "to start a new run with its weights."
+            f"{folder} was saved with `save_only_model=True`, so a run cannot resume from it. Pass it as `model` to "
+            "start a new run with its weights."
         )
     fixed = _changes(saved["fixed"], now["fixed"])
     geometry = _changes(saved["geometry"], now["geometry"])
@@ -353,9 +362,9 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], folder: P
         )
     if geometry and saved["rollouts_in_use"]:
         raise ValueError(
-            f"{folder} was saved by a run with other settings: {'; '.join(geometry)}. It holds rollouts that are "
-            "dealt out in the old way. Resume with the old settings, or from a checkpoint at a multiple of "
-            f"{saved['steps_between_generations']:g} steps."
+            f"{folder} was saved by a run with other settings: {'; '.join(geometry)}. It was saved in the middle of a "
+            "generation batch, whose split over ranks and micro-batches cannot change. Resume with the old settings, "
+            f"or from a checkpoint at a multiple of {saved['steps_between_generations']:g} steps."
         )
     return geometry + _changes(saved["reported"], now["reported"])
 
@@ -372,21 +381,24 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def save_rank_state(folder: Path, rank: int, state: Mapping[str, Any]) -> None:
-    """Save what one rank needs to go on, made of tensors and plain Python objects."""
+    """Save the state that one rank needs to resume. It consists of tensors and plain Python objects."""
     torch.save(dict(state), _rank_file(folder, rank))
 
 
 def load_rank_state(folder: Path, rank: int, device: torch.device) -> dict[str, Any]:
     """
-    What [`save_rank_state`] saved.
+    Load the state that [`save_rank_state`] saved.
 
     Raises:
-        `ValueError`: If the file of this rank is not there.
+        `ValueError`: If the file of this rank is missing.
     """
     path = _rank_file(folder, rank)
     if not path.is_file():
-        raise ValueError(f"{path} is missing: was the checkpoint saved to a disk that this machine does not see?")
-    # torch cannot load onto "cpu:0", which is what the device is called on several ranks
+        raise ValueError(
+            f"{path} is missing. The checkpoint may be on a disk that this machine does not see. Save checkpoints to "
+            "a disk that all machines share."
+        )
+    # torch cannot load onto "cpu:0", which is the device's name with several ranks
     return torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
 
 
@@ -395,14 +407,14 @@ def _rank_file(folder: Path, rank: int) -> Path:
 
 
 def to_plain(value: Any) -> Any:
-    """Nested dictionaries, lists and deques as ones that can be loaded without trust in the file."""
+    """Convert nested dictionaries, lists and deques to types that can be loaded from an untrusted file."""
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, list | tuple | deque) else value
 
 
 def to_logs(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """TRL's table of completions, of which [`to_plain`] made lists."""
+    """Restore TRL's table of completions from the lists that [`to_plain`] made."""
     return {
         name: defaultdict(deque, {key: deque(column) for key, column in values.items()})
         if isinstance(values, dict)

@@ -1,4 +1,4 @@
-"""What a generation batch looked like: metrics, and rows for the table of completions."""
+"""Metrics of a generation batch, and rows for TRL's table of completions."""
 
 import math
 from collections import defaultdict, deque
@@ -14,8 +14,8 @@ from ..outside.display import for_terminal
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
 
-# TRL's metrics that look at the end of a packed row, where they only meet its last summary: [`rollout_metrics`] has
-# their meaning for rollouts
+# TRL metrics that inspect the last token of a row. In a packed row that token belongs to the last summary, so they
+# would mislead. [`rollout_metrics`] computes what they mean for a rollout.
 METRICS_OF_PLAIN_ROWS = (
     "completions/clipped_ratio",
     "completions/mean_terminated_length",
@@ -28,16 +28,16 @@ TABLE_COLUMNS = ("step", "prompt", "completion", "budget", "thinking", "thinking
 
 def reward_metrics(rewards: torch.Tensor, budgets: Sequence[int]) -> dict[str, list[float]]:
     """
-    The accuracy-versus-budget curve.
+    Compute the curve of accuracy versus budget.
 
     Args:
         rewards (`torch.Tensor`):
-            Shape (N, M, A), the rewards of N rollouts; NaN where no reward function scored the summary.
+            Shape (N, M, A), the rewards of N rollouts. NaN means that no reward function scored the summary.
         budgets (`Sequence[int]`):
             The M budgets in tokens.
 
     Returns:
-        `dict[str, list[float]]`: one value per rollout, so that averages over batches weigh rollouts alike.
+        `dict[str, list[float]]`: one value per rollout, so that averages over batches weight rollouts equally.
     """
     mean_NM = rewards.nanmean(dim=2)
     metrics = {f"anytime/reward@{budget}": mean_NM[:, j].tolist() for j, budget in enumerate(budgets)}
@@ -56,7 +56,7 @@ def rollout_metrics(
     gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, list[float]]:
     """
-    Lengths, formats and signal of the rollouts of all ranks.
+    Compute lengths, formats and signal of the rollouts of all ranks.
 
     Args:
         rollouts (`Sequence[Rollout]`):
@@ -75,8 +75,8 @@ def rollout_metrics(
             Collects a tensor from all ranks along its first dimension.
 
     Returns:
-        `dict[str, list[float]]`: one value per rollout; of the lengths of rollouts whose thinking has ended by itself
-        (thinking and all summaries together) one value, or none if there are no such rollouts.
+        `dict[str, list[float]]`: one value per rollout. `completions/*_terminated_length` has one value over the
+        rollouts whose thinking ended by itself (thinking and all summaries together), and is absent if there are none.
     """
     per_rollout = torch.tensor(
         [
@@ -134,7 +134,7 @@ def baseline_metrics(
     extra_baselines: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, list[float]]:
     """
-    The paper's diagnostics per segment: Var[R - V] / Var[R] and Corr[V, R] for each baseline.
+    Compute the paper's diagnostics per segment: Var[R - V] / Var[R] and Corr[V, R] for each baseline.
 
     Args:
         segments ([`Returns`]):
@@ -147,8 +147,8 @@ def baseline_metrics(
             Baselines that are not in `segments`, by name, each of shape (P, G, M).
 
     Returns:
-        `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends. What is not
-        defined, because a variance is zero, is left out.
+        `dict[str, list[float]]`: one value per metric, named by the budget at which the segment ends. A metric that is
+        undefined because a variance is zero is left out.
     """
     diagnostics = baseline_diagnostics(segments, nonempty_segments(cuts, budgets), extra_baselines)
     return {
@@ -164,8 +164,10 @@ def completion_rows(
     prompts: Sequence[Any], rollouts: Sequence[Rollout], budgets: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """
-    One row per rollout and budget for the table of completions: the first summary, and the thinking shortened. Control
-    characters are written out, because TRL prints the table.
+    Return one row per rollout and budget for the table of completions.
+
+    A row holds the first summary and the shortened thinking. Control characters are escaped, because TRL prints the
+    table.
     """
     rows = []
     for prompt, rollout in zip(prompts, rollouts, strict=True):
@@ -187,17 +189,17 @@ def completion_table(
     extra: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
     """
-    The columns of TRL's table of completions.
+    Return the columns of TRL's table of completions.
 
     Args:
         rows (`Sequence[Mapping[str, Any]]`):
             N·M rows of all ranks, see [`completion_rows`].
         rewards (`Mapping[str, Sequence[float]]`):
-            By reward function, the reward of each row.
+            The reward of each row, by the name of the reward function.
         thinking_advantages (`torch.Tensor`):
             Shape (N, M).
         summary_advantages (`torch.Tensor`):
-            Shape (N, M, A); the first summary stands in the table.
+            Shape (N, M, A). The table shows that of the first summary.
         extra (`Mapping[str, Sequence[Any]]`):
             Columns that reward functions have added.
     """
@@ -219,7 +221,7 @@ def completion_table(
 
 
 def _escaped(prompt: Any) -> Any:
-    """A prompt whose texts are escaped, in whatever form it is."""
+    """Return a prompt of any form with its texts escaped."""
     if isinstance(prompt, str):
         return for_terminal(prompt)
     if isinstance(prompt, list):

@@ -1,9 +1,10 @@
 """
-SIGTERM, as sent before a machine is taken away: all ranks end the optimiser step, save, and exit with code 0.
+Preemption: on SIGTERM all ranks finish the optimiser step, save a checkpoint, and exit with code 0.
 
-transformers can save on a signal, too, but from a thread on each rank alone. Here all ranks decide together. While
-checkpoints are on, the handler only sets a flag, also for the SIGTERM by which torchrun ends the siblings of a failed
-rank. A rank that waits in a collective would wait until SIGKILL: [`~.faults.FaultWatch`] ends it sooner.
+Schedulers send SIGTERM before they take a machine away. transformers can save on a signal too, but from a thread on
+each rank alone. Here all ranks decide together. While checkpoints are on, the handler only sets a flag. This also
+holds for the SIGTERM by which torchrun ends the siblings of a failed rank. A rank that waits in a collective would
+then wait until SIGKILL. [`~.faults.FaultWatch`] ends it sooner.
 """
 
 import os
@@ -23,9 +24,9 @@ logger = get_logger(__name__)
 
 class EpochEnd(TrainerCallback):
     """
-    Logs and evaluates at an epoch's end in its last step, before a checkpoint of that step is saved.
+    Log and evaluate in the last step of an epoch, before the checkpoint of that step is saved.
 
-    transformers does both after that checkpoint: a run that is resumed from it would never make up for them.
+    transformers does both after that checkpoint. A run that is resumed from the checkpoint would never do them.
     """
 
     def __init__(self) -> None:
@@ -47,21 +48,21 @@ class EpochEnd(TrainerCallback):
 
 class Preemption(TrainerCallback):
     """
-    Stops training after the optimiser step, or the evaluation, in which any rank has received SIGTERM.
+    Stop training after the optimiser step, or the evaluation, in which any rank has received SIGTERM.
 
-    A callback for the decision, which all ranks take together, and a context manager around training for the signal.
+    The context manager around training catches the signal. The callback lets all ranks decide together.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Of the trainer.
+            Accelerator of the trainer.
         enabled (`bool`):
-            Whether checkpoints are wanted. If not, SIGTERM ends the process as ever.
+            Whether checkpoints are saved. If not, SIGTERM ends the process as usual.
 
     Attributes:
         stopped (`bool`):
-            Whether training was stopped by it.
+            Whether SIGTERM has stopped training.
         evaluation_due (`bool`):
-            Whether it left an evaluation out, which the resumed run has to make up for.
+            Whether an evaluation was skipped, which the resumed run has to do first.
     """
 
     def __init__(self, accelerator: Accelerator, enabled: bool) -> None:
@@ -74,7 +75,7 @@ class Preemption(TrainerCallback):
     def __enter__(self) -> "Preemption":
         self.stopped = self.evaluation_due = self._received = False
         self._active, self._pid = self._enabled, os.getpid()
-        # Python allows handlers in the main thread alone; elsewhere another rank may still be told
+        # Python allows handlers in the main thread only. In another thread, the signal may still reach another rank.
         self._handles = self._enabled and threading.current_thread() is threading.main_thread()
         if self._handles:
             self._previous = signal.signal(signal.SIGTERM, self._receive)
@@ -88,10 +89,10 @@ class Preemption(TrainerCallback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked child, such as a worker of a data loader, ends as ever
+        if os.getpid() != self._pid:  # a forked child, such as a worker of a data loader, ends as usual
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._received = True  # more of them change nothing: launchers and schedulers both send one
+        self._received = True  # a second one changes nothing; launchers and schedulers both send one
 
     def _decide(self, control: TrainerControl) -> None:
         if not self._active:
@@ -104,9 +105,9 @@ class Preemption(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._decide(control)
         if self.stopped:
-            # It may last longer than the machine
+            # An evaluation may take longer than the machine is left to us
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
-            logger.warning(f"SIGTERM: saving at step {state.global_step} and stopping.")
+            logger.warning(f"Received SIGTERM. Saving a checkpoint at step {state.global_step}, then stopping.")
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         if self.stopped:  # in the middle of the epoch, or at its end, with a whole checkpoint either way

@@ -36,25 +36,25 @@ class _AtTrainBegin(TrainerCallback):
 
 class ReliableGRPOTrainer(GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] whose runs restart exactly and whose faults are named. It trains the same.
+    Train as [`~trl.GRPOTrainer`] does, with runs that restart exactly and faults that are named.
 
-    A run that was killed at any moment goes on from its last whole checkpoint and ends with the weights of a run that
-    was not, bit by bit (docs/reliability.md). [`BRPOTrainer`] inherits it. With plain GRPO, use it as you would use
+    A run that was killed at any moment resumes from its last whole checkpoint. It ends with exactly the weights of an
+    uninterrupted run (docs/reliability.md). [`BRPOTrainer`] inherits this. With plain GRPO, use it as you would use
     [`~trl.GRPOTrainer`].
 
-    What changes in [`~trl.GRPOTrainer`]; the rest is inherited:
+    These methods of [`~trl.GRPOTrainer`] change. The rest is inherited.
 
-    - `train`: resumes from whole checkpoints with settings that fit; a fault on one rank ends all; SIGTERM saves.
+    - `train`: resumes from whole checkpoints with matching settings. A fault on one rank ends all. SIGTERM saves.
     - `_save_checkpoint`: checkpoints are whole or recognised as broken.
     - `_load_from_checkpoint`: adapters keep the precision that they train in.
     - `_load_rng_state`: an evaluation that was due at the step of the checkpoint comes first.
-    - `_run_epoch`: a run that had finished trains no step more.
-    - `_get_train_sampler`: a resumed run sees the prompts in the order in which it would have seen them.
-    - `_calculate_rewards`: what reward functions return is checked on all ranks.
+    - `_run_epoch`: a run that had finished does not train another step.
+    - `_get_train_sampler`: a resumed run sees the prompts in the original order.
+    - `_calculate_rewards`: the results of reward functions are checked on all ranks.
     - `_generate`, `_generate_and_score_completions`, `prediction_step`: every rollout counts once in an evaluation,
-      however many ranks there are.
-    - `_get_per_token_logps_and_entropies`, `_compute_loss`, `_get_grad_norm`: refuse what is not finite.
-    - `training_step`: measures the time of the update, and says what helps when memory runs out.
+      whatever the number of ranks.
+    - `_get_per_token_logps_and_entropies`, `_compute_loss`, `_get_grad_norm`: refuse values that are not finite.
+    - `training_step`: measures the time of the update, and advises what to change if memory runs out.
 
     Example:
 
@@ -74,8 +74,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
         model, reward_funcs, args, train_dataset:
             See [`~trl.GRPOTrainer`].
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
-            What happens when a loss, log-probability or gradient is not finite: `"raise"` ends the run and names the
-            prompts, `"skip"` leaves the optimiser step out.
+            Reaction to a loss, log-probability or gradient that is not finite. `"raise"` ends the run and names the
+            prompts. `"skip"` skips the optimiser step.
         **kwargs:
             The other arguments of [`~trl.GRPOTrainer`], by keyword.
 
@@ -121,14 +121,22 @@ class ReliableGRPOTrainer(GRPOTrainer):
     # What a subclass adds
 
     def _resume_settings(self) -> dict[str, dict[str, Any]]:
-        """Settings that a resumed run is compared by besides GRPO's: `"fixed"` must not change, `"reported"` may."""
+        """
+        Return further settings that a resumed run is compared by.
+
+        Those under `"fixed"` must not change. Those under `"reported"` may.
+        """
         return {"fixed": {}, "reported": {}}
 
     def _add_to_checkpoint(self, folder: Path) -> None:
-        """Write further files into a checkpoint, before it is marked as whole. Called on all ranks."""
+        """Write further files into a checkpoint before it is marked as whole. This is called on all ranks."""
 
     def _at_train_begin(self) -> None:
-        """Restore what transformers does not, once model, optimizer and state are ready. Called on all ranks."""
+        """
+        Restore what transformers does not restore. This is called on all ranks.
+
+        At this point model, optimizer and state are ready.
+        """
         if self._checkpoint is None:
             self.state.log_history[:0] = self._evaluated
             return
@@ -168,7 +176,11 @@ class ReliableGRPOTrainer(GRPOTrainer):
         return output
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The checkpoint to resume from, whole and with settings that fit. The main process looks for all."""
+        """
+        Find the whole checkpoint with matching settings to resume from.
+
+        The main process looks for it on behalf of all ranks.
+        """
         self._resumed = {}
         if not resume_from_checkpoint:
             return None
@@ -184,7 +196,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
                 saved = checkpoint.manifest(folder)["settings"]
                 changed = checkpoint.compare_settings(saved, self._settings(), folder)
                 if changed:
-                    warnings.append(f"Not as in the run that saved {folder}: {'; '.join(changed)}.")
+                    warnings.append(f"Settings differ from the run that saved {folder}: {'; '.join(changed)}.")
             except ValueError as error:
                 reason = str(error)
         folder, saved, warnings, reason = broadcast_object_list([folder, saved, warnings, reason])
@@ -251,7 +263,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
             checkpoint.rotate(run_dir, save_total_limit, {folder} if best is None else {folder, Path(best)})
 
     def _rank_state(self) -> dict[str, Any]:
-        """What TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
+        """Return what TRL and transformers do not save: rollouts in use, and sums that are not logged yet."""
         return {
             # Between generation batches the count may start anew, and must if the next ones are dealt out otherwise
             "step": self._step if self._rollouts_in_use else 0,
@@ -280,11 +292,15 @@ class ReliableGRPOTrainer(GRPOTrainer):
         return sampler
 
     def _load_rng_state(self, checkpoint):
-        """Once in a resumed run, when all is as it was after the step of the checkpoint."""
+        """
+        Do an evaluation that was due when the checkpoint was saved.
+
+        transformers calls this once in a resumed run, when all is as it was after the step of the checkpoint.
+        """
         super()._load_rng_state(checkpoint)
         if self._resumed["evaluation_due"]:
             logger.warning(
-                f"Evaluating at step {self.state.global_step}: {checkpoint} was saved before that was done."
+                f"Evaluating at step {self.state.global_step}, because {checkpoint} was saved before this evaluation."
             )
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics, None)
@@ -333,7 +349,11 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     @property
     def _num_real(self) -> int:
-        """Rollouts of all ranks, without those that fill up the last batch of an evaluation; these come last."""
+        """
+        Return the number of rollouts of all ranks, without those that fill up the last batch of an evaluation.
+
+        The rollouts that fill up the batch come last.
+        """
         on_all_ranks = self._num_of_all_ranks
         state = self.accelerator.gradient_state
         if self.model.training or not state.end_of_dataloader:
@@ -346,7 +366,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         )
 
     def _count_lengths_anew(self, completion_ids: list[list[int]], masks: list[list[int]] | None) -> None:
-        """Replace the lengths that TRL has logged by those without the rollouts that fill up an evaluation's batch."""
+        """Replace the lengths that TRL has logged by those without the rollouts that fill up the batch."""
         device, real = self.accelerator.device, slice(self._num_real)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         counted = [len(ids) for ids in completion_ids] if masks is None else [sum(mask) for mask in masks]
@@ -361,7 +381,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         metrics["completions/clipped_ratio"][-1] = truncated.float().mean().item()
 
     def _drop_padding_rollouts(self, output: dict[str, Any]) -> None:
-        """Take the rollouts that fill up an evaluation's last batch out of its loss."""
+        """Remove the rollouts that fill up the last batch of an evaluation from its loss."""
         mask = output.setdefault("tool_mask", torch.ones_like(output["completion_mask"]))
         first = self.accelerator.process_index * self._num_rollouts
         mask[max(0, self._num_real - first) :] = 0
@@ -394,19 +414,19 @@ class ReliableGRPOTrainer(GRPOTrainer):
         if self._on_nonfinite == "raise" and not torch.isfinite(loss):
             raise FloatingPointError(
                 f"Step {self.state.global_step}: the loss of a micro-batch of {len(inputs['prompt_ids'])} rollouts is "
-                f"{loss.item()}, with finite log-probabilities. `on_nonfinite='skip'` leaves such steps out."
+                f"{loss.item()}, with finite log-probabilities. Set `on_nonfinite='skip'` to skip such steps."
             )
         return loss
 
     def _check_logprobs(self, logprobs: torch.Tensor, prompt_ids: torch.Tensor) -> None:
-        """Both have one row per rollout."""
+        """Refuse log-probabilities that are not finite. Both arguments have one row per rollout."""
         if self._on_nonfinite == "skip" or torch.isfinite(logprobs).all():
             return
         rows = (~torch.isfinite(logprobs)).any(dim=1)
         texts = [self._prompt_text(ids) for ids in prompt_ids[rows]]
         raise FloatingPointError(
-            f"Step {self.state.global_step}: log-probabilities not finite for {len(texts)} of {len(rows)} rollouts, "
-            f"with the prompts {list(dict.fromkeys(texts))}. `on_nonfinite='skip'` leaves such steps out."
+            f"Step {self.state.global_step}: log-probabilities are not finite for {len(texts)} of {len(rows)} "
+            f"rollouts, with the prompts {list(dict.fromkeys(texts))}. Set `on_nonfinite='skip'` to skip such steps."
         )
 
     def _prompt_text(self, ids: torch.Tensor) -> str:
@@ -426,7 +446,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         elif not finite:
             raise FloatingPointError(
                 f"Step {self.state.global_step}: the norm of the gradient is {float(grad_norm)}, while loss and "
-                "log-probabilities were finite. `on_nonfinite='skip'` leaves such steps out."
+                "log-probabilities were finite. Set `on_nonfinite='skip'` to skip such steps."
             )
         return grad_norm
 

@@ -1,4 +1,4 @@
-"""What reward functions return, checked: a mistake on one rank becomes the same clear error on all ranks."""
+"""Check what reward functions return, so that a mistake on one rank becomes the same clear error on all ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from ..rewards.returned import FAILURES, checked_rewards, failure_text
 
 class RewardGuard:
     """
-    Guards one call of all reward functions.
+    Guard one call of all reward functions.
 
-    A guarded function never raises, so that every rank reaches TRL's gathering of the rewards; [`raise_on_all_ranks`]
-    reports afterwards.
+    A guarded function never raises, so every rank reaches the point where TRL gathers the rewards.
+    [`raise_on_all_ranks`] reports failures afterwards.
 
     Args:
         step (`int`):
@@ -29,7 +29,7 @@ class RewardGuard:
         self._exception: BaseException | None = None
 
     def guard(self, reward_func: Any, name: str) -> Any:
-        """`reward_func` with its result checked; reward models are returned as they are."""
+        """Return `reward_func` with a check of its result. Reward models are returned unchanged."""
         if isinstance(reward_func, nn.Module):
             return reward_func
         if is_async_callable(reward_func):
@@ -57,10 +57,10 @@ class RewardGuard:
 
     def raise_on_all_ranks(self) -> None:
         """
-        Collective: if a guarded function failed on any rank, raise on every rank.
+        Raise on every rank if a guarded function failed on any rank. This is a collective call.
 
         Raises:
-            `ValueError`: Names the function, and the row where there is one.
+            `ValueError`: If a function failed. Names the function, and the row if there is one.
         """
         errors = gather_object(self._errors)
         if errors:
@@ -70,7 +70,9 @@ class RewardGuard:
         self, reward_funcs: Sequence[Any], names: Sequence[str], rewards: torch.Tensor, prompts: Sequence[Any]
     ) -> None:
         """
-        Collective: check what reward models returned, which have no way to leave a completion out.
+        Check what reward models returned. This is a collective call.
+
+        Unlike a reward function, a reward model cannot leave a completion unscored.
 
         Args:
             reward_funcs (`Sequence`):
@@ -83,13 +85,14 @@ class RewardGuard:
                 N prompts of this rank.
 
         Raises:
-            `FloatingPointError`: On all ranks. Names model and prompt.
+            `FloatingPointError`: On all ranks, if a reward is not finite. Names the model and the prompt.
         """
         for func, name, column in zip(reward_funcs, names, rewards.unbind(dim=1), strict=True):
             rows = (~torch.isfinite(column)).nonzero().flatten().tolist()
             if isinstance(func, nn.Module) and rows:
                 prompt = gather_object(list(prompts))[rows[0]]
                 raise FloatingPointError(
-                    f"Step {self._step}: reward model `{name}` returned {column[rows[0]].item()} for "
-                    f"{len(rows)} of {len(column)} completions, first for the prompt {str(prompt)[:200]!r}."
+                    f"Step {self._step}: reward model `{name}` returned a value that is not finite for {len(rows)} of "
+                    f"{len(column)} completions. The first is {column[rows[0]].item()}, for the prompt "
+                    f"{str(prompt)[:200]!r}."
                 )
