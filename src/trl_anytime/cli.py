@@ -664,7 +664,9 @@ def _source_of_curves(path: Path) -> Path:
     for file in (path / "results.json", path / "trainer_state.json", *reversed(checkpoints)):
         if file.is_file():
             return file
-    raise ValueError(f"{path} holds neither results of `trl-anytime eval` nor checkpoints. Give a folder that does.")
+    raise ValueError(
+        f"{path} holds no file results.json or trainer_state.json, and no checkpoint. Give another folder."
+    )
 
 
 if __name__ == "__main__":

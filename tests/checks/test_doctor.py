@@ -6,7 +6,6 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import pages
 import pytest
 import torch
 import yaml
@@ -17,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
-from tests.support import ROOT
+from tests.support import ROOT, pages
 from tests.support.tiny import Gradients, make_config, make_model, make_tokenizer, tiny_trainer
 from trl_anytime import BRPOConfig, cli
 from trl_anytime.checks import doctor

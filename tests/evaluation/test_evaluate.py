@@ -432,7 +432,7 @@ def test_probe(folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def enforce(body):
-        return [*[11] * body["thinking_token_budget"], 9, 5, 8, 13, 2]
+        return [*[11] * body["vllm_xargs"]["thinking_budget"], 9, 5, 8, 13, 2]
 
     for chat, code in ((enforce, 0), (lambda body: [*[11] * 99, 5, 13, 2], FAILED)):
         with serving(TinyServer(chat=chat, tokenizer=tokenizer)) as server:

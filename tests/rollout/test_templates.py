@@ -261,7 +261,7 @@ def test_doctor_warns_of_an_end_that_the_model_may_not_know(tmp_path, bare):
     markers = find_markers(bare, rendered, generation_prompt, think_end="</think>")
     found = template_findings(bare, rendered, generation_prompt, args, markers)
     assert [finding.level for finding in found] == [OK, WARNING]
-    assert "tokenizer as a token" in found[1].fix
+    assert "`chat_template_path`" in found[1].fix
 
 
 def test_doctor_warns_of_a_switch_that_is_not_set(tmp_path):

@@ -173,8 +173,10 @@ def test_sampling_parameters_are_those_of_trl(trainer, vllm, monkeypatch):
         PrefixGeneration(TRLSampler(trainer)).roll_out(PROMPTS[:1], settings)
         ColocateGeneration(vllm, overlap=False).roll_out(PROMPTS[:1], settings)
     assert len(asked) == 6
+    assert [params.extra_args for params in asked[3:]] == [{"thinking_budget": -1}] * 3  # no budget of the processor
     for params in asked:
         params.output_kind = None  # how tokens are handed out
+        params.extra_args = None
     assert [str(params) for params in asked[:3]] == [str(params) for params in asked[3:]]
 
 
