@@ -224,7 +224,7 @@ def test_rollout_hook():
 def test_the_docstring_names_every_override(trainer):
     overridden = {name for name, member in vars(trainer).items() if inspect.isfunction(member)}
     overridden &= {name for parent in trainer.__mro__[1:] for name in vars(parent)}
-    documented = trainer.__doc__.split("What changes")[1].split("Example:")[0].split("Args:")[0]
+    documented = trainer.__doc__.split("Example:")[0].split("Args:")[0]
     assert {name for name in overridden if f"`{name}`" not in documented} <= {"__init__"}
     named = set(re.findall(r"`(_?[a-z]\w+)`", documented))
     assert {name for name in named if hasattr(GRPOTrainer, name)} <= overridden
