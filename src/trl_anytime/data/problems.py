@@ -4,10 +4,10 @@ import glob
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..outside.display import did_you_mean
 from ..outside.validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
 from ..rewards.base import ANSWER_COLUMNS
 from ..rewards.verifier.gold_answers import column_values, has_column
@@ -205,12 +205,6 @@ def _unknown(source: str) -> str:
         f"{', '.join(BENCHMARKS)}; others are given by their Hub id (owner/name) or as a file that ends in .json, "
         ".jsonl, .parquet or .csv."
     )
-
-
-def did_you_mean(name: str, known: Sequence[str], most: int = 3) -> str:
-    """Return a sentence that asks for the nearest names, or `""`."""
-    near = get_close_matches(name, known, n=most, cutoff=0.5)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _load_file(path: Path) -> "Dataset":

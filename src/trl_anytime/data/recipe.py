@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from ..brpo_config import BRPOConfig
+from ..outside.display import did_you_mean
 from ..outside.validation import MEBIBYTE, Unfit, read_text, read_yaml
 from ..rewards import MathReward
-from ..rewards.verifier.gold_answers import column_values
-from .problems import ProblemRows, did_you_mean, find_benchmark, is_file, problem_text, read_rows
+from ..rewards.verifier.gold_answers import check_on_bad_gold, column_values
+from .problems import ProblemRows, find_benchmark, is_file, problem_text, read_rows
 
 
 @dataclass
@@ -75,8 +76,7 @@ class DataArguments(ScriptArguments):
     def __post_init__(self) -> None:
         if self.dataset_name is None:
             raise ValueError("`dataset_name` is missing. Set it to a file, or to a data set of the Hub.")
-        if self.on_bad_gold not in ("raise", "skip"):
-            raise ValueError(f"`on_bad_gold` must be 'raise' or 'skip', got {self.on_bad_gold!r}.")
+        check_on_bad_gold(self.on_bad_gold, "`on_bad_gold`")
         if self.dataset_streaming:
             raise ValueError(
                 "`dataset_streaming` is not supported, because all gold answers are read before training. Remove it."

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.problems import as_setting, problem_text, read_rows, set_name
-from ..rewards.verifier.gold_answers import bad_gold_message, gold_alternatives
+from ..rewards.verifier.gold_answers import bad_gold_message, check_on_bad_gold, gold_alternatives
 
 logger = logging.get_logger(__name__)
 
@@ -74,8 +74,7 @@ def load_problems(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"{spell('limit')} must be at least 1, got {limit}.")
-    if on_bad_gold not in ("raise", "skip"):
-        raise ValueError(f"{spell('on_bad_gold')} must be 'raise' or 'skip', got {on_bad_gold!r}.")
+    check_on_bad_gold(on_bad_gold, spell("on_bad_gold"))
     name, _, where = source.rpartition("=")
     where = where.strip()
     found = read_rows(where, None, split, problem_column, answer_column, spell)

@@ -3,10 +3,12 @@
 import argparse
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .display import did_you_mean
+
+_NEAREST: Any = {"most": 1, "cutoff": 0.6}
 _CHOICES = re.compile(r"invalid choice: '(.*?)' \(choose from (.*?)\)")
 
 
@@ -22,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            hint = _did_you_mean(options[0], self._option_string_actions) if options else ""
+            hint = did_you_mean(options[0], self._option_string_actions, **_NEAREST) if options else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}.{hint}")
         return known, unknown
 
@@ -31,14 +33,9 @@ class CommandParser(argparse.ArgumentParser):
         message = message.rstrip(".")
         if found := _CHOICES.search(message):
             choices = re.split(r", ", found[2].replace("'", ""))
-            message += f".{_did_you_mean(found[1], choices)}".rstrip(".")
+            message += f".{did_you_mean(found[1], choices, **_NEAREST)}".rstrip(".")
         ending = "" if message.endswith(("?", "!")) else "."
         self.exit(2, f"{self.prog}: {message}{ending} `{self.prog} --help` lists what there is.\n")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, list(known), n=1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 class PrintCompletion(argparse.Action):

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 # Cc: control characters, which begin a terminal's commands. Cf: characters without a shape, which change the order of
@@ -93,3 +95,21 @@ def for_markdown(text: str) -> str:
     return "<br>".join(
         _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", for_terminal(line, one_line=True)) for line in lines
     )
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5) -> str:
+    """
+    Return a sentence that asks for the nearest names, with a space before it, or `""`.
+
+    Args:
+        name (`str`):
+            The name that is not known.
+        known (`Iterable[str]`):
+            The names that are.
+        most (`int`, *optional*, defaults to `3`):
+            How many of them are named at most.
+        cutoff (`float`, *optional*, defaults to `0.5`):
+            How like they must be, from 0 to 1.
+    """
+    near = get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

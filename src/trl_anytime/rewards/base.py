@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .verifier.extraction import answer_part, last_boxed
-from .verifier.gold_answers import bad_gold_message, check_gold_answers, column_values, find_column, gold_alternatives
+from .verifier.gold_answers import (
+    bad_gold_message,
+    check_gold_answers,
+    check_on_bad_gold,
+    column_values,
+    find_column,
+    gold_alternatives,
+)
 
 ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")
 """Where gold answers usually are; the last is verl's."""
@@ -49,8 +56,7 @@ class AnswerReward:
     COUNTERS: ClassVar[tuple[str, ...]] = ("graded", "no_box", "too_long", "bad_format", "skipped_gold_answers")
 
     def __post_init__(self) -> None:
-        if self.on_bad_gold not in ("raise", "skip"):
-            raise ValueError(f"on_bad_gold must be 'raise' or 'skip', not {self.on_bad_gold!r}.")
+        check_on_bad_gold(self.on_bad_gold)
         if isinstance(self.answer_columns, str) or not self.answer_columns:
             raise ValueError(f"answer_columns must be a tuple of column names, not {self.answer_columns!r}.")
         if self.max_answer_length < 1:

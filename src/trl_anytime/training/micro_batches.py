@@ -23,10 +23,10 @@ _PER_TOKEN = (
     "importance_sampling_ratio",
 )
 _NUM_TRAINED = "num_trained_tokens"  # of each rollout, before anything was left out
-# Losses that are linear in the advantages of their tokens, token by token
-_LINEAR_LOSSES = ("bnpo", "cispo", "dapo", "dr_grpo", "grpo", "sapo")
 # Losses that weigh the rollouts of an optimiser step alike, however they are dealt out to its micro-batches
 _EXACT_LOSSES = ("cispo", "dapo", "dr_grpo", "grpo", "sapo")
+# Losses that are linear in the advantages of their tokens, token by token
+_LINEAR_LOSSES = (*_EXACT_LOSSES, "bnpo")
 
 
 def _looks_at_all_tokens(args: Any, aux_loss_enabled: bool) -> bool:

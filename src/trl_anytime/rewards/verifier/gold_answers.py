@@ -149,6 +149,23 @@ def count_words(text: str) -> int:
 _SKIP = "set `on_bad_gold` to 'skip'"
 
 
+def check_on_bad_gold(value: str, name: str = "on_bad_gold") -> None:
+    """
+    Refuse a value of the setting that says what becomes of bad gold answers.
+
+    Args:
+        value (`str`):
+            The setting.
+        name (`str`, *optional*, defaults to `"on_bad_gold"`):
+            What the caller calls it.
+
+    Raises:
+        `ValueError`: If it is neither `"raise"` nor `"skip"`.
+    """
+    if value not in ("raise", "skip"):
+        raise ValueError(f"{name} must be 'raise' or 'skip', not {value!r}.")
+
+
 def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
     """Say why the value in a row and column is not a gold answer, and what to do; `skip` tells how to leave it out."""
     try:
