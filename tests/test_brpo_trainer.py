@@ -628,6 +628,7 @@ def test_groups_of_prompts_of_any_kind(tmp_path, train_dataset, known):
     [
         {},
         {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "beta": 0.1},
+        # At 0.5 the threshold is the entropy of twelve first tokens, which rounding tells apart
         {"loss_type": "dapo", "top_entropy_quantile": 0.7, "pad_to_multiple_of": 8},
         {"loss_type": "grpo", "entropy_coef": 0.01},
     ],

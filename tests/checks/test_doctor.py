@@ -11,13 +11,13 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import ModelConfig
 
 from tests.support import ROOT, pages
-from tests.support.tiny import Gradients, make_config, make_model, make_tokenizer, tiny_trainer
+from tests.support.tiny import Gradients, byte_tokenizer, make_config, make_model, make_tokenizer, tiny_trainer
 from trl_anytime import BRPOConfig, cli
 from trl_anytime.checks import doctor
 from trl_anytime.checks.batch_sizes import BatchArithmetic
@@ -67,17 +67,11 @@ RECIPE = {
 }
 
 
-def make_bpe() -> ByteLevelBPETokenizer:
-    bpe = ByteLevelBPETokenizer()
-    texts = [problem["problem"] for problem in PROBLEMS] * 2
-    bpe.train_from_iterator(texts, vocab_size=400, special_tokens=["<|end|>", "<think>", "</think>"])
-    return bpe
+TEXTS = [problem["problem"] for problem in PROBLEMS] * 2
 
 
 def save_model(path: Path, chat_template: str = OPENED, model_type: str = "qwen3", **settings) -> str:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=make_bpe()._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=chat_template
-    )
+    tokenizer = byte_tokenizer(TEXTS, 400, chat_template)
     tokenizer.save_pretrained(path)
     make_model(model_type, len(tokenizer), **{"max_position_embeddings": 512, **settings}).save_pretrained(path)
     return str(path)
@@ -259,7 +253,8 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
         ({"problem_column": "question"}, "data", ERROR, "column 'question'", "`problem_column`"),
         ({"max_prompt_length": 10}, "data", ERROR, "Nothing is left", "raise `max_prompt_length`"),
         ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "There is no file nowhere.jsonl", "`dataset_name`"),
-        ({"remove_unused_columns": True}, "gold answers", ERROR, "the column 'answer'", "Remove the setting"),
+        ({"remove_unused_columns": True}, "gold answers", ERROR, "takes the column 'answer' away",
+         "Remove the setting"),
         ({"truncation_bridge": "no end"}, "template", ERROR, "exactly once", "the setting that is named"),
         ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING,
          "every trace goes on to the last budget", "`vllm_mode: colocate`"),
@@ -275,14 +270,11 @@ def test_faults_of_model_and_data(folder, changes, check, level, found, change):
 
 def test_a_chat_model_that_was_not_taught_to_think(folder):
     """Its marker is several tokens, which no prompt opens: nothing would end. A template of one's own opens it."""
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([], vocab_size=300, special_tokens=["<|im_start|>", "<|im_end|>"])
     chat = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
+    tokenizer = byte_tokenizer(
         chat_template=chat + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        end="<|im_end|>",
     )
     tokenizer.save_pretrained(folder / "chat")
     make_model("qwen3", len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "chat")
@@ -380,14 +372,9 @@ def test_a_template_that_closes_the_thinking_of_some_rows(folder, tmp_path):
 
 
 def test_an_end_of_thinking_that_is_no_token(folder, tmp_path):
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a"], vocab_size=258, special_tokens=["<|end|>"])
     for template, levels in ((OPENED, [OK]), (OPENED.replace("<think>\n", "{# </think> #}"), [OK, WARNING])):
         name = save_model(tmp_path, template)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template
-        )
-        tokenizer.save_pretrained(tmp_path)
+        byte_tokenizer(["a"], 258, template, ["<|end|>"]).save_pretrained(tmp_path)
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"model_name_or_path": name}
         (folder / "changed.yaml").write_text(yaml.safe_dump(recipe))
         findings = check_recipe(folder / "changed.yaml", {}, Launch(1)).findings
@@ -429,7 +416,7 @@ def test_memory_of_a_mixture_of_experts(tmp_path):
 
 
 def test_splices_whose_text_says_something_else():
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_bpe()._tokenizer, eos_token="<|end|>")
+    tokenizer = byte_tokenizer(TEXTS, 400)
     markers = find_markers(tokenizer, "How", think_end="much", truncation_bridge=" How much", answer_bridge=" is")
     (melted,) = splice_findings(tokenizer, "How", "is 1 + 1", markers, [0], True)
     assert melted.level == OK and "otherwise in the bridge" in melted.message

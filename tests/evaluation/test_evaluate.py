@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import DATA
 from tests.support.servers import TinyServer, serving
-from tests.support.tiny import make_model, make_tokenizer
+from tests.support.tiny import byte_tokenizer, make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
 from trl_anytime.evaluation.evaluate import Evaluation, accuracies, limited_answers, load_results, results_of
@@ -178,13 +177,8 @@ def test_the_preset_of_the_paper(folder):
 
 def test_problems_with_formulas(tmp_path):
     """Through a byte-level tokenizer, with the bridges of the paper; two sets."""
-    bpe = ByteLevelBPETokenizer()
-    special_tokens = ["<|end|>", "<think>", "</think>"]
-    bpe.train_from_iterator([], vocab_size=300, special_tokens=special_tokens)
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=template
-    )
+    tokenizer = byte_tokenizer(chat_template=template)
     tokenizer.save_pretrained(tmp_path)
     make_model(vocab_size=len(tokenizer), max_position_embeddings=4096).save_pretrained(tmp_path)
     path = DATA / "problems.jsonl"

@@ -12,12 +12,11 @@ import toy_task
 import yaml
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
 import trl_anytime
 from tests.support import DATA, ROOT
-from tests.support.tiny import make_tokenizer
+from tests.support.tiny import byte_tokenizer, make_tokenizer
 from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
 from trl_anytime.rewards import MathReward
 from trl_anytime.train import train
@@ -214,15 +213,12 @@ def tiny_distilled(tmp_path_factory) -> str:
 
 def make_tiny_model(path: str, config_class: type) -> str:
     """A random model with a byte-level tokenizer trained on the problems and a template that opens the thinking."""
-    bpe = ByteLevelBPETokenizer()
     texts = [json.loads(line)["problem"] for line in PROBLEMS.read_text().splitlines()]
     texts = [f"{text} {DataArguments.instruction}" for text in texts] * 2
-    bpe.train_from_iterator(texts, vocab_size=600, special_tokens=["<|end|>", "<think>", "</think>"])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
-        eos_token="<|end|>",
-        pad_token="<|end|>",
-        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer = byte_tokenizer(
+        texts,
+        600,
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: <think>\n{% endif %}",
     )
     tokenizer.save_pretrained(path)

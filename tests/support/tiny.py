@@ -2,7 +2,7 @@
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig
 
@@ -14,6 +14,17 @@ OPENED = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant <think>{% endif %}"
 )
+
+
+def byte_tokenizer(
+    texts=(), vocab_size=300, chat_template=None, special_tokens=("<|end|>", "<think>", "</think>"), end="<|end|>"
+) -> PreTrainedTokenizerFast:
+    """Byte-level, as those of most language models, trained on some texts."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=list(special_tokens))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end, chat_template=chat_template
+    )
 
 
 def make_tokenizer(chat_template: str = OPENED, extra_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:

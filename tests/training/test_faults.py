@@ -1,7 +1,6 @@
 """What goes wrong on one of two ranks ends both, soon, with what went wrong on display."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -103,10 +102,10 @@ def test_full_disk(ranks, tmp_path, world_size):
 
 
 def test_log_probabilities_that_are_nan(ranks, tmp_path):
-    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no")
+    # Rollouts without any advantage would not be computed
+    ended = ranks.run("weights_become_nan", tmp_path, step=1, save_strategy="no", prune=False)
     assert ended[0].code == 1
-    # Rollouts without any advantage are not computed
-    assert re.search(r"FloatingPointError: Step 1: log-probabilities .*[1-4] of 4 rollouts", ended[0].output)
+    assert "FloatingPointError: Step 1: log-probabilities" in ended[0].output and "4 of 4 rollouts" in ended[0].output
     assert "['<|im_start|> user" in ended[0].output
 
 
