@@ -1,5 +1,5 @@
 """
-A baseline for the thinking's advantage that is learned: what earlier generation batches say about the return.
+A learned baseline for the thinking's advantage. It predicts returns from earlier generation batches.
 
 Dimensions: P prompts, G traces per prompt (the group), M budgets, A summaries per trace and budget, F features.
 """
@@ -13,26 +13,27 @@ from .advantages import Returns
 # A generation batch counts half after ten: the policy moves on, and a few thousand rollouts determine few coefficients
 _FORGETTING = 0.5**0.1
 _ROWS_PER_COEFFICIENT = 20
-# Of the features' mean square: decides between coefficients that the data do not tell apart, and nothing else
+# Ridge, as a share of the features' mean square. It only decides between coefficients that the data do not tell apart.
 _RIDGE = 1e-6
 
 
 class AdaptiveBaseline:
     """
-    Least-squares prediction of the return R_j of a segment from what is known before it, fitted on earlier batches.
+    Least-squares prediction of a segment's return R_j from what is known before the segment, fitted on earlier
+    batches.
 
     The features of segment j are r̄_1 … r̄_{j-1} of the own trace, the mean of R_j over the *other* traces of the
-    group, and 1. None of them depends on the tokens of the segment, and neither do the coefficients, so that the
-    gradient stays unbiased. V1, V2 and V without the own sample are special cases of such a prediction.
+    group, and 1. Neither the features nor the coefficients depend on the tokens of the segment, so the gradient stays
+    unbiased. V1, V2 and V without the own sample are special cases of such a prediction.
 
-    Batches that lie further back count less. Until a segment has seen 20 traces per coefficient, it uses the
-    paper's mix V, and so do rows whose features are not all known (NaN).
+    Older batches count less. A segment uses the paper's mix V until it has seen 20 traces per coefficient. So do rows
+    whose features are not all known (NaN).
 
-    On several ranks all see the same gathered rewards and fit in float64 on the CPU: the coefficients are the same.
+    All ranks see the same gathered rewards and fit in float64 on the CPU. So they get the same coefficients.
 
     Args:
         num_budgets (`int`):
-            M.
+            Number of budgets M.
     """
 
     def __init__(self, num_budgets: int):
@@ -43,13 +44,13 @@ class AdaptiveBaseline:
 
     def predict(self, rewards: torch.Tensor, segments: Returns) -> torch.Tensor:
         """
-        The baseline of a batch, by what earlier batches have taught.
+        Return the baseline of a batch, predicted from earlier batches.
 
         Args:
             rewards (`torch.Tensor`):
-                Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+                Shape (P, G, M, A), the reward of each summary. NaN where no reward function scored it.
             segments ([`Returns`]):
-                Returns of the same batch, and V for where there is no prediction.
+                Returns of the same batch, and V for the places without a prediction.
 
         Returns:
             `torch.Tensor`: shape (P, G, M).
@@ -60,15 +61,15 @@ class AdaptiveBaseline:
 
     def update(self, rewards: torch.Tensor, segments: Returns, live: torch.Tensor) -> None:
         """
-        Learn from a batch, for the batches to come.
+        Learn from a batch, for later batches.
 
         Args:
             rewards (`torch.Tensor`):
-                Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+                Shape (P, G, M, A), the reward of each summary. NaN where no reward function scored it.
             segments ([`Returns`]):
                 Returns of the same batch.
             live (`torch.Tensor`):
-                Bool of shape (P, G, M), True where the segment has tokens. Others are not learned from.
+                Bool of shape (P, G, M), True where the segment has tokens. Nothing is learned from the others.
         """
         x_PGMF = _features(rewards, segments)
         R_PGM = segments.returns.detach().to("cpu", torch.float64)
@@ -81,8 +82,10 @@ class AdaptiveBaseline:
 
     def coefficients(self) -> torch.Tensor:
         """
-        Shape (M, F): for each segment the weights of r̄_1 … r̄_{M-1} (0 from r̄_j on), of the others' mean, and of 1. NaN
-        where there is not enough data yet.
+        Return the coefficients of each segment, shape (M, F).
+
+        A row holds the weights of r̄_1 … r̄_{M-1} (0 from r̄_j on), of the others' mean, and of 1. It is NaN as long
+        as there is not enough data.
         """
         num_budgets, num_features = self.moment.shape
         weights = torch.full_like(self.moment, torch.nan)
@@ -97,27 +100,27 @@ class AdaptiveBaseline:
         return weights
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that it has learned, for a checkpoint."""
+        """Return all that has been learned, for a checkpoint."""
         return {"rows": self.rows, "gram": self.gram, "moment": self.moment}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """
-        Go on from what `state_dict()` returned.
+        Load the state that `state_dict()` returned.
 
         Raises:
-            `ValueError`: If the state is that of another number of budgets.
+            `ValueError`: If the state was saved with another number of budgets.
         """
         if state["rows"].shape != self.rows.shape:
             raise ValueError(
-                f"The adaptive baseline was saved with {len(state['rows'])} budgets and there are {len(self.rows)} "
-                "now: resume with the same `budgets`."
+                f"The adaptive baseline was saved with {len(state['rows'])} budgets, but there are {len(self.rows)} "
+                "now. Resume with the same `budgets`."
             )
         self.rows, self.gram, self.moment = state["rows"], state["gram"], state["moment"]
 
 
 def leave_one_out_mean(returns: torch.Tensor) -> torch.Tensor:
     """
-    Mean of the returns over the *other* traces of the group.
+    Return the mean of the returns over the *other* traces of the group.
 
     Args:
         returns (`torch.Tensor`):
@@ -133,7 +136,11 @@ def leave_one_out_mean(returns: torch.Tensor) -> torch.Tensor:
 
 
 def _features(rewards: torch.Tensor, segments: Returns) -> torch.Tensor:
-    """Shape (P, G, M, F), float64 on the CPU; 0 for rewards that come only after the segment has begun."""
+    """
+    Return the features, float64 of shape (P, G, M, F), on the CPU.
+
+    Rewards that come after the segment has begun are 0.
+    """
     mean_PGM = rewards.nanmean(dim=3).detach().to("cpu", torch.float64)
     num_budgets = mean_PGM.size(2)
     before = torch.ones(num_budgets, num_budgets - 1).tril(-1).bool()  # k < j

@@ -1,14 +1,14 @@
 """
-From rewards to advantages: the mathematics of Budget Relative Policy Optimization.
+Advantages from rewards: the mathematics of Budget Relative Policy Optimization.
 
-Source: https://huggingface.co/papers/2505.13438, section 3; where the paper leaves a choice, its released
+Source: https://huggingface.co/papers/2505.13438, section 3. Where the paper leaves a choice, its released
 implementation decides.
 
 Dimensions: P prompts, G traces per prompt (the group), M budgets, A summaries per trace and budget.
 
 A reward of NaN marks a summary that no reward function scored. It is left out of every mean. Where all A summaries of
-a trace at a budget are NaN, the returns that include this budget are unknown: they are left out of the group's
-mean, and their advantages are NaN, for the caller to leave out of the loss.
+a trace at a budget are NaN, the returns that include this budget are unknown. They are left out of the group's mean.
+Their advantages are NaN, and the caller leaves them out of the loss.
 """
 
 import math
@@ -22,22 +22,22 @@ from .budgets import prior_weights
 BASELINES = ("brpo", "v1", "v2", "none")
 SUMMARY_POLICIES = ("decoupled", "final")
 OBJECTIVE = "objective"
-# Equal rewards of order 1, weighted by a prior and averaged, differ by as little in float32
+# Equal rewards of order 1, weighted by a prior and averaged, differ by no more than this in float32
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class Returns:
     """
-    What each segment of each trace earns and what it was expected to earn; every tensor has shape (P, G, M).
+    Returns and baselines of each segment of each trace. Every tensor has shape (P, G, M).
 
     Segment j holds the thinking tokens b_{j-1} < t ≤ b_j, with b_0 = 0.
 
     Args:
         returns (`torch.Tensor`):
-            R_j = Σ_{k ≥ j} P_k r̄_k, what the segment can still change.
+            R_j = Σ_{k ≥ j} P_k r̄_k, the part of the objective that the segment can still change.
         v1 (`torch.Tensor`):
-            Progress so far, V1_j = (Σ_{k<j} λ^{j-k} r̄_k / Σ_{k<j} λ^{j-k}) · Σ_{k ≥ j} P_k; 0 for the first segment.
+            Progress so far, V1_j = (Σ_{k<j} λ^{j-k} r̄_k / Σ_{k<j} λ^{j-k}) · Σ_{k ≥ j} P_k. 0 for the first segment.
         v2 (`torch.Tensor`):
             Mean of R_j over the group, 0 when G = 1.
         brpo (`torch.Tensor`):
@@ -50,7 +50,16 @@ class Returns:
     brpo: torch.Tensor
 
     def baseline(self, name: str) -> torch.Tensor:
-        """The baseline called `name`, one of `"brpo"`, `"v1"`, `"v2"`, `"none"`, with shape (P, G, M)."""
+        """
+        Return the baseline called `name`, shape (P, G, M).
+
+        Args:
+            name (`str`):
+                `"brpo"`, `"v1"`, `"v2"` or `"none"`.
+
+        Raises:
+            `ValueError`: If `name` is another one.
+        """
         if name not in BASELINES:
             raise ValueError(f"`baseline` must be one of {BASELINES}, got {name!r}.")
         return torch.zeros_like(self.returns) if name == "none" else getattr(self, name)
@@ -60,20 +69,23 @@ def segment_returns(
     rewards: torch.Tensor, budgets: Sequence[int], prior: str | Sequence[float], progress_decay: float = 0.5
 ) -> Returns:
     """
-    Return and baselines of every segment; see [`Returns`] for the formulas.
+    Compute the return and the baselines of every segment, see [`Returns`] for the formulas.
 
     Args:
         rewards (`torch.Tensor`):
-            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+            Shape (P, G, M, A), the reward of each summary. NaN where no reward function scored it.
         budgets (`Sequence[int]`):
             Thinking budgets b_1 < … < b_m in tokens.
         prior (`str` or `Sequence[float]`):
             Weights of the budgets, see [`prior_weights`].
         progress_decay (`float`, *optional*, defaults to `0.5`):
-            λ in (0, 1], how fast earlier rewards lose weight in V1.
+            λ in (0, 1]. The smaller it is, the faster earlier rewards lose weight in V1.
 
     Returns:
-        [`Returns`]
+        [`Returns`]: return and baselines, each of shape (P, G, M).
+
+    Raises:
+        `ValueError`: If `progress_decay`, `prior` or the shape of `rewards` is not valid.
     """
     if not 0 < progress_decay <= 1:
         raise ValueError(f"`progress_decay` must lie in (0, 1], got {progress_decay}.")
@@ -111,23 +123,29 @@ def thinking_advantages(
     progress_decay: float = 0.5,
 ) -> torch.Tensor:
     """
-    Advantage A_j = R_j - V_j of every thinking token of segment j, b_{j-1} < t ≤ b_j; no division by a deviation.
+    Compute the advantage A_j = R_j - V_j of every thinking token of segment j.
+
+    Segment j holds the tokens b_{j-1} < t ≤ b_j. The advantage is not divided by a standard deviation.
 
     Args:
         rewards (`torch.Tensor`):
-            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+            Shape (P, G, M, A), the reward of each summary. NaN where no reward function scored it.
         budgets (`Sequence[int]`):
             Thinking budgets b_1 < … < b_m in tokens.
         prior (`str` or `Sequence[float]`):
             Weights of the budgets, see [`prior_weights`].
         baseline (`str` or `Callable`, *optional*, defaults to `"brpo"`):
-            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0). Or
-            a function of `rewards` and [`Returns`], such as a learned baseline's, that returns shape (P, G, M).
+            `"brpo"` (V), `"v1"` (progress only), `"v2"` (the group's mean only, GRPO per segment) or `"none"` (0). It
+            can also be a function of `rewards` and [`Returns`] that returns shape (P, G, M), such as a learned
+            baseline.
         progress_decay (`float`, *optional*, defaults to `0.5`):
-            λ in (0, 1], how fast earlier rewards lose weight in V1.
+            λ in (0, 1]. The smaller it is, the faster earlier rewards lose weight in V1.
 
     Returns:
         `torch.Tensor`: shape (P, G, M). A segment past the end of its thinking has a value but no tokens.
+
+    Raises:
+        `ValueError`: If `baseline` is an unknown name, or as [`segment_returns`] does.
     """
     segments = segment_returns(rewards, budgets, prior, progress_decay)
     return segments.returns - (baseline(rewards, segments) if callable(baseline) else segments.baseline(baseline))
@@ -137,19 +155,20 @@ def summary_weights(
     weight: float | str, budgets: Sequence[int], prior: str | Sequence[float], num_summaries: int
 ) -> torch.Tensor:
     """
-    Return what each summary counts beside a thinking token.
+    Return the weight of each summary relative to a thinking token, by budget.
 
-    The gradient of J = E[Σ_j P_j r(x, z_{≤ b_j})] by the summaries' tokens is Σ_j P_j / A Σ_a (r_{j,a} - b_j) ∇log π.
+    The gradient of J = E[Σ_j P_j r(x, z_{≤ b_j})] with respect to the summaries' tokens is Σ_j P_j / A Σ_a (r_{j,a} -
+    b_j) ∇log π.
 
     Args:
         weight (`float` or `str`):
-            The same number for all summaries (1, the released implementation's), or `"objective"` for P_j / A.
+            The same number for all summaries (1 in the released implementation), or `"objective"` for P_j / A.
         budgets (`Sequence[int]`):
             Thinking budgets b_1 < … < b_m in tokens.
         prior (`str` or `Sequence[float]`):
             Weights P_j of the budgets, see [`prior_weights`].
         num_summaries (`int`):
-            Summaries A per trace and budget.
+            Number of summaries A per trace and budget.
 
     Returns:
         `torch.Tensor`: float32 of shape (M,).
@@ -172,19 +191,22 @@ def summary_advantages(
 
     Args:
         rewards (`torch.Tensor`):
-            Shape (P, G, M, A), the reward of each summary; NaN where no reward function scored it.
+            Shape (P, G, M, A), the reward of each summary. NaN where no reward function scored it.
         cuts (`torch.Tensor`):
             Shape (P, G, M), the thinking tokens that the summaries of each budget saw. Budgets with the same cut share
             a context, and so a baseline.
         policy (`str`, *optional*, defaults to `"decoupled"`):
-            `"decoupled"`: reward minus the mean reward of all summaries drawn from the same cut of the same trace,
-            or, when A = 1, minus the group's mean at that budget. `"final"`: the same for the last summary of each
-            thinking, 0 for all others.
+            `"decoupled"`: the reward minus the mean reward of all summaries sampled at the same cut of the same trace.
+            With A = 1, the reward minus the group's mean at that budget. `"final"`: the same for the last summary of
+            each trace, and 0 for all others.
         weights (`torch.Tensor`, *optional*):
             Shape (M,), factor of the advantages at each budget, see [`summary_weights`]. Defaults to 1.
 
     Returns:
         `torch.Tensor`: shape (P, G, M, A).
+
+    Raises:
+        `ValueError`: If `policy` is unknown.
     """
     if policy not in SUMMARY_POLICIES:
         raise ValueError(f"`summary_policy` must be one of {SUMMARY_POLICIES}, got {policy!r}.")
@@ -209,7 +231,7 @@ def baseline_diagnostics(
     segments: Returns, live: torch.Tensor, extra_baselines: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """
-    How well each baseline predicts the returns, per segment (the paper's variance analysis).
+    Compute how well each baseline predicts the returns, per segment (the paper's variance analysis).
 
     Args:
         segments ([`Returns`]):
@@ -220,8 +242,8 @@ def baseline_diagnostics(
             Other baselines by name, each of shape (P, G, M).
 
     Returns:
-        `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and
-        Corr[V, R] over the live segments, for `"v1"`, `"v2"`, `"brpo"` and `extra_baselines`. NaN where a
+        `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and Corr[V,
+        R] over the live segments. The names are `"v1"`, `"v2"`, `"brpo"` and those of `extra_baselines`. NaN where a
         variance is zero.
     """
 
@@ -231,7 +253,7 @@ def baseline_diagnostics(
     def covariance(x_PGM, y_PGM):
         return mean((x_PGM - mean(x_PGM)) * (y_PGM - mean(y_PGM)))
 
-    def positive(x_M, total_M):  # a variance of rounding errors is no variance
+    def positive(x_M, total_M):  # a variance that consists of rounding errors counts as zero
         return torch.where(x_M > 1e-10 * total_M.clamp(min=1e-10), x_M, torch.nan)
 
     live = live & segments.returns.isfinite()

@@ -1,5 +1,5 @@
 """
-Thinking budgets, the prior over them, and where a trace is cut.
+Thinking budgets, the prior over them, and the cuts of a trace.
 
 Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, https://huggingface.co/papers/2505.13438.
 """
@@ -15,7 +15,7 @@ PAPER_SUMMARY_LENGTH = 118
 
 def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
     """
-    Return `budgets` as a list of ints.
+    Check `budgets` and return them as a list of ints.
 
     Args:
         budgets (`Sequence[int]`):
@@ -38,7 +38,9 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
 
 def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch.Tensor:
     """
-    Probability P_j of each budget: the weight of its accuracy in the objective J = E[Σ_j P_j r(x, z_{≤ b_j})].
+    Return the probability P_j of each budget.
+
+    It is the weight of the budget's accuracy in the objective J = E[Σ_j P_j r(x, z_{≤ b_j})].
 
     Args:
         prior (`str` or `Sequence[float]`):
@@ -51,7 +53,8 @@ def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch
         `torch.Tensor`: float32 of shape (M,) that sums to 1.
 
     Raises:
-        `ValueError`: If `prior` is an unknown name, or weights of the wrong length, negative, not finite or all zero.
+        `ValueError`: If `prior` is an unknown name. Also if its weights have the wrong length, or are negative, not
+        finite or all zero.
     """
     if isinstance(prior, str):
         if prior == "uniform":
@@ -68,7 +71,7 @@ def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch
     weights = torch.tensor([float(w) for w in prior])
     if len(weights) != len(budgets):
         raise ValueError(
-            f"`prior` has {len(weights)} weights but there are {len(budgets)} budgets ({list(budgets)}): give one "
+            f"`prior` has {len(weights)} weights, but there are {len(budgets)} budgets ({list(budgets)}). Give one "
             "weight per budget."
         )
     if not torch.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
@@ -78,7 +81,7 @@ def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch
 
 def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
     """
-    Where each trace is cut, c_j = min(b_j, |z|).
+    Return where each trace is cut, c_j = min(b_j, |z|).
 
     Args:
         thinking_lengths (`torch.Tensor`):
@@ -95,7 +98,7 @@ def thinking_cuts(thinking_lengths: torch.Tensor, budgets: Sequence[int]) -> tor
 
 def nonempty_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tensor:
     """
-    Which segments b_{j-1} < t ≤ b_j have tokens.
+    Return which segments b_{j-1} < t ≤ b_j have tokens.
 
     Args:
         cuts (`torch.Tensor`):
@@ -104,6 +107,6 @@ def nonempty_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tenso
             Thinking budgets b_1 < … < b_m in tokens.
 
     Returns:
-        `torch.Tensor`: bool of shape (..., M).
+        `torch.Tensor`: bool of shape (..., M), True where a segment has tokens.
     """
     return cuts[..., -1:] > torch.tensor([0, *budgets[:-1]], device=cuts.device)

@@ -1,10 +1,11 @@
 """
-Rollouts packed into one row each: the thinking, then every summary as a branch that leaves it at its cut.
+Packed rollouts: one row holds the thinking, then every summary as a branch that leaves the thinking at its cut.
 
 Dimensions: R rollouts, M budgets, A summaries per budget, T packed tokens (the longest rollout of the batch).
 
-A rollout with thinking z1 … z4, cut after 2 and after 4 tokens (budgets 2 and 4), two summaries each, where b are
-bridge tokens (inserted) and s summary tokens (sampled). The prompt stands before it and is seen by every token.
+The drawing shows a rollout with thinking z1 … z4 that is cut after 2 and after 4 tokens (budgets 2 and 4). It has two
+summaries at each cut. b are bridge tokens (inserted), s are summary tokens (sampled). The prompt stands before the
+row, and every token sees it.
 
 ```txt
 index        0  1  2  3 | 4  5 | 6  7  8 | 9 10 |11 12
@@ -25,7 +26,8 @@ import torch
 @dataclass(frozen=True)
 class PackedRollouts:
     """
-    R packed rollouts: [thinking][branch 1] … [branch M·A], a branch being a bridge and a summary, ordered by budget.
+    R packed rollouts: [thinking][branch 1] … [branch M·A]. A branch is a bridge and a summary. Branches are ordered by
+    budget.
 
     All coordinates count tokens from the first thinking token.
 
@@ -33,11 +35,11 @@ class PackedRollouts:
         token_ids (`torch.Tensor`):
             int64 of shape (R, T), right-padded.
         cuts (`torch.Tensor`):
-            int64 of shape (R, M), thinking tokens that the branches of each budget see.
+            int64 of shape (R, M), the thinking tokens that the branches of each budget see.
         spans (`torch.Tensor`):
             int64 of shape (R, M, A, 3): start of the bridge, start of the summary, end of the summary. A bridge has at
-            least one token, so that the left neighbour of every trained token is also its predecessor. A branch that
-            [`~PackedRollouts.prune`] has left out has none.
+            least one token. So the left neighbour of every trained token is also its predecessor. A branch that
+            [`~PackedRollouts.prune`] has left out has no tokens.
     """
 
     token_ids: torch.Tensor
@@ -54,7 +56,7 @@ class PackedRollouts:
         pad_token_id: int = 0,
     ) -> "PackedRollouts":
         """
-        Pack rollouts given as token ids.
+        Pack rollouts that are given as token ids.
 
         Args:
             traces (`Sequence[Sequence[int]]`):
@@ -66,7 +68,10 @@ class PackedRollouts:
             summaries (`Sequence[Sequence[Sequence[Sequence[int]]]]`):
                 R × M × A summaries.
             pad_token_id (`int`, *optional*, defaults to `0`):
-                Filler on the right of the shorter rollouts.
+                Token that fills up the shorter rollouts on the right.
+
+        Returns:
+            [`PackedRollouts`]: the R rollouts, with T tokens each.
         """
         rows, spans = [], []
         for thinking, row_bridges, row_summaries in zip(traces, bridges, summaries, strict=True):
@@ -89,25 +94,29 @@ class PackedRollouts:
 
     @property
     def thinking_lengths(self) -> torch.Tensor:
-        """|z| in tokens, shape (R,)."""
+        """Return |z| in tokens, shape (R,)."""
         return self.spans[:, 0, 0, 0]
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Packed tokens, shape (R,)."""
+        """Return the number of packed tokens, shape (R,)."""
         return self.spans[:, -1, -1, 2]
 
     def indices(self) -> torch.Tensor:
-        """Index of each token, shape (R, T)."""
+        """Return the index of each token, shape (R, T)."""
         return torch.arange(self.token_ids.size(1), device=self.token_ids.device).expand_as(self.token_ids)
 
     def branches(self) -> torch.Tensor:
-        """Branch j·A + a of each token, -1 for thinking, shape (R, T); padding counts to the last branch."""
+        """
+        Return the branch j·A + a of each token, int64 of shape (R, T).
+
+        Thinking has -1. Padding counts to the last branch.
+        """
         starts = self.spans[..., 0].flatten(1).contiguous()
         return torch.searchsorted(starts, self.indices().contiguous(), right=True) - 1
 
     def positions(self) -> torch.Tensor:
-        """Position of each token after the prompt, shape (R, T): a branch goes on from its cut."""
+        """Return the position of each token after the prompt, shape (R, T). A branch goes on from its cut."""
         branch_RT = self.branches()
         num_summaries = self.spans.size(2)
         cut_RT = self.cuts.gather(1, branch_RT.clamp(min=0) // num_summaries)
@@ -115,7 +124,11 @@ class PackedRollouts:
         return torch.where(branch_RT < 0, self.indices(), cut_RT + self.indices() - start_RT)
 
     def trained(self) -> torch.Tensor:
-        """Bool of shape (R, T), True for the tokens that the policy sampled: thinking and summaries, not bridges."""
+        """
+        Return a mask of the tokens that the policy sampled, bool of shape (R, T).
+
+        True for thinking and summaries, False for bridges and padding.
+        """
         branch_RT = self.branches()
         summary_start_RT = self.spans[..., 1].flatten(1).gather(1, branch_RT.clamp(min=0))
         sampled_RT = (branch_RT < 0) | (self.indices() >= summary_start_RT)
@@ -123,7 +136,7 @@ class PackedRollouts:
 
     def visible(self) -> torch.Tensor:
         """
-        What each token may see, as a dense mask for tests and drawings; training never builds it.
+        Return what each token may see, as a dense mask for tests and drawings. Training never builds it.
 
         Returns:
             `torch.Tensor`: bool of shape (R, T, T), True where query token t sees key token s.
@@ -131,7 +144,7 @@ class PackedRollouts:
         index_RT, branch_RT = self.indices(), self.branches()
         query, key = index_RT[:, :, None], index_RT[:, None, :]
         cut_RT = self.cuts.gather(1, branch_RT.clamp(min=0) // self.spans.size(2))
-        limit_RT = torch.where(branch_RT < 0, index_RT + 1, cut_RT)  # thinking tokens below it are seen
+        limit_RT = torch.where(branch_RT < 0, index_RT + 1, cut_RT)  # a token sees the thinking below this index
         sees_thinking = (branch_RT[:, None, :] < 0) & (key < limit_RT[:, :, None])
         sees_own_branch = (branch_RT[:, :, None] == branch_RT[:, None, :]) & (key <= query)
         real_RT = index_RT < self.lengths[:, None]
@@ -139,7 +152,7 @@ class PackedRollouts:
 
     def prune(self, advantages: torch.Tensor) -> tuple["PackedRollouts", torch.Tensor]:
         """
-        Leave out what a gradient does not need: summaries without advantage, and thinking that nothing kept looks at.
+        Leave out tokens that the gradient does not need.
 
         A branch is kept if any of its tokens has an advantage. The thinking is kept up to its last token with an
         advantage, and up to the last cut of a kept branch. A branch that is left out has no tokens.
@@ -149,21 +162,21 @@ class PackedRollouts:
                 Shape (R, T), per token.
 
         Returns:
-            `tuple`: the rows that are left, with T' tokens (at least one each), and int64 of shape (R, T'), where each
-            of their tokens stood, -1 for padding.
+            `tuple`: the remaining rows with T' tokens, at least one each, and where each of their tokens stood. The
+            latter is int64 of shape (R, T'), -1 for padding.
         """
         index_RT, branch_RT = self.indices(), self.branches()
         real_RT = index_RT < self.lengths[:, None]
         needed_RT = (advantages != 0) & real_RT
         num_branches = self.spans[0, ..., 0].numel()
-        # Column 0 stands for the thinking, whose branch is -1
+        # Column 0 is for the thinking, whose branch is -1
         live = torch.zeros(len(branch_RT), num_branches + 1, device=branch_RT.device)
         live_RB = live.scatter_add(1, branch_RT + 1, needed_RT.to(live))[:, 1:] > 0
         thinking_RT = branch_RT < 0
         cuts_RB = self.cuts.repeat_interleave(self.spans.size(2), dim=1)
         last_R = torch.where(needed_RT & thinking_RT, index_RT + 1, 0).amax(1)
         length_R = torch.maximum(last_R, torch.where(live_RB, cuts_RB, 0).amax(1))
-        # A row has at least one token, for a forward pass needs one
+        # A row keeps at least one token, because a forward pass needs one
         empty_R = (length_R == 0) & ~live_RB.any(1)
         length_R = torch.where(empty_R, self.thinking_lengths.clamp(max=1), length_R)
         live_RB[:, 0] |= empty_R & (self.thinking_lengths == 0)

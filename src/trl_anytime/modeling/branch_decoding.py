@@ -1,8 +1,8 @@
 """
-Branches of a trace, decoded on top of its keys and values: m·A summaries for little more than their own tokens.
+Decoding of a trace's branches on top of its keys and values. m·A summaries cost little more than their own tokens.
 
 The keys and values of prompt and thinking (the trunk) are neither repeated nor recomputed. Branches are the rows of an
-ordinary decoding batch with a small cache of their own (the tail). Attention takes one softmax over both parts, and
+ordinary decoding batch, with a small cache of their own (the tail). Attention takes one softmax over both parts. It
 reads each trunk once for all branches that leave it.
 
 Dimensions: B branches, S tokens of each in one forward pass, T tail tokens, R trunks, N trunk tokens, K branches of
@@ -19,9 +19,9 @@ from transformers import Cache
 from .growing_cache import growing_cache
 from .tree_attention import layout_in_use
 
-# Scores held at once where trunks are read: 1 GiB in float32
+# Most scores held at once while trunks are read: 1 GiB in float32
 _MAX_SCORES = 2**28
-# Decoding goes on without the finished rows once they are this share of all: moving the others costs about a step
+# Finished rows are dropped once they are this share of all rows, because moving the others costs about a step
 _FINISHED_SHARE = 0.1
 
 
@@ -34,9 +34,9 @@ class Trunk:
         layers (`list[tuple[torch.Tensor, torch.Tensor]]`):
             Keys and values of each layer, shape (R, F, N, D).
         starts (`torch.Tensor`):
-            int64 of shape (R,), index of the first token; padding stands before it.
+            int64 of shape (R,), index of the first token. Padding stands before it.
         rollouts (`list[int]`):
-            R indices: whose they are.
+            R indices of the rollouts that the rows belong to.
     """
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
@@ -45,12 +45,12 @@ class Trunk:
 
     @classmethod
     def from_cache(cls, cache: Cache, starts: torch.Tensor, rollouts: list[int]) -> "Trunk":
-        """The trunk in a cache."""
+        """Return the trunk that a cache holds. Arguments as for the class."""
         layers = cast(list[Any], cache.layers)
         return cls([(layer.keys, layer.values) for layer in layers], starts, rollouts)
 
     def select(self, rows: list[int]) -> "Trunk":
-        """Some of its rows."""
+        """Return the trunk with only these rows."""
         index = torch.tensor(rows, device=self.starts.device)
         layers = [(keys[index], values[index]) for keys, values in self.layers]
         return Trunk(layers, self.starts[index], [self.rollouts[row] for row in rows])
@@ -59,17 +59,18 @@ class Trunk:
 @dataclass(frozen=True)
 class BranchContext:
     """
-    What branches have in common that leave a trace at the same cut with the same bridge.
+    Common context of the branches that leave a trace at the same cut with the same bridge.
 
     Args:
         rollout (`int`):
             Index of the rollout.
         seen (`int`):
-            Tokens of the trunk that they see, at least one.
+            Number of trunk tokens that the branches see, at least one.
         token_ids (`list[int]`):
-            Tokens between these and the first sampled one: what the trunk lacks of the thinking, and the bridge.
+            Tokens between the trunk and the first sampled token: the rest of the thinking up to the cut, and the
+            bridge.
         num_branches (`int`):
-            How many they are.
+            Number of branches.
         history (`list[int]`):
             All tokens before the first sampled one.
     """
@@ -86,7 +87,7 @@ class _TrunkReaders:
     """A trunk with the branches that leave it."""
 
     trunk: Trunk
-    index: torch.Tensor  # int64 of shape (R, K), rows of the batch; filled up with 0
+    index: torch.Tensor  # int64 of shape (R, K), rows of the batch, filled up with 0
     real: torch.Tensor  # bool of shape (R, K), False where filled up
     sees: torch.Tensor  # bool of shape (R, K, N)
 
@@ -94,13 +95,13 @@ class _TrunkReaders:
 @dataclass(frozen=True)
 class BranchLayout:
     """
-    How B branches attend, for all layers of one forward pass.
+    Attention layout of B branches, for all layers of one forward pass.
 
     Args:
         readers (`list[_TrunkReaders]`):
-            The trunks, and which branches read them.
+            The trunks, each with the branches that read it.
         tail_starts (`torch.Tensor`):
-            int64 of shape (B,), index of a branch's first tail token; padding stands before it.
+            int64 of shape (B,), index of a branch's first tail token. Padding stands before it.
         position_ids (`torch.Tensor`):
             int64 of shape (B, S).
     """
@@ -123,7 +124,7 @@ class BranchLayout:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        Attention of one layer.
+        Compute the attention of one layer.
 
         Args:
             module (`torch.nn.Module`):
@@ -131,7 +132,7 @@ class BranchLayout:
             query (`torch.Tensor`):
                 Shape (B, H, S, D).
             key, value (`torch.Tensor`):
-                Shape (B, F, T, D), the tail, which ends with the S tokens.
+                Shape (B, F, T, D), the tail. It ends with the S tokens.
             scaling, sliding_window, softcap, sinks:
                 As in [`~trl_anytime.modeling.tree_attention.tree_attention_forward`].
 
@@ -141,7 +142,7 @@ class BranchLayout:
         assert dropout == 0, "sampling is done without dropout"
         scaling = query.size(-1) ** -0.5 if scaling is None else scaling
         query_BFESD = query.unflatten(1, (key.size(1), -1))
-        # Layers with multi-head latent attention cache what keys and values are computed from
+        # Layers with multi-head latent attention cache compressed states, from which they compute keys and values
         expand = getattr(module, "expand_kv", None)
 
         tail_T = torch.arange(key.size(2), device=key.device)
@@ -191,18 +192,19 @@ def _attend(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention to one part of the keys.
+    Attend to one part of the keys.
 
     Args:
         query (`torch.Tensor`):
-            Shape (*, Q…, D), the batch dimensions * being those of the keys.
+            Shape (*, Q…, D). The batch dimensions * are those of the keys.
         key, value (`torch.Tensor`):
             Shape (*, N, D).
         sees (`torch.Tensor`):
-            Bool, broadcast to (*, Q…, N).
+            Bool that broadcasts to (*, Q…, N), True where a query sees a key.
 
     Returns:
-        `tuple`: output of shape (*, Q…, D) and log of the softmax's denominator, (*, Q…, 1), in float32.
+        `tuple`: the output, shape (*, Q…, D), and the log of the softmax's denominator, shape (*, Q…, 1), both in
+        float32.
     """
     inner = query.shape[key.dim() - 2 : -1]
     flat = query.flatten(key.dim() - 2, -2)
@@ -210,7 +212,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(-2, inner).masked_fill_(~sees, -torch.inf)
-    # A query that sees nothing here (a window that ends behind the trunk) weighs nothing: -inf, not NaN
+    # A query may see nothing here, if its window ends behind the trunk. Its weight must be -inf, not NaN.
     largest = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
@@ -219,7 +221,7 @@ def _attend(
 
 
 class BranchRows:
-    """The rows of one decoding batch: their tails, and the trunks below."""
+    """Rows of one decoding batch: their tails, and the trunks below them."""
 
     def __init__(self, model: torch.nn.Module, trunks: Sequence[Trunk], contexts: Sequence[BranchContext]):
         self.model, self.device = model, trunks[0].starts.device
@@ -235,7 +237,7 @@ class BranchRows:
         self.first_tokens = torch.tensor(padded, device=self.device)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Append `token_ids`, (B, S), and return the logits of what comes next, (B, V)."""
+        """Append `token_ids`, shape (B, S), and return the logits of the next token, shape (B, V)."""
         first = self.tail.get_seq_length()
         index = torch.arange(first, first + token_ids.size(1), device=self.device)
         position_ids = (self.seen[:, None] + index - self.starts[:, None]).clamp(min=0)
@@ -251,7 +253,7 @@ class BranchRows:
         return outputs.logits[:, -1]
 
     def select(self, rows: list[int]) -> None:
-        """Go on with some of the rows; one that is named twice becomes two."""
+        """Continue with these rows only. A row that is named twice becomes two rows."""
         index = torch.tensor(rows, device=self.device)
         self.owners = [self.owners[row] for row in rows]
         self.starts, self.seen = self.starts[index], self.seen[index]
@@ -268,7 +270,7 @@ class BranchRows:
             used = [row for row, rollout in enumerate(trunk.rollouts) if rollout in in_rollout]
             if not used:
                 continue
-            if len(used) <= len(trunk.rollouts) // 2:  # worth a copy of the others
+            if len(used) <= len(trunk.rollouts) // 2:  # few enough to be worth a copy
                 trunk = trunk.select(used)
             branches = [in_rollout.get(rollout, []) for rollout in trunk.rollouts]
             most = max(map(len, branches))
@@ -302,17 +304,18 @@ def decode_branches(
         contexts (`Sequence[BranchContext]`):
             C contexts.
         choose (`Callable`):
-            From the tokens so far, (B, tokens), and logits, (B, V), to the next tokens, (B,). Shorter rows are filled
-            up on the left with their own first token, for rules that ask which tokens have occurred.
+            Function from the tokens so far, shape (B, tokens), and logits, shape (B, V), to the next tokens, shape
+            (B,). Shorter rows are filled up on the left with their own first token. So rules that ask which tokens
+            have occurred still hold.
         needs_history (`bool`):
-            Whether `choose` looks at the tokens so far; else it gets `None`.
+            Whether `choose` looks at the tokens so far. If not, it gets `None` for them.
         eos_token_ids (`Collection[int]`):
-            Tokens that end a branch, and are part of it.
+            Tokens that end a branch. They are part of it.
         max_new_tokens (`int`):
             Most tokens sampled for a branch.
 
     Returns:
-        `list[list[list[int]]]`: for each context its branches.
+        `list[list[list[int]]]`: for each context, the token ids of its branches.
     """
     rows = BranchRows(model, trunks, contexts)
     logits = rows.forward(rows.first_tokens)

@@ -1,11 +1,11 @@
-"""A cache of keys and values that grows in place: transformers' own is copied anew for every token."""
+"""A cache of keys and values that grows in place. The one of transformers is copied for every token."""
 
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-# Tokens by which a full buffer grows: copying happens this many times less often, and little memory lies idle
+# Tokens by which a full buffer grows. Copies are this many times rarer, and little memory is unused.
 _BLOCK = 64
 
 
@@ -40,9 +40,9 @@ class _GrowingLayer(DynamicLayer):
 
 def growing_cache() -> Cache:
     """
-    An empty cache for `generate()` and for forward passes without gradients.
+    Make an empty cache for `generate()` and for forward passes without gradients.
 
-    Every layer keeps all tokens, also one with a sliding window: a branch that leaves a trace early on sees the
-    tokens before its cut.
+    Every layer keeps all tokens, even one with a sliding window. A branch that leaves a trace early sees the tokens
+    before its cut.
     """
     return Cache(layer_class_to_replicate=_GrowingLayer)

@@ -1,7 +1,7 @@
 """
-What a packed rollout means, computed the plain way: one row for the thinking and one for each branch.
+The definition of a packed rollout, computed the plain way: one row for the thinking and one for each branch.
 
-For models that tree attention cannot serve, and the definition that tree attention is checked against.
+Tree attention is checked against it. Models without tree attention are trained with it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def forward_rows(
     """
     Compute the log-probabilities of packed rows from separate rows.
 
-    A drop-in replacement of [`~trl_anytime.modeling.tree_attention.forward_packed`].
+    This is a drop-in replacement of [`~trl_anytime.modeling.tree_attention.forward_packed`].
 
     Args:
         model (`torch.nn.Module`):
@@ -35,11 +35,11 @@ def forward_rows(
         attention_mask (`torch.Tensor`):
             int64 of shape (R, L), 0 on padding.
         labels (`torch.Tensor`):
-            int64 of shape (R, L); only tokens that the policy sampled keep theirs.
+            int64 of shape (R, L). Only tokens that the policy sampled keep their label.
 
     Returns:
         The model's output, with `log_probs` and `entropy` of shape (R, L - 1) aligned with `input_ids`. Its `aux_loss`
-        counts each token once per row in which it stands.
+        counts each token once per row that contains it.
     """
     num_tokens = input_ids.size(1)
     prompt_width = num_tokens - packed.token_ids.size(1)
@@ -50,7 +50,7 @@ def forward_rows(
         rows = [(index[:thinking_length], len(prompt))]
         for cut, at_budget in zip(packed.cuts[i].tolist(), spans.tolist(), strict=True):
             for start, summary_start, end in at_budget:
-                if start == end:  # left out
+                if start == end:  # the branch was left out
                     continue
                 first_sampled = len(prompt) + cut + summary_start - start
                 rows.append((torch.cat([index[:cut], index[start:end]]), first_sampled))
@@ -70,7 +70,7 @@ def forward_rows(
         input_ids=input_ids[taken].masked_fill(~real_NL, 0), attention_mask=real_NL.long(), labels=row_labels, **kwargs
     )
 
-    # Each sampled token is scored in exactly one row; its log-probability goes back to where the token stands
+    # Each sampled token is scored in exactly one row. Its log-probability goes back to the token's place.
     scored = row_labels[:, 1:] != -100
     target = rollout_N1.expand_as(scored)[scored], source_NL[:, 1:][scored] - 1
     for name in ("log_probs", "entropy"):

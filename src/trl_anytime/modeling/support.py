@@ -1,4 +1,4 @@
-"""What a model may do with the tree of a rollout: by its structure, then by checks of the real model."""
+"""Decide what a model may do with the tree of a rollout: by its structure, then by checks of the real model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -21,16 +21,18 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 def admit(model: Any, checks: Sequence[Callable[[Any], str | None]]) -> str | None:
     """
-    Give `model` tree attention if its structure allows it and every check passes; else leave it as it was.
+    Give `model` tree attention if its structure allows it and every check passes.
+
+    Otherwise the model is left as it was.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model.
         checks (`Sequence[Callable]`):
-            Each gets the model, with tree attention, and returns what rules it out, or `None`.
+            Functions that get the model with tree attention. Each returns why it is not supported, or `None`.
 
     Returns:
-        `str`, *optional*: why the model must not have tree attention.
+        `str`, *optional*: why the model must not have tree attention. `None` if it has it.
     """
     base = cast(PreTrainedModel, model.get_base_model() if is_peft_model(model) else model)
     reason = unsupported_structure(base)
@@ -48,22 +50,24 @@ def admit(model: Any, checks: Sequence[Callable[[Any], str | None]]) -> str | No
 
 def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost_of_rows: float) -> Callable[..., Any]:
     """
-    Return the forward pass of packed rollouts: tree attention where the model allows it, else separate rows.
+    Return the forward pass of packed rollouts.
+
+    It uses tree attention if the model allows it, and separate rows otherwise.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model, not wrapped. It gets tree attention if it may have it.
+            The model, not wrapped. It gets tree attention if that is allowed.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             A reference model of the same kind.
         mode (`str`):
             `"auto"`, `"tree"` or `"rows"`, see [`BRPOConfig`].
         is_sharded (`bool`):
-            Whether the parameters are not at hand yet; [`check_sharded`] measures when training begins.
+            Whether the parameters are sharded. [`check_sharded`] then compares when training begins.
         cost_of_rows (`float`):
-            How many times as many tokens separate rows forward, for the warning.
+            How many times as many tokens separate rows compute, for the warning.
 
     Raises:
-        `ValueError`: With mode `"tree"`, if the model must not have tree attention.
+        `ValueError`: If mode is `"tree"` and the model must not have tree attention.
     """
     if mode == "rows":
         return forward_rows
@@ -77,33 +81,35 @@ def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost
     if mode == "tree":
         raise ValueError(f"{message} Set `packing='auto'` to train on separate rows instead.")
     logger.warning(
-        f"{message} It trains on separate rows, one for each summary, which forward up to {cost_of_rows:.1f} times as "
-        "many tokens."
+        f"{message} It trains on separate rows instead, one for each summary. They compute up to {cost_of_rows:.1f} "
+        "times as many tokens."
     )
     return forward_rows
 
 
 def check_sharded(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> None:
     """
-    Refuse a sharded model, ready to train, whose packed rows are not what separate rows are. Collective.
+    Refuse a sharded model whose packed rows do not give the result of separate rows.
+
+    The model must be ready to train. This is a collective call.
 
     Args:
         wrapped, model, half_precision:
             See [`sharded_packing_mismatch`].
 
     Raises:
-        `ValueError`: With what to set.
+        `ValueError`: If they differ. The message says what to set.
     """
     reason = sharded_packing_mismatch(wrapped, model, half_precision)
     if reason is not None:
         raise ValueError(
-            f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `packing='rows'` to train "
-            "on separate rows instead."
+            f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `packing='rows'` to train on "
+            "separate rows instead."
         )
 
 
 def unsupported_structure(model: PreTrainedModel) -> str | None:
-    """Why the structure of `model` rules out tree attention, or `None`."""
+    """Return why the structure of `model` rules out tree attention, or `None`."""
     others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _ATTENTION_LAYERS
     if others:
         return f"it has layers of type {', '.join(sorted(others))}"
@@ -115,13 +121,13 @@ def unsupported_structure(model: PreTrainedModel) -> str | None:
 
 
 def _tolerance(model: PreTrainedModel, half_precision: bool = False) -> float:
-    # A right layout is off by rounding: 1e-5 in float32, and in half precision what rounds logits of 10 to 0.03. A
-    # wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
+    # A right layout is off by rounding: by 1e-5 in float32, and in half precision by what rounds logits of 10 to 0.03.
+    # A wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
     return 0.25 if half_precision or model.dtype != torch.float32 else 2e-4
 
 
 def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
-    """A tiny packed rollout, its row with a prompt, the words it is made of, and the generator they come from."""
+    """Make a tiny packed rollout: with it its row with a prompt, the words it uses, and their generator."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
     words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads
@@ -142,16 +148,17 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
 
 def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
     """
-    Collective: as [`packing_mismatch`], for a model whose parameters are gathered in its forward pass. Compares
-    log-probabilities alone, since gradients go through the hooks that shard.
+    Compare as [`packing_mismatch`] does, for a model whose forward pass gathers its parameters.
+
+    Only log-probabilities are compared, since gradients go through the hooks that shard. This is a collective call.
 
     Args:
         wrapped (`torch.nn.Module`):
-            The model as it is trained, which gathers its parameters. DeepSpeed's has another `config`.
+            The model as it is trained. It gathers its parameters. With DeepSpeed it has another `config`.
         model ([`~transformers.PreTrainedModel`]):
-            The same, unwrapped.
+            The same model, unwrapped.
         half_precision (`bool`):
-            Whether it computes in half precision.
+            Whether the model computes in half precision.
 
     Returns:
         `str`, *optional*: why the model must not train on packed rollouts.
@@ -159,7 +166,7 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
     tolerance = _tolerance(model, half_precision)
     packed, row, _, _ = _example(model)
     training = wrapped.training
-    wrapped.eval()  # dropout would differ
+    wrapped.eval()  # dropout would differ between the two
     try:
         with torch.no_grad():
             tree, separate = (
@@ -179,8 +186,9 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
 
 def packing_mismatch(model: PreTrainedModel) -> str | None:
     """
-    Compare a tiny packed rollout with separate rows on the real model: log-probabilities, and the gradient of their
-    weighted sum with respect to the embeddings.
+    Compare a tiny packed rollout with separate rows on the real model.
+
+    This compares log-probabilities, and the gradient of their weighted sum with respect to the embeddings.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -193,7 +201,8 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
     packed, row, words, generator = _example(model)
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
     weights = torch.randn(row.size(1) - 1, generator=generator).to(words.device)
-    # Zeros that are added to the embedding of each word, to differentiate by whatever the model's parameters are
+    # Add zeros to the embedding of each word, so that there is something to differentiate by, whatever the model's
+    # parameters are
     probe = torch.zeros(
         len(words), embedding.weight.size(1), dtype=model.dtype, device=words.device, requires_grad=True
     )
@@ -208,7 +217,7 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
 
     training = model.training
     hook = embedding.register_forward_hook(add_probe)
-    model.eval()  # dropout would differ
+    model.eval()  # dropout would differ between the two
     try:
         with torch.enable_grad():
             tree, tree_gradient = score(forward_packed)
@@ -228,7 +237,7 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
 
 def branching_mismatch(model: PreTrainedModel) -> str | None:
     """
-    Compare a few branches that are decoded on top of a cache with plain forward passes on the real model.
+    Compare branches decoded on top of a cache with plain forward passes on the real model.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -261,8 +270,8 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
                     for c in contexts
                 ]
             )
-    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # whatever an unusual cache comes to
-        return f"its cache is not understood ({type(error).__name__}: {error})"
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:  # what an unusual cache may raise
+        return f"its cache is not supported ({type(error).__name__}: {error})"
     finally:
         model.train(training)
     difference = (decoded - separate.float().log_softmax(-1)).abs().max().item()

@@ -1,9 +1,10 @@
 """
-Tree attention: a packed rollout in one forward pass, at the cost of one causal row of the same length.
+Tree attention computes a packed rollout in one forward pass, at the cost of one causal row of the same length.
 
-A registered attention function carries it. Prompt and thinking (the trunk) are plain causal attention; the branches of
-one budget are one call over [trunk up to the cut | these branches]; no object of size L × L exists. The layout travels
-as the model's keyword argument `tree`. A forward pass without it takes the attention that the model had before.
+A registered attention function does this. Prompt and thinking (the trunk) are plain causal attention. The branches of
+one budget are one call over [trunk up to the cut | these branches]. No object of size L × L exists. The layout goes
+through the model as its keyword argument `tree`. A forward pass without it uses the attention that the model had
+before.
 
 Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, D head size, Q queries, K keys.
 """
@@ -32,23 +33,23 @@ from ..method.packing import PackedRollouts
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# True while a layout goes through a model. Only mask creation and the guard below read it: what a layer computes,
-# also when gradient checkpointing repeats it later, depends on its arguments alone.
+# True while a layout goes through a model. Only mask creation and the guard below read it. What a layer computes
+# depends on its arguments alone, also when gradient checkpointing repeats it later.
 _layout_in_use: ContextVar[bool] = ContextVar("layout_in_use", default=False)
 
-# Before transformers 5.21, sdpa drops the cap of the scores without a word (Gemma 2). Rollouts are then sampled
-# without it, so they must be scored without it.
+# Before transformers 5.21, sdpa silently drops the cap of the scores (Gemma 2). Rollouts are then sampled without it,
+# so they must be scored without it.
 _SDPA_DROPS_SOFTCAP = Version(transformers.__version__) < Version("5.21")
 
-# Queries per block where scores are computed in blocks: large enough to keep a core busy, small beside a row
+# Queries per block where scores are computed in blocks: large enough to keep a core busy, small compared with a row
 _BLOCK = 256
 
-# Arguments that models hand to their attention and that do not change what it computes
+# Arguments that models pass to their attention and that do not change its result
 _HARMLESS_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
 
 
 class AttentionLayout(Protocol):
-    """How the rows of one forward pass attend, where it is not plain causal attention."""
+    """Attention layout of the rows of one forward pass, where it is not plain causal attention."""
 
     def attend(
         self,
@@ -63,7 +64,11 @@ class AttentionLayout(Protocol):
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Output of one layer, of the query's shape; arguments as in [`tree_attention_forward`], `sinks` = `s_aux`."""
+        """
+        Compute the output of one layer, in the shape of `query`.
+
+        Arguments as in [`tree_attention_forward`], with `sinks` for `s_aux`.
+        """
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,11 @@ class BudgetBranches:
 
     Args:
         index (`torch.Tensor`):
-            int64 of shape (R, Q), where the branch tokens stand in their row; filled up with 0.
+            int64 of shape (R, Q), where the branch tokens stand in their row. Filled up with 0.
         positions (`torch.Tensor`):
-            int64 of shape (R, Q), their positions.
+            int64 of shape (R, Q), positions of the branch tokens.
         trunk (`int`):
-            The keys are the first `trunk` tokens of the row, then the branch tokens.
+            Number of trunk tokens seen. The keys are the first `trunk` tokens of the row, then the branch tokens.
         mask (`torch.Tensor`):
             Bool of shape (R, 1, Q, K), True where a branch token sees a key.
     """
@@ -91,13 +96,13 @@ class BudgetBranches:
 @dataclass(frozen=True)
 class TreeLayout:
     """
-    How the rows of one batch attend, computed once per forward pass and shared by all layers.
+    Attention layout of the rows of one batch, computed once per forward pass and shared by all layers.
 
     Args:
         position_ids (`torch.Tensor`):
             int64 of shape (R, L).
         trunk (`int`):
-            Tokens of the longest prompt and thinking.
+            Tokens of the longest prompt with its thinking.
         budgets (`tuple[BudgetBranches, ...]`):
             The branches of each budget.
         source (`torch.Tensor`):
@@ -112,7 +117,7 @@ class TreeLayout:
     @classmethod
     def from_packed(cls, packed: PackedRollouts, prompt_lengths: torch.Tensor, row_length: int) -> "TreeLayout":
         """
-        Layout of rows that hold a prompt, then its packed rollout, then padding.
+        Make the layout of rows that hold a prompt, then its packed rollout, then padding.
 
         Args:
             packed ([`PackedRollouts`]):
@@ -176,7 +181,11 @@ class TreeLayout:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of one layer: from query, key and value of shape (R, H, L, D) to an output of the query's."""
+        """
+        Compute the attention of one layer.
+
+        Query, key and value have shape (R, H, L, D). The output has the shape of the query.
+        """
         attend: Callable[..., torch.Tensor]
         if softcap is None and sinks is None:
             attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
@@ -221,19 +230,19 @@ def tree_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attention function in the form of transformers' `AttentionInterface`.
+    Compute attention, in the form of transformers' `AttentionInterface`.
 
     Args:
         module (`torch.nn.Module`):
             The attention layer.
         query, key, value (`torch.Tensor`):
-            Shape (R, H, L, D); key and value may have fewer heads.
+            Shape (R, H, L, D). Key and value may have fewer heads.
         attention_mask (`torch.Tensor`, *optional*):
-            Mask of a plain forward pass; `None` with a tree.
+            Mask of a plain forward pass. `None` with a tree.
         base (`str`):
-            Attention implementation that plain forward passes take.
+            Attention implementation for plain forward passes.
         tree ([`AttentionLayout`], *optional*):
-            Layout of the rows; `None` for a plain forward pass.
+            Layout of the rows. `None` for a plain forward pass.
         scaling (`float`, *optional*):
             Factor of the scores.
         dropout (`float`, *optional*, defaults to `0.0`):
@@ -246,19 +255,20 @@ def tree_attention_forward(
             Shape (H,), a score per head that takes part in the softmax and attends to nothing (an attention sink).
 
     Returns:
-        `tuple`: output of shape (R, L, H, D) and the attention weights, if the base returns them.
+        `tuple`: output of shape (R, L, H, D), and the attention weights if the base returns them.
 
     Raises:
-        `ValueError`: If the layer asks for something that a tree does not honour.
-        `RuntimeError`: If the layout got lost on its way through the model.
+        `ValueError`: If the layer asks for something that tree attention does not support.
+        `RuntimeError`: If the model did not pass the layout to this layer.
     """
     if tree is None:
         if _layout_in_use.get():
             raise RuntimeError(
-                f"{type(module).__name__} did not receive the keyword argument `tree`: this model does not hand its "
-                "keyword arguments down to the attention layers, so it cannot train on packed rollouts."
+                f"{type(module).__name__} did not receive the keyword argument `tree`: this model does not pass its "
+                "keyword arguments to the attention layers, so it cannot train on packed rollouts. To train it, set "
+                "`packing='rows'`."
             )
-        # Only what the layer gave: the base knows its own defaults
+        # Pass only what the layer gave, because the base has its own defaults
         given = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         kwargs |= {name: argument for name, argument in given.items() if argument is not None}
         base_attention = _base_attention(module, base)
@@ -289,7 +299,11 @@ def _attend_trunk(
     value: torch.Tensor,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Causal attention; with a window in bands, each of which sees no more than itself and the window before it."""
+    """
+    Attend causally within the trunk.
+
+    With a sliding window this is done in bands. Each band sees no more than itself and the window before it.
+    """
     length = query.size(2)
     if sliding_window is None or sliding_window >= length:
         return attend(query, key, value, None)
@@ -316,8 +330,8 @@ def _attend_fused(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """One call of torch's fused attention, causal without a mask."""
-    if mask is not None:  # with a mask, the fused kernels want as many key heads as query heads
+    """Call torch's fused attention once. It is causal without a mask."""
+    if mask is not None:  # with a mask, the fused kernels need as many key heads as query heads
         key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
     return scaled_dot_product_attention(
         query,
@@ -341,7 +355,11 @@ def _attend_in_blocks(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Capped scores and attention sinks, which torch's fused attention lacks: blocks of queries, scores recomputed."""
+    """
+    Attend in blocks of queries.
+
+    This is for capped scores and attention sinks, which torch's fused attention lacks. The backward pass recomputes the scores.
+    """
     key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
 
@@ -370,7 +388,7 @@ def _attend_in_blocks(
 
 
 def _base_attention(module: torch.nn.Module, base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    # Each family has its own eager attention, beside its attention layer
+    # Each family has its own eager attention, in the module of its attention layer
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[base]
@@ -380,11 +398,15 @@ def _refuse_unknown(module: torch.nn.Module, sliding_window: int | None, kwargs:
     for name, argument in kwargs.items():
         if name not in _HARMLESS_ARGUMENTS and argument is not None:
             raise ValueError(
-                f"{type(module).__name__} attends with {name}={argument!r}, which tree attention does not support."
+                f"{type(module).__name__} attends with {name}={argument!r}, which tree attention does not support. To "
+                "train it, set `packing='rows'`."
             )
     layer_types = getattr(module.config, "layer_types", None)
     if layer_types and layer_types[module.layer_idx] == "sliding_attention" and sliding_window is None:
-        raise ValueError(f"{type(module).__name__} does not tell its attention function the width of its window.")
+        raise ValueError(
+            f"{type(module).__name__} does not tell its attention function the width of its window. To train "
+            "it, set `packing='rows'`."
+        )
 
 
 def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
@@ -393,7 +415,9 @@ def _create_mask(*args: Any, base: str, **kwargs: Any) -> Any:
 
 def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
     """
-    Let `model` take packed rows (`tree=layout`). `generate()` and plain forward passes keep the attention they had.
+    Let `model` take packed rows (`tree=layout`).
+
+    `generate()` and plain forward passes keep the attention they had.
 
     Raises:
         `ValueError`: If the model does not take a registered attention function.
@@ -411,7 +435,7 @@ def enable_tree_attention(model: "PreTrainedModel | PeftModel") -> None:
 
 @contextmanager
 def plain_attention(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
-    """Give `model` the attention back that it had before, for code that goes by its name."""
+    """Give `model` its earlier attention back, for code that looks at the attention's name."""
     model = cast(PreTrainedModel, cast("PeftModel", model).get_base_model() if is_peft_model(model) else model)
     name = model.config._attn_implementation
     base = getattr(ALL_ATTENTION_FUNCTIONS.get(name), "keywords", {}).get("base", name)
@@ -424,7 +448,7 @@ def plain_attention(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
 
 @contextmanager
 def layout_in_use() -> Iterator[None]:
-    """No masks are made inside: the layout that goes through the model says how its rows attend."""
+    """Make no attention masks inside: the layout that goes through the model says how its rows attend."""
     token = _layout_in_use.set(True)
     try:
         yield
@@ -441,7 +465,7 @@ def forward_packed(
     **kwargs: Any,
 ) -> Any:
     """
-    Forward pass over rows [left padding][prompt][packed rollout][right padding].
+    Compute the forward pass over rows [left padding][prompt][packed rollout][right padding].
 
     Args:
         model (`torch.nn.Module`):
@@ -453,11 +477,11 @@ def forward_packed(
         attention_mask (`torch.Tensor`):
             int64 of shape (R, L), 0 on padding.
         labels (`torch.Tensor`):
-            int64 of shape (R, L); only tokens that the policy sampled keep theirs.
+            int64 of shape (R, L). Only tokens that the policy sampled keep their label.
 
     Returns:
         The model's output, with `log_probs` and `entropy` of shape (R, L - 1) aligned with `input_ids`. Its `aux_loss`
-        counts each token of a packed row once, as TRL's does for a plain row.
+        counts each token of a packed row once, as TRL does for a plain row.
     """
     num_tokens = input_ids.size(1)
     prompt_width = num_tokens - packed.token_ids.size(1)
@@ -465,8 +489,8 @@ def forward_packed(
     untrained_RL = torch.nn.functional.pad(~packed.trained(), (prompt_width, 0), value=True)
     labels = labels.masked_fill(untrained_RL, -100)
 
-    # With the padding at the end, all rows begin at index 0 and the trunks are one causal call without a mask. Beyond
-    # `length` there is only padding: TRL pads to the longest row of the generation batch, which may not be here.
+    # With the padding at the end, all rows begin at index 0, and the trunks are one causal call without a mask. Beyond
+    # `length` there is only padding. TRL pads to the longest row of the generation batch, which may not be here.
     length = int((packed.lengths + prompt_lengths).amax())
     index_L = torch.arange(num_tokens, device=input_ids.device)
     padding_R1 = prompt_width - prompt_lengths[:, None]

@@ -1,1 +1,1 @@
-"""Files, servers and text from outside: read through one validation, shown escaped."""
+"""Read files, servers and text from outside through one validation, and show them escaped."""

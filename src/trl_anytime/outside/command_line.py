@@ -1,4 +1,4 @@
-"""A parser of command lines that says in one line what is wrong, and what was perhaps meant."""
+"""Command lines whose parser says in one line what is wrong, and suggests the word that was probably meant."""
 
 import argparse
 import re
@@ -14,10 +14,10 @@ _CHOICES = re.compile(r"invalid choice: '(.*?)' \(choose from (.*?)\)")
 
 class CommandParser(argparse.ArgumentParser):
     """
-    [`argparse.ArgumentParser`] with errors of one line.
+    [`argparse.ArgumentParser`] whose errors take one line.
 
-    argparse prints all options before an error. It also leaves unknown options of a command to the parser above it,
-    which does not know what the command's own options are called.
+    argparse prints all options before an error. It also reports unknown options of a command through the parent
+    parser, which does not know the command's own options.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -29,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
         return known, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Exit with code 2 and one line that says what is wrong."""
         message = message.rstrip(".")
         if found := _CHOICES.search(message):
             choices = re.split(r", ", found[2].replace("'", ""))
@@ -39,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class PrintCompletion(argparse.Action):
-    """Print a script that completes commands, options and files in a shell, by shtab."""
+    """Print a script, made by shtab, that completes commands, options and files in a shell."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None

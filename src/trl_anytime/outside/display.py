@@ -1,4 +1,4 @@
-"""Escapes text of models, servers and files for what shows it: a terminal, a shell, a picture, Markdown."""
+"""Escape text of models, servers and files for the place where it is shown: terminal, shell, figure, Markdown."""
 
 import json
 import re
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-# Cc: control characters, which begin a terminal's commands. Cf: characters without a shape, which change the order of
-# those around them or hide among them. Zl, Zp: line breaks that few programs know. Cs: halves of pairs, which cannot
-# be written.
+# Cc: control characters, which begin a terminal's commands. Cf: characters without a shape, which hide among others or
+# change their order. Zl, Zp: line breaks that few programs know. Cs: halves of surrogate pairs, which cannot be
+# written.
 _UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
-# These two join letters and emoji, without which some languages cannot be written
+# These two join letters and emoji. Some languages cannot be written without them.
 _JOINERS = "\u200c\u200d"
 _LONGEST_LABEL = 80
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
@@ -20,13 +20,13 @@ _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 
 def for_terminal(text: str, one_line: bool = False) -> str:
     r"""
-    Return text whose control characters are written out, such as `\u001b` for ESC.
+    Write out the control characters of a text, such as `\u001b` for ESC.
 
     Args:
         text (`str`):
             Any text.
         one_line (`bool`, *optional*, defaults to `False`):
-            Write out line breaks and tabs, too.
+            Whether to write out line breaks and tabs as well.
     """
     if text.isascii() and text.isprintable():  # most text
         return text
@@ -44,16 +44,17 @@ def _written_out(character: str) -> str:
 
 def for_json(value: Any, indent: int | None = None) -> str:
     """
-    Return a value as JSON in which characters that are not seen are written out, and all others stand as they are.
+    Return a value as JSON, with invisible characters written out and all others unchanged.
 
     Args:
         value (`Any`):
-            Text, or lists and dictionaries of it.
+            Text, or lists and dictionaries of text.
         indent (`int`, *optional*):
-            Spaces for each level of an indented form.
+            Spaces per level of indentation. One line if not set.
     """
     written = json.dumps(value, ensure_ascii=False, indent=indent)
-    # By JSON's own escapes, which for_terminal's are not beyond 16 bits; they leave DEL
+    # JSON needs its own escapes, since those of for_terminal are no JSON beyond 16 bits. They leave DEL to
+    # for_terminal.
     return written if for_terminal(written) == written else for_terminal(json.dumps(value, indent=indent))
 
 
@@ -61,7 +62,7 @@ def for_shell(text: str) -> str:
     r"""
     Return a text as one word of a shell's command line.
 
-    Control characters would reach the terminal when the line is pasted, quoted or not: a text with any is written in
+    When the line is pasted, control characters would reach the terminal, quoted or not. A text with any is written in
     the form `$'…'`, which bash, zsh and ksh read. Line breaks can stay.
     """
     if "\t" not in text and for_terminal(text) == text:
@@ -75,9 +76,9 @@ def _byte(byte: int) -> str:
 
 def for_plot(text: str) -> str:
     r"""
-    Return a text as matplotlib's label: in one line, short, and with `$` as the character it is.
+    Return a text as a label of matplotlib: one short line, with `$` as a plain character.
 
-    A label that begins with `_` would be left out of the legend, so a space goes before it.
+    matplotlib leaves labels that begin with `_` out of the legend, so a space goes before it.
     """
     text = for_terminal(text, one_line=True)
     if len(text) > _LONGEST_LABEL:
@@ -87,7 +88,9 @@ def for_plot(text: str) -> str:
 
 def for_markdown(text: str) -> str:
     """
-    Return a text that Markdown and HTML show as it is, as a cell of a table: no link, no image, no tag.
+    Return a text that Markdown and HTML show literally in a table's cell.
+
+    It makes no link, image or tag.
 
     Punctuation becomes HTML entities, which no dialect of Markdown reads as its own. Line breaks become `<br>`.
     """
@@ -99,17 +102,17 @@ def for_markdown(text: str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.5) -> str:
     """
-    Return a sentence that asks for the nearest names, with a space before it, or `""`.
+    Return the question "Did you mean …?" with the nearest names and a leading space, or `""`.
 
     Args:
         name (`str`):
-            The name that is not known.
+            The unknown name.
         known (`Iterable[str]`):
-            The names that are.
+            The known names.
         most (`int`, *optional*, defaults to `3`):
-            How many of them are named at most.
+            Most names to suggest.
         cutoff (`float`, *optional*, defaults to `0.5`):
-            How like they must be, from 0 to 1.
+            Least similarity of a suggestion, from 0 to 1.
     """
     near = get_close_matches(name, list(known), n=most, cutoff=cutoff)
     return f" Did you mean {' or '.join(near)}?" if near else ""

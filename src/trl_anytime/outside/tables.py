@@ -10,9 +10,9 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
 
     Args:
         rows (`Sequence[Sequence[str]]`):
-            Cells of each row. A row may be shorter than others; one of a single cell is a heading across all columns.
+            Cells of each row. Rows may be shorter than others. A row of a single cell is a heading across all columns.
         left (`Container[int]`, *optional*, defaults to `(0,)`):
-            Columns that are aligned to the left; the others, as numbers are, to the right.
+            Columns that are aligned to the left. The others are aligned to the right, as numbers are.
     """
     columns = zip_longest(*(row for row in rows if len(row) > 1), fillvalue="")
     widths = [max(map(len, column)) for column in columns]

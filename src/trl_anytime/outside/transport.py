@@ -1,8 +1,8 @@
 """
-Requests to OpenAI-compatible servers by the `openai` client, which comes with the extra `client`.
+Requests to OpenAI-compatible servers through the `openai` client, which comes with the extra `client`.
 
-Around it stand a deadline for a whole answer, a bound on its size, a check of what it says, and patience: a request
-that fails for now is sent again. No redirect is followed.
+This adds a deadline for a whole answer, a bound on its size, and a check of its content. Requests that fail for now
+are sent again. Redirects are not followed.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from openai import APIError, APIStatusError, AsyncOpenAI, AsyncStream, DefaultAs
 from .display import for_terminal
 from .validation import MEBIBYTE, Check, Unfit, parse_json
 
-# All summaries of a trace at 32 budgets, with the ids of their prompts, come to a few MiB
+# All summaries of a trace at 32 budgets, with the ids of their prompts, take a few MiB
 MOST_BYTES = 256 * MEBIBYTE
-# What a server says when the same request may succeed later: a timeout, a conflict, too early, too many requests, and
-# failures of its own or of a proxy before it
+# Status codes after which the same request may succeed later: timeout, conflict, too early, too many requests, and
+# failures of the server or of a proxy before it
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 _BETWEEN_WARNINGS = 60.0  # seconds
 
@@ -43,15 +43,15 @@ class Server:
 
     Args:
         url (`str`):
-            Where it is, with or without `/v1`.
+            Address of the server, with or without `/v1`.
         api_key (`str`, *optional*):
-            Key that it asks for.
+            Key that the server asks for.
         timeout (`float`, *optional*, defaults to `10.0`):
-            Seconds in which a whole answer must have come. A stream has as many for each of its parts.
+            Seconds in which a whole answer must arrive. In a stream, each part has this much time.
         patience (`float`, *optional*, defaults to `0.0`):
-            Seconds for which one request is sent again when it fails.
+            Seconds for which a failed request is sent again.
         first_wait (`float`, *optional*, defaults to `1.0`):
-            Seconds before the second attempt; each later wait is twice as long.
+            Seconds before the second attempt. Each later wait is twice as long.
         longest_wait (`float`, *optional*, defaults to `60.0`):
             Most seconds between two attempts, unless the server asks for more.
 
@@ -70,27 +70,30 @@ class Server:
     ):
         _check_address(url)
         if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("The API key has characters that a header cannot hold, such as a line break.")
+            raise ValueError(
+                "The API key has characters that a header cannot hold, such as a line break. Check where the key was "
+                "copied from."
+            )
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._api_key = api_key or "EMPTY"  # as vLLM's documentation has it: the client insists on a key
+        self._api_key = api_key or "EMPTY"  # the client insists on a key; this one is from vLLM's documentation
         self._timeout, self._patience = timeout, patience
         self._first_wait, self._longest_wait = first_wait, longest_wait
         self._next_warning = 0.0
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, check: Check) -> Any:
         """
-        Return the JSON that answers a request, asked for as often as it takes.
+        Send a request until it succeeds, and return the JSON of the answer.
 
         Args:
             path (`str`):
                 Path of the endpoint.
             body (`dict[str, Any]`, *optional*):
-                What to post; a plain request if not set.
+                Content to post. Without it, this is a GET request.
             check (`Check`):
-                What the answer must be, see [`~trl_anytime.outside.validation`]. One that fails it is asked for again.
+                Check of the answer, see [`~trl_anytime.outside.validation`]. If it fails, the request is sent again.
 
         Raises:
-            `ConnectionError`: If there is no complete answer while the patience lasts.
+            `ConnectionError`: If no complete answer arrives while the patience lasts.
             `ValueError`: If the server refuses the request for good.
         """
         deadline = time.monotonic() + self._patience
@@ -98,7 +101,7 @@ class Server:
         while True:
             asked_wait = 0.0
             try:
-                # An event loop in a thread of its own, as a notebook has one running
+                # Use an event loop in a thread of its own, because a notebook has one running
                 with start_blocking_portal() as portal:
                     content = portal.call(self._ask, path, body)
                 return parse_json(content, self.url + path, check)
@@ -111,10 +114,10 @@ class Server:
             pause = max(min(wait, self._longest_wait) * random.uniform(0.8, 1.2), asked_wait)
             if time.monotonic() + pause > deadline:
                 raise ConnectionError(
-                    f"{self.url}{path} gave no complete answer within {self._patience:g} seconds; the last failure: "
-                    f"{failure}"
+                    f"{self.url}{path} gave no complete answer within {self._patience:g} seconds. Check that the "
+                    f"server is running and reachable. The last failure: {failure}"
                 )
-            if time.monotonic() >= self._next_warning:  # all requests of an outage fail alike
+            if time.monotonic() >= self._next_warning:  # during an outage all requests fail alike
                 self._next_warning = time.monotonic() + _BETWEEN_WARNINGS
                 logger.warning(f"{self.url}{path} failed, next attempt in {pause:.1f} seconds: {failure}")
             time.sleep(pause)
@@ -122,17 +125,20 @@ class Server:
 
     def stream(self, path: str, body: dict[str, Any], parse: Callable[[Any], T]) -> Iterator[T]:
         """
-        Return what `parse` makes of the events that answer a request, without what is empty.
+        Send a request, and yield what `parse` makes of each event of the answer.
+
+        Empty results are left out.
 
         Args:
             path, body:
                 See [`request`].
             parse (`Callable`):
-                Takes the JSON of an event. It raises `Unfit` for one that is not what it should be.
+                Function of an event's JSON. It raises `Unfit` if the event is malformed.
 
         Raises:
-            `ConnectionError`: If the server fails or breaks off. What has been shown cannot be tried again.
-            `ValueError`: If it refuses the request.
+            `ConnectionError`: If the server fails or breaks off. The request is not sent again, because parts of the
+            answer may have been shown.
+            `ValueError`: If the server refuses the request.
         """
         try:
             with start_blocking_portal() as portal:
@@ -158,7 +164,7 @@ class Server:
                 )
             part: T | None = None
             while True:
-                async with self._deadline():  # which an event that says nothing does not put off
+                async with self._deadline():  # events without content do not extend it
                     async for event in events:
                         if part := parse(event):
                             break
@@ -168,8 +174,8 @@ class Server:
 
     def _client(self) -> AsyncOpenAI:
         http = DefaultAsyncHttpxClient(
-            follow_redirects=False,  # no other address must be told the key, nor answer for this one
-            timeout=None,  # which would be between two bytes
+            follow_redirects=False,  # another address must not get the key, nor answer in place of this one
+            timeout=None,  # httpx counts from one byte to the next; `_deadline` counts for the whole answer
             verify=_tls(),
             event_hooks={"response": [_bound]},
         )
@@ -190,8 +196,8 @@ class Server:
         if 300 <= error.status_code < 400:
             location = error.response.headers.get("Location", "")[:200]
             return ValueError(
-                f"{self.url}{path} redirects to {location!r} ({error.status_code}). That is not followed: set the "
-                "address of the server itself."
+                f"{self.url}{path} redirects to {location!r} ({error.status_code}). Redirects are not followed. Set "
+                "the address of the server itself."
             )
         return ValueError(f"{self.url}{path} refused the request ({error.status_code}): {_said(error)}")
 
@@ -214,45 +220,45 @@ class _Bounded(httpx2.AsyncByteStream):
 
 async def _bound(response: httpx2.Response) -> None:
     response.stream = _Bounded(response.stream)
-    response.headers.pop("Content-Encoding", None)  # nothing was asked for that grows when it is unpacked
+    response.headers.pop("Content-Encoding", None)  # none was asked for, and unpacking could exceed the bound
 
 
 @cache
 def _tls() -> SSLContext:
-    return httpx2.create_ssl_context()  # which reads all certificates of the system
+    return httpx2.create_ssl_context()  # cached, because it reads all certificates of the system
 
 
 def _check_address(url: str) -> None:
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"The address of a server begins with http:// or https://, got {url!r}.")
+        raise ValueError(f"The server's address is {url!r}. Give one that begins with http:// or https://.")
     try:
         parts = urlsplit(url)
         usable = parts.hostname and parts.port != 0 and "@" not in parts.netloc and not (parts.query or parts.fragment)
-    except ValueError:  # of a port
+    except ValueError:  # from the port
         usable = False
     if not usable or not url.isprintable() or " " in url:
-        raise ValueError(f"The address of a server is like http://localhost:8000, got {url!r}.")
+        raise ValueError(f"The server's address is {url!r}. Give one such as http://localhost:8000.")
 
 
 def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, APIError):  # "Connection error.", because of an error of httpx, which has a reason, too
+    if isinstance(error, APIError):  # it only says "Connection error."; the reasons are in the httpx errors behind it
         while cause := error.__cause__ or error.__context__:
             error = cause
     return for_terminal(f"{type(error).__name__}: {error}", one_line=True)
 
 
 def _said(error: APIStatusError) -> str:
-    """What a server says about its refusal, in one line that a terminal can show."""
+    """Return the server's reason for a refusal, in one line that a terminal can show."""
     message = error.body.get("message") if isinstance(error.body, dict) else None
     said = message if isinstance(message, str) else error.response.text or error.response.reason_phrase
     return for_terminal(said[:500], one_line=True)
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Seconds that a server asks to wait, by a number or by a date; 0 if it does not."""
+    """Return the seconds that a server asks to wait, from a number or a date; 0 if it does not ask."""
     value = response.headers.get("Retry-After", "")
     try:
-        return max(0.0, float(value))  # in this order 0 for NaN
+        return max(0.0, float(value))  # in this order, NaN becomes 0
     except ValueError:
         pass
     try:

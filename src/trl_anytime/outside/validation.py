@@ -1,8 +1,8 @@
 """
-Reads what comes from outside: files and answers of servers, with types, bounds and sizes.
+Validation of files and server answers: their types, bounds and sizes.
 
-A check takes a value and its name, returns the value, and raises [`Unfit`] with that name if it does not fit. Checks
-are put together as the data are: `fields(budgets=list_of(integer(1)))`.
+A check takes a value and its name. It returns the value, or raises [`Unfit`] with that name. Checks are composed as
+the data are: `fields(budgets=list_of(integer(1)))`.
 """
 
 import json
@@ -17,26 +17,26 @@ Check = Callable[[Any, str], Any]
 
 MEBIBYTE = 2**20
 MOST_TOKEN_ID = 2**31 - 1
-# Characters of a value that an error shows
+# Most characters of a value that an error shows
 _SHOWN = 80
-# Levels of lists and objects in a value of free form. Nothing that this package reads comes near it.
+# Most levels of lists and objects in a value of free form. Nothing that this package reads comes near it.
 _DEEPEST = 32
-# Halves of pairs: JSON can spell them, and neither a terminal nor a tokenizer takes them
+# Halves of surrogate pairs. JSON can spell them, but neither a terminal nor a tokenizer accepts them.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class Unfit(ValueError):
-    """Something from outside is not what it should be. The message names what and where, in one line."""
+    """Error about data from outside. Its message says in one line what is wrong, and where."""
 
 
 # Checks
 
 
 def number(low: float, high: float) -> Check:
-    """Check for a finite int or float within bounds; `True` and `False` are none."""
+    """Return a check for a finite int or float within bounds. `True` and `False` fail it."""
 
     def check(value: Any, name: str) -> Any:
-        # The comparison is False for NaN
+        # This comparison is False for NaN
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise _unfit(name, f"a number from {low:g} to {high:g}", value)
         return value
@@ -45,7 +45,7 @@ def number(low: float, high: float) -> Check:
 
 
 def integer(low: int, high: int = MOST_TOKEN_ID) -> Check:
-    """Check for an int within bounds; `True` and `False` are none."""
+    """Return a check for an int within bounds. `True` and `False` fail it."""
 
     def check(value: Any, name: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -63,7 +63,7 @@ def boolean(value: Any, name: str) -> Any:
 
 
 def string(most: int = MEBIBYTE, least: int = 0) -> Check:
-    """Check for a text of so many characters, all of which can be written as UTF-8."""
+    """Return a check for a text of `least` to `most` characters that can be written as UTF-8."""
 
     def check(value: Any, name: str) -> Any:
         if not isinstance(value, str) or not least <= len(value) <= most:
@@ -76,7 +76,7 @@ def string(most: int = MEBIBYTE, least: int = 0) -> Check:
 
 
 def list_of(item: Check, least: int = 0, most: int | None = None) -> Check:
-    """Check for a list of so many items, each of which passes a check."""
+    """Return a check for a list of `least` to `most` items that each pass a check."""
 
     def check(value: Any, name: str) -> Any:
         if not isinstance(value, list) or len(value) < least or (most is not None and len(value) > most):
@@ -90,7 +90,7 @@ def list_of(item: Check, least: int = 0, most: int | None = None) -> Check:
 
 
 def mapping_of(item: Check, least: int = 0, most: int | None = None) -> Check:
-    """Check for an object with so many fields of any names, each of which passes a check."""
+    """Return a check for an object with `least` to `most` fields of any name that each pass a check."""
     check_name = string(1000)
 
     def check(value: Any, name: str) -> Any:
@@ -106,7 +106,11 @@ def mapping_of(item: Check, least: int = 0, most: int | None = None) -> Check:
 
 
 def fields(optional: dict[str, Check] | None = None, /, **required: Check) -> Check:
-    """Check for an object with these fields. Further fields are left as they are, and nothing may read them."""
+    """
+    Return a check for an object with these fields.
+
+    Further fields are kept unchecked, so nothing may read them.
+    """
 
     def check(value: Any, name: str) -> Any:
         if not isinstance(value, dict):
@@ -124,7 +128,7 @@ def fields(optional: dict[str, Check] | None = None, /, **required: Check) -> Ch
 
 
 def or_null(item: Check) -> Check:
-    """Check for null, or what passes another check."""
+    """Return a check that accepts null and what passes another check."""
     return lambda value, name: None if value is None else item(value, name)
 
 
@@ -155,8 +159,8 @@ def _unfit(name: str, wanted: str, value: Any) -> Unfit:
 
 
 def _shown(value: Any) -> str:
-    """A value for an error: in one line, short, and without what moves a terminal."""
-    if isinstance(value, list | dict):  # whose `repr` may be huge, or nested too deep
+    """Return a value for an error: one short line without characters that control a terminal."""
+    if isinstance(value, list | dict):  # its `repr` may be huge, or nested too deep
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**_SHOWN:
         return f"an integer of {value.bit_length()} bits"  # Python refuses to write the longest ones
@@ -170,25 +174,27 @@ def _shown(value: Any) -> str:
 
 def check_file(path: Path, most_bytes: int) -> None:
     """
-    Refuse what cannot be read as a file within bounds. A pipe or a device would be waited for without an end.
+    Refuse a path that cannot be read as a file within bounds.
+
+    Reading a pipe or a device could wait forever.
 
     Raises:
-        `Unfit`: If it is not a regular file, or too large.
-        `OSError`: If it is not there, or may not be read.
+        `Unfit`: If the path is not a regular file, or the file is too large.
+        `OSError`: If the file is missing or not readable.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
-        raise Unfit(f"{path} is {kind}: give a file.")
+        raise Unfit(f"{path} is {kind}. Give a file.")
     if found.st_size > most_bytes:
-        raise Unfit(f"{path} has {found.st_size} bytes, and {most_bytes} are the most that are read.")
+        raise Unfit(f"{path} has {found.st_size} bytes, but at most {most_bytes} bytes are read. Give a smaller file.")
 
 
 def check_folder(path: Path) -> None:
     """Refuse a model's folder that holds anything but folders and files that [`check_file`] accepts."""
     for entry in path.iterdir():
         if entry.exists() and not entry.is_dir():
-            # Tokenizers come to tens of MiB, weights to any size
+            # Tokenizers take tens of MiB, weights any size
             check_file(entry, 2**60 if entry.suffix in (".safetensors", ".bin", ".gguf") else 1024 * MEBIBYTE)
 
 
@@ -197,13 +203,13 @@ def read_text(path: Path, most_bytes: int) -> str:
     Read a file as UTF-8.
 
     Raises:
-        `Unfit`: If it is not a regular file, too large, or not UTF-8.
-        `OSError`: If it is not there, or may not be read.
+        `Unfit`: If the path is not a regular file, or the file is too large or not UTF-8.
+        `OSError`: If the file is missing or not readable.
     """
     with _opened(path, most_bytes) as file:
         content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:  # a file of /proc says that it has none
-        raise Unfit(f"{path} has more than the {most_bytes} bytes that are read.")
+    if len(content) > most_bytes:  # a file of /proc reports a size of 0
+        raise Unfit(f"{path} has more than {most_bytes} bytes, the most that are read. Give a smaller file.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -212,7 +218,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 def _opened(path: Path, most_bytes: int) -> Any:
     check_file(path, most_bytes)
-    # Nothing waits for a pipe that has taken the file's place since
+    # Do not wait for a pipe that has replaced the file since the check
     return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
 
 
@@ -222,14 +228,14 @@ def parse_json(content: str | bytes, source: Any, check: Check) -> Any:
 
     Args:
         content (`str` or `bytes`):
-            The JSON.
+            The JSON text.
         source (`Any`):
-            What an error names: a file, a server.
+            Source to name in an error: a file or a server.
         check (`Check`):
-            What it must be.
+            Check of the parsed value.
 
     Raises:
-        `Unfit`: If it is no JSON, nested too deep, or fails the check; the message names source and field.
+        `Unfit`: If the text is not JSON, is nested too deep, or fails the check. The message names source and field.
     """
     try:
         value = json.loads(content)
@@ -248,19 +254,19 @@ def read_json(path: Path, check: Check, most_bytes: int) -> Any:
     Read a JSON file and check it.
 
     Raises:
-        `Unfit`: If it cannot be read within bounds, is no JSON, or fails the check; the message names the file
-            and the field.
-        `OSError`: If it is not there, or may not be read.
+        `Unfit`: If the file cannot be read within bounds, is not JSON, or fails the check. The message names the file
+        and the field.
+        `OSError`: If the file is missing or not readable.
     """
     return parse_json(read_text(path, most_bytes), path, check)
 
 
 def read_lines(path: Path, most_bytes: int, most_bytes_of_line: int) -> Iterator[bytes]:
     """
-    The complete lines of a file; what follows the last line break is left out.
+    Yield the complete lines of a file, without what follows the last line break.
 
     Raises:
-        `Unfit`: If it is not a regular file, or it or a line is too large.
+        `Unfit`: If the path is not a regular file, or the file or one of its lines is too large.
     """
     with _opened(path, most_bytes) as file:
         number = 0
@@ -268,7 +274,7 @@ def read_lines(path: Path, most_bytes: int, most_bytes_of_line: int) -> Iterator
             number += 1
             yield line
         if len(line) > most_bytes_of_line:
-            raise Unfit(f"{path}, line {number + 1} has more than {most_bytes_of_line} bytes.")
+            raise Unfit(f"{path}, line {number + 1} has more than {most_bytes_of_line} bytes, the most that are read.")
 
 
 def read_yaml(path: Path, most_bytes: int = MEBIBYTE) -> Any:
@@ -276,8 +282,8 @@ def read_yaml(path: Path, most_bytes: int = MEBIBYTE) -> Any:
     Read a YAML file.
 
     Raises:
-        `Unfit`: If it cannot be read within bounds, or is no YAML.
-        `OSError`: If it is not there, or may not be read.
+        `Unfit`: If the file cannot be read within bounds, or is not YAML.
+        `OSError`: If the file is missing or not readable.
     """
     import yaml
 
@@ -286,7 +292,7 @@ def read_yaml(path: Path, most_bytes: int = MEBIBYTE) -> Any:
         return yaml.safe_load(content)
     except RecursionError:
         raise Unfit(f"{path} is nested too deep.") from None
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the latter for dates and keys
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # the last three from dates and keys
         raise Unfit(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 

@@ -1,8 +1,8 @@
 """
-The two phases of a rollout, thinking and summarising at the cuts, behind one interface for all backends.
+One interface for all backends of the two phases of a rollout: thinking, and summarising at the cuts.
 
-A backend gets rendered prompts as token ids and returns whole rollouts. It keeps what both phases share (a cache of
-keys and values, an engine that is awake) between them.
+A backend gets rendered prompts as token ids and returns whole rollouts. Between the phases it keeps what both share: a
+cache of keys and values, or an engine that is awake.
 """
 
 from abc import ABC, abstractmethod
@@ -19,24 +19,24 @@ from .types import Context, Rollout, Thinking
 @dataclass(frozen=True)
 class RolloutSettings:
     """
-    What a rollout consists of. How tokens are sampled is the backend's own, from TRL's settings.
+    Settings of a rollout's parts. The settings of sampling belong to the backend, which takes them from TRL.
 
     Args:
         budgets (`list[int]`):
             M budgets in thinking tokens, increasing. Thinking is sampled up to the last one.
         num_summaries (`int`):
-            Summaries A at each budget.
+            Number of summaries A at each budget.
         max_summary_length (`int`):
             Most tokens sampled for one summary.
         markers ([`ThinkingMarkers`]):
-            What ends a trace and what is spliced in after it.
+            Markers that end a trace, and bridges that are inserted after it.
         eos_token_ids (`list[int]`):
             Tokens that end a summary, or a trace without its end.
         num_generations (`int`, *optional*, defaults to `1`):
-            So many adjacent prompts are the same.
+            Number of consecutive prompts that are identical.
         share_summaries (`bool`, *optional*, defaults to `False`):
-            Whether budgets that share a cut share its summaries: the curve of an evaluation costs less and keeps its
-            mean. In training each budget has its own.
+            Whether budgets that share a cut share its summaries. Then the curve of an evaluation costs less and keeps
+            its mean. In training each budget has summaries of its own.
     """
 
     budgets: list[int]
@@ -49,13 +49,16 @@ class RolloutSettings:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens at which the sampling of a trace may stop. A marker that is found in the text cannot stop it: what
-        follows it is dropped afterwards."""
+        """
+        Return the tokens at which the sampling of a trace may stop.
+
+        A marker that is found in the text cannot stop it. What follows such a marker is dropped afterwards.
+        """
         end = self.markers.think_end_ids
         return [*self.eos_token_ids, *(end if len(end) == 1 else ())]
 
     def contexts(self, thinking: Thinking) -> list[Context]:
-        """Where a trace is summarised: the distinct cuts, each with the budgets that share it."""
+        """Return the distinct cuts of a trace, each with the budgets that share it."""
         budgets_at: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for j, budget in enumerate(self.budgets):
             budgets_at.setdefault(thinking.cut(budget, self.markers), []).append(j)
@@ -72,13 +75,13 @@ class RolloutSettings:
 
     @property
     def max_new_tokens(self) -> int:
-        """Tokens after the prompt that one context and its summary can come to."""
+        """Return the most tokens after the prompt that one context and its summary can have."""
         return self.budgets[-1] + self.markers.max_bridge_length + self.max_summary_length
 
 
 class Generation(ABC):
     """
-    A backend of the two phases.
+    Backend of the two phases.
 
     Attributes:
         times ([`~trl_anytime.rollout.timing.PhaseTimes`]):
@@ -105,21 +108,23 @@ class Generation(ABC):
 
 
 class Sampler(Protocol):
-    """Samples continuations, in whatever way TRL is set to."""
+    """Function that samples continuations with TRL's settings."""
 
     def __call__(
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """
+        Sample continuations.
+
         Args:
             prompt_ids (`list[list[int]]`):
                 N prompts.
             max_new_tokens (`int`):
                 Most tokens of a continuation.
             stop_token_ids (`list[int]`):
-                Tokens that end a continuation, and are part of it.
+                Tokens that end a continuation. They are part of it.
             num_generations (`int`):
-                So many adjacent prompts are the same.
+                Number of consecutive prompts that are identical.
 
         Returns:
             `tuple`: N continuations, and the log-probabilities of their tokens if they are known.
@@ -128,11 +133,11 @@ class Sampler(Protocol):
 
 class PrefixGeneration(Generation):
     """
-    The two phases as independent continuations: every summary's context is a prompt of its own.
+    The two phases as independent continuations. The context of every summary is a prompt of its own.
 
     Args:
         sample ([`Sampler`]):
-            Samples continuations.
+            Function that samples continuations.
     """
 
     def __init__(self, sample: Sampler):
@@ -152,7 +157,7 @@ class PrefixGeneration(Generation):
         ]
 
         contexts = [settings.contexts(thinking) for thinking in traces]
-        # Ordered by budget, so that rows of similar length meet in a batch
+        # Order by budget, so that rows of similar length share a batch
         slots = sorted(
             ((i, k) for i in range(len(prompts)) for k in range(len(contexts[i]))),
             key=lambda slot: contexts[slot[0]][slot[1]].budgets[0],

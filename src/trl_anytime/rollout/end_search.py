@@ -1,9 +1,9 @@
 """
-Where a text occurs in tokens, although tokenizers write it in more than one way.
+Search for a text in tokens, although tokenizers write the text in more than one way.
 
-A marker that is not a token of its own melts into its neighbours. With the tokenizers of GPT-4 or Olmo, `.</think>` is
-`.</`, `think`, `>`, and the last token of `</think>` before a blank line holds the line breaks, too. So its characters
-are looked for, in the bytes that each token adds to the text.
+A marker that is not a token of its own melts into its neighbours. With the tokenizers of GPT-4 or Olmo, `.</think>`
+becomes `.</`, `think`, `>`. Before a blank line, the last token of `</think>` also holds the line breaks. So the
+search looks for the marker's characters, in the bytes that each token adds to the text.
 """
 
 import re
@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# What a token decodes to if it holds a part of a character
+# The decoding of a token that holds a part of a character
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _BYTES_OF_CHARACTERS = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class TokenBytes:
     """
-    The bytes that a token adds to a text.
+    Callable that returns the bytes that a token adds to a text.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
         anchor (`Sequence[int]`):
-            Tokens of any text. Each token is decoded behind them, because many tokenizers drop the space before the
+            Tokens of any text. Each token is decoded after them, because many tokenizers drop the space before the
             first word.
     """
 
@@ -54,7 +54,7 @@ class TokenBytes:
 
 class TokenSearch:
     """
-    A search for a marker that is one token, which has no state.
+    Search for a marker that is one token. It has no state.
 
     Args:
         token_id (`int`):
@@ -67,7 +67,7 @@ class TokenSearch:
         self._token_id = token_id
 
     def first(self, token_ids: Sequence[int], state: int = 0) -> tuple[int | None, int]:
-        """Look for the first occurrence, see [`TextSearch.first`]."""
+        """Find the first occurrence, see [`TextSearch.first`]."""
         return (token_ids.index(self._token_id) + 1 if self._token_id in token_ids else None), state
 
     def count(self, token_ids: Sequence[int]) -> int:
@@ -77,10 +77,10 @@ class TokenSearch:
 
 class TextSearch:
     """
-    A search for a text in the bytes of tokens, each of which is looked at once.
+    Search for a text in the bytes of tokens. It looks at each token once.
 
-    It is the automaton of Knuth, Morris and Pratt: its state says how many bytes of the text the tokens so far end in.
-    Transitions are kept, so that a token costs a look-up in a dictionary.
+    This is the automaton of Knuth, Morris and Pratt. Its state is the number of bytes of the text that the tokens so
+    far end in. Transitions are kept, so each token costs one look-up in a dictionary.
 
     Args:
         text (`str`):
@@ -92,25 +92,26 @@ class TextSearch:
     def __init__(self, text: str, token_bytes: Callable[[int], bytes]):
         self._text, self._token_bytes = text.encode(), token_bytes
         self._transitions: list[dict[int, tuple[int, int]]] = [{} for _ in self._text]
-        self._idle: set[int] = set()  # tokens with nothing of the text, which most are
+        self._idle: set[int] = set()  # tokens that contain nothing of the text, which most do not
 
     @property
     def most_tokens(self) -> int:
-        """Tokens that the text may be spread over."""
+        """Return the most tokens that the text may be spread over."""
         return len(self._text)
 
     def first(self, token_ids: Sequence[int], state: int = 0) -> tuple[int | None, int]:
         """
-        Look for the first occurrence.
+        Find the first occurrence.
 
         Args:
             token_ids (`Sequence[int]`):
-                The tokens to look at.
+                Tokens to search.
             state (`int`, *optional*, defaults to `0`):
-                State behind the tokens before them.
+                State after the tokens before them.
 
         Returns:
-            `tuple`: index just behind the token that completes the text, or `None`; and the state behind the tokens.
+            `tuple`: the index just behind the token that completes the text, or `None`, and the state after the
+            tokens.
         """
         idle = self._idle
         for i, token in enumerate(token_ids):
@@ -130,7 +131,7 @@ class TextSearch:
         return total
 
     def _transition(self, state: int, token: int) -> tuple[int, int]:
-        """The state behind a token, and how often the text is completed in it."""
+        """Return the state after a token, and how often this token completes the text."""
         text = self._text
         *occurrences, rest = (text[:state] + self._token_bytes(token)).split(text)
         longest = min(len(rest), len(text) - 1)

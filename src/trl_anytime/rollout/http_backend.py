@@ -1,8 +1,8 @@
 """
-The two phases through an OpenAI-compatible server, by token ids.
+Both phases of a rollout on an OpenAI-compatible server, by token ids.
 
-A request that is refused for now, stalls or breaks off is sent again until it succeeds or the patience ends. What
-comes back is checked: an answer that is shorter than it should be is an error, never a result.
+A request that is refused for now, stalls or breaks off is sent again until it succeeds or the patience ends. Answers
+are checked. One that is shorter than it should be is an error, never a result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,21 +21,21 @@ MODELS = fields(data=list_of(fields({"max_model_len": or_null(integer(1))}, id=s
 
 class CompletionClient:
     """
-    A client of an OpenAI-compatible server.
+    Client of an OpenAI-compatible server.
 
     Args:
         base_url (`str`):
-            Where the server is, with or without `/v1`.
+            Address of the server, with or without `/v1`.
         model (`str`, *optional*):
             Name of the model. Defaults to the first one served.
         api_key (`str`, *optional*):
             Key that the server asks for.
         timeout (`float`, *optional*, defaults to `600.0`):
-            Seconds in which a whole answer must have come. A stream has as many for each of its tokens.
+            Seconds in which a whole answer must arrive. In a stream, each token has this much time.
         patience (`float`, *optional*, defaults to `900.0`):
-            Seconds for which one request is sent again when it fails.
+            Seconds for which a failed request is sent again.
         first_wait (`float`, *optional*, defaults to `1.0`):
-            Seconds before the second attempt; each later wait is twice as long, up to a minute.
+            Seconds before the second attempt. Each later wait is twice as long, up to a minute.
         concurrency (`int`, *optional*, defaults to `32`):
             Most requests at a time.
     """
@@ -54,7 +54,8 @@ class CompletionClient:
             from ..outside.transport import Server
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"{error.name}, which talks to servers, is missing: pip install 'trl-anytime[client]'."
+                f"{error.name}, which the client of servers needs, is missing. Run "
+                "`pip install 'trl-anytime[client]'`."
             ) from error
         self._server = Server(base_url, api_key, timeout, patience, first_wait)
         self.base_url, self.concurrency = self._server.url, concurrency
@@ -62,7 +63,9 @@ class CompletionClient:
         self.model = model or next(iter(cards))
         if self.model not in cards:
             served = ", ".join(map(for_terminal, sorted(cards)))
-            raise ValueError(f"{self.base_url} does not serve {model!r}, but {served}.")
+            raise ValueError(
+                f"{self.base_url} does not serve {model!r}. Choose one of the models that it serves: {served}."
+            )
         self.max_model_len: int | None = cards[self.model].get("max_model_len")
 
     def complete(
@@ -83,20 +86,20 @@ class CompletionClient:
             max_tokens (`int`):
                 Most tokens of a continuation.
             stop_token_ids (`list[int]`):
-                Tokens that end a continuation, and are part of it.
+                Tokens that end a continuation. They are part of it.
             sampling ([`Sampling`]):
-                How tokens are drawn.
+                Settings of sampling.
             num_continuations (`int`, *optional*, defaults to `1`):
-                Continuations n of each prompt.
+                Number of continuations n of each prompt.
             seed (`int`, *optional*):
-                Seed of the draws.
+                Seed of sampling.
 
         Returns:
-            `list[list[int]]`: N · n continuations, those of one prompt adjacent.
+            `list[list[int]]`: N · n continuations. Those of one prompt are adjacent.
 
         Raises:
-            `ConnectionError`: If the server does not give a complete answer while the patience lasts.
-            `ValueError`: If it refuses the request for good, or cannot return token ids.
+            `ConnectionError`: If the server gives no complete answer while the patience lasts.
+            `ValueError`: If the server refuses the request for good, or cannot return token ids.
         """
         body = completion_body(self.model, prompt_ids, max_tokens, stop_token_ids, sampling, num_continuations, seed)
 
@@ -110,8 +113,8 @@ class CompletionClient:
                 raise Unfit("`choices` are not numbered from 0 on")
             if any(choice.get("token_ids") is None for choice in choices):
                 raise ValueError(
-                    f"{self.base_url} returns no token ids, without which traces cannot be cut exactly: serve the "
-                    "model with vLLM (`trl-anytime serve-command`), which knows `return_token_ids`."
+                    f"{self.base_url} does not return token ids, so traces cannot be cut exactly. Serve the model with "
+                    "vLLM (`trl-anytime serve-command`), which supports `return_token_ids`."
                 )
             for choice in choices:
                 reason, length = choice["finish_reason"], len(choice["token_ids"])
@@ -131,7 +134,9 @@ class CompletionClient:
         seed: int | None = None,
     ) -> Iterator[list[int]]:
         """
-        Continue one prompt, and hand out the tokens as they come: what has been shown cannot be tried again.
+        Continue one prompt, and yield the tokens as they come.
+
+        A failed request is not sent again, because its tokens may have been shown.
 
         Args:
             prompt_ids (`Sequence[int]`):
@@ -141,7 +146,7 @@ class CompletionClient:
 
         Raises:
             `ConnectionError`: If the server fails or breaks off.
-            `ValueError`: If it refuses the request.
+            `ValueError`: If the server refuses the request.
         """
         body = completion_body(self.model, [prompt_ids], max_tokens, stop_token_ids, sampling, seed=seed)
         event = fields(choices=list_of(_choice(max_tokens, streamed=True), most=1))
@@ -158,7 +163,7 @@ class CompletionClient:
                 raise ConnectionError(f"{self.base_url} broke off: more than {max_tokens} tokens came")
             if tokens:
                 yield tokens
-            if reason is not None:  # there is nothing to wait for
+            if reason is not None:  # nothing more will come
                 break
         if reason not in ("stop", "length"):
             raise ConnectionError(f"{self.base_url} broke off ({reason!r}).")
@@ -169,7 +174,7 @@ class CompletionClient:
 
 
 def _choice(max_tokens: int, streamed: bool = False) -> Check:
-    """A continuation of a server; where it is streamed, a part of one."""
+    """Return the check of a continuation, or of a part of one in a stream."""
     token_ids = or_null(list_of(TOKEN_ID, most=max_tokens))
     optional = {"token_ids": token_ids}
     if streamed:
@@ -186,7 +191,7 @@ def completion_body(
     num_continuations: int = 1,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Body of a request to `/v1/completions`, see [`CompletionClient.complete`]."""
+    """Return the body of a request to `/v1/completions`, see [`CompletionClient.complete`]."""
     body = {
         "model": model,
         "prompt": [list(ids) for ids in prompt_ids],
@@ -194,7 +199,7 @@ def completion_body(
         "stop_token_ids": stop_token_ids,
         "n": num_continuations,
         "return_token_ids": True,
-        "vllm_xargs": {BUDGET_FIELD: NO_BUDGET},  # who continues token ids cuts by itself
+        "vllm_xargs": {BUDGET_FIELD: NO_BUDGET},  # a client that continues token ids cuts by itself
         **sampling.vllm(),
     }
     return body if seed is None else {**body, "seed": seed}
@@ -202,15 +207,15 @@ def completion_body(
 
 class ServerGeneration(Generation):
     """
-    The two phases by an OpenAI-compatible server: one request for a trace, and one for all its summaries.
+    The two phases on an OpenAI-compatible server, with one request for a trace and one for all its summaries.
 
     Args:
         client ([`CompletionClient`]):
             The server.
         sampling ([`Sampling`]):
-            How tokens are drawn.
+            Settings of sampling.
         seed (`int`, *optional*):
-            Every rollout gets a seed of its own, counted from there.
+            Seed of the first rollout. Each further rollout has the next number.
     """
 
     def __init__(self, client: CompletionClient, sampling: Sampling, seed: int | None = None):
@@ -228,7 +233,7 @@ class ServerGeneration(Generation):
         )
         thinking = Thinking.from_tokens(sampled, settings.markers, settings.eos_token_ids)
         contexts = settings.contexts(thinking)
-        # A request gets A summaries of each prompt
+        # One request gets A summaries of each prompt
         prompts = [
             context_ids
             for context in contexts

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .end_search import TextSearch, TokenBytes, TokenSearch
 from .templates import advise_open, find_think_end, find_think_start, template_of, thinking_state
-from .templates import render_prompt as render_prompt  # which most users of this module need, too
+from .templates import render_prompt as render_prompt  # most users of this module need it as well
 
-# Text that closes a trace that is cut, by a mark in the rendered prompt. Qwen's own text for its ChatML models,
-# else the one released with the paper for DeepSeek-R1-Distill.
+# Text that closes a trace that is cut, chosen by a mark in the rendered prompt. ChatML models get Qwen's own text, all
+# others the one released with the paper for DeepSeek-R1-Distill.
 _TRUNCATION_BRIDGES = (
     (
         "<|im_start|>",
@@ -21,7 +21,7 @@ _TRUNCATION_BRIDGES = (
     ),
     ("", "...\n\n...\n\n{think_end}"),
 )
-# What may stand before and behind the end of a trace
+# Text that may stand before and after the end of a trace
 _NEIGHBOURS = ((".", ""), (" ", ""), (")", "\n"), ("\n", "\n\n"), ("4", "4"), ("a", "a"))
 _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 
@@ -29,11 +29,11 @@ _ANSWER_BRIDGE = "\n\n**Final Answer**\n"
 @dataclass(frozen=True)
 class ThinkingMarkers:
     """
-    What ends a trace and what is spliced in after it.
+    Markers that end a trace, and bridges that are inserted after it.
 
-    A marker that is one token is found by its id; text that spells it does not count. One that tokenizers write in
-    more than one way is found in the text of the tokens, for which the tokenizer is needed ([`with_tokenizer`]): a
-    thinking ends with the token that completes it.
+    A marker that is one token is found by its id. Text that spells it does not count. A marker that tokenizers write
+    in more than one way is found in the text of the tokens. This needs the tokenizer ([`with_tokenizer`]). The
+    thinking then ends with the token that completes the marker.
 
     Args:
         think_end (`str`):
@@ -49,7 +49,7 @@ class ThinkingMarkers:
         answer_bridge_ids (`tuple[int, ...]`):
             Its token ids.
         in_text (`bool`, *optional*):
-            Whether the end is found in the text of the tokens. Always so if it has several tokens.
+            Whether the end is found in the text of the tokens. Always true if it has several tokens.
     """
 
     think_end: str
@@ -79,22 +79,22 @@ class ThinkingMarkers:
         if self.in_text:
             raise ValueError(
                 f"The end of thinking {self.think_end!r} is found in the text of the tokens, but the tokenizer is "
-                "missing. Pass it: `AnytimeConfig.with_tokenizer(tokenizer)`."
+                "missing. Pass it with `AnytimeConfig.with_tokenizer(tokenizer)`."
             )
         return TokenSearch(self.think_end_ids[0])
 
     @property
     def max_bridge_length(self) -> int:
-        """Tokens of the longest bridge."""
+        """Return the number of tokens of the longest bridge."""
         return len(self.truncation_bridge_ids) + len(self.answer_bridge_ids)
 
     @property
     def max_end_length(self) -> int:
-        """Tokens that the end of thinking may be spread over."""
+        """Return the most tokens that the end of thinking may be spread over."""
         return self._search.most_tokens
 
     def count_think_end(self, token_ids: Sequence[int]) -> int:
-        """How often the end of thinking occurs in `token_ids`."""
+        """Count the occurrences of the end of thinking in `token_ids`."""
         return self._search.count(token_ids)
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
@@ -104,11 +104,11 @@ class ThinkingMarkers:
 
 class EndScan:
     """
-    Looks for the end of a trace that grows, at each token once.
+    Search for the end of a trace that grows. It looks at each token once.
 
     Args:
         markers ([`ThinkingMarkers`]):
-            What ends it.
+            Markers of the thinking's end.
     """
 
     def __init__(self, markers: ThinkingMarkers):
@@ -117,7 +117,11 @@ class EndScan:
         self._end: int | None = None
 
     def end_of_thinking(self, token_ids: Sequence[int]) -> int | None:
-        """Find it as [`ThinkingMarkers.end_of_thinking`] does; `token_ids` begin with those of the last call."""
+        """
+        Find the end as [`ThinkingMarkers.end_of_thinking`] does.
+
+        `token_ids` must begin with those of the last call.
+        """
         if self._end is None:
             new = token_ids[self._num_searched :]
             found, self._state = self._search.first(new, self._state)
@@ -138,7 +142,7 @@ def find_markers(
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> ThinkingMarkers:
     """
-    Markers and bridges for a model, from a rendered prompt and from settings.
+    Find the markers and bridges of a model, from a rendered prompt and from settings.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -146,17 +150,20 @@ def find_markers(
         prompt (`str`):
             A rendered prompt.
         generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
+            Part at the prompt's end that the chat template added for the answer. `None` for a prompt without a
+            template.
         think_end (`str`, *optional*):
-            Text that ends the thinking. Found from prompt, template and vocabulary if not set.
+            Text that ends the thinking. If not set, it is found from prompt, template and vocabulary.
         truncation_bridge (`str`, *optional*):
-            Text that closes a cut trace; contains `think_end` exactly once. By family of template if not set.
+            Text that closes a trace that is cut. It contains `think_end` exactly once. If not set, it depends on the
+            template's family.
         answer_bridge (`str`, *optional*, defaults to `"\\n\\n**Final Answer**\\n"`):
             Text that opens the summary.
         conversation (`list[dict]`, *optional*):
-            What `prompt` was rendered from, to try out other arguments of the chat template. Any, if not set.
+            Conversation that `prompt` was rendered from, used to try other arguments of the chat template. Any
+            conversation if not set.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            Arguments that it was rendered with.
+            Arguments that `prompt` was rendered with.
 
     Raises:
         `ValueError`: If the prompt has closed the thinking, no markers are known, or the tokenizer cannot encode them.
@@ -165,35 +172,37 @@ def find_markers(
         think_end = find_think_end(tokenizer, prompt, generation_prompt)
     if think_end is None:
         raise ValueError(
-            "Neither the prompt nor the tokenizer knows a thinking marker such as '</think>', so there is no "
-            "thinking to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
+            "Neither the prompt nor the tokenizer has a thinking marker such as '</think>', so there is no thinking "
+            "to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
         )
     think_start = find_think_start(think_end, prompt, template_of(tokenizer))
     if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
         advice = "Remove the closed thinking from the end of the prompts."
         if generation_prompt is not None or (conversation is not None and not isinstance(conversation, str)):
             advice = advise_open(tokenizer, conversation, chat_template_kwargs or {}, think_start, think_end)
-        raise ValueError(f"The rendered prompt has already closed the thinking: it ends in {prompt[-40:]!r}. {advice}")
+        raise ValueError(
+            f"The rendered prompt has already closed the thinking: it ends with {prompt[-40:]!r}. {advice}"
+        )
 
     if truncation_bridge is None:
         family = next(text for mark, text in _TRUNCATION_BRIDGES if mark in prompt)
         truncation_bridge = family.format(think_end=think_end)
     answer_bridge = _ANSWER_BRIDGE if answer_bridge is None else answer_bridge
 
-    # The marker is encoded by itself, so that it cannot melt into its neighbours
+    # The marker is encoded alone, so that it cannot melt into its neighbours
     before, *after = truncation_bridge.split(think_end)
     if len(after) != 1:
         raise ValueError(
-            f"`truncation_bridge` must contain the end-of-thinking marker {think_end!r} exactly once, got "
-            f"{truncation_bridge!r}."
+            f"`truncation_bridge` is {truncation_bridge!r}. Set a text that contains the end-of-thinking marker "
+            f"{think_end!r} exactly once."
         )
     if think_end in answer_bridge:
         raise ValueError(
-            f"`answer_bridge` follows the end of the thinking and must not contain {think_end!r}, got "
-            f"{answer_bridge!r}."
+            f"`answer_bridge` is {answer_bridge!r}. It follows the end of the thinking, so set a text without "
+            f"{think_end!r}."
         )
     if not answer_bridge:
-        raise ValueError("`answer_bridge` must have at least one token: set a text such as '\\n\\n'.")
+        raise ValueError("`answer_bridge` has no tokens. Set a text such as '\\n\\n'.")
     think_end_ids = _encode(tokenizer, think_end, "think_end")
     markers = ThinkingMarkers(
         think_end=think_end,
@@ -217,11 +226,11 @@ def find_markers(
 
 
 def _melts(tokenizer: PreTrainedTokenizerBase, think_end: str, token_id: int) -> bool:
-    """Whether a marker that is one token by itself is written in other tokens beside other text."""
+    """Return whether a marker that is one token alone becomes other tokens next to other text."""
     for before, after in _NEIGHBOURS:
         try:
             token_ids = tokenizer(before + think_end + after, add_special_tokens=False)["input_ids"]
-        except Exception:  # nothing narrower comes from a vocabulary without [UNK], which then cannot write that text
+        except Exception:  # a vocabulary without [UNK] raises nothing more specific for a text that it cannot write
             continue
         if token_id not in token_ids and tokenizer.unk_token_id not in token_ids:
             return True
@@ -232,11 +241,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, setting: str) -> tupl
     if not text:
         return ()
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # Word-level tokenizers do not keep spaces, which is no loss
+    # Word-level tokenizers do not keep spaces, which does no harm
     decoded = str(tokenizer.decode(token_ids))
     if not token_ids or tokenizer.unk_token_id in token_ids or "".join(decoded.split()) != "".join(text.split()):
         raise ValueError(
-            f"The tokenizer cannot encode {text!r}: it comes back as {decoded!r}. Set `{setting}` "
-            "to a text that the tokenizer knows, or add the marker to its vocabulary."
+            f"The tokenizer cannot encode {text!r}, which decodes to {decoded!r}. Set `{setting}` to a text that the "
+            "tokenizer knows, or add the marker to its vocabulary."
         )
     return tuple(token_ids)

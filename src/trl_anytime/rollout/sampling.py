@@ -1,4 +1,4 @@
-"""How tokens are drawn, whatever draws them."""
+"""Settings of sampling, for all backends."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,15 +7,15 @@ from transformers import GenerationConfig
 
 from ..outside.validation import integer, number
 
-# How a vLLM request tells `VLLMThinkingBudget` its budget, and what tells it to leave the request as it is
+# Field by which a vLLM request tells `VLLMThinkingBudget` its budget, and the value that leaves the request as it is
 BUDGET_FIELD = "thinking_budget"
 NO_BUDGET = -1
 
-# The bounds keep out what no model was sampled with, infinity first
+# These bounds exclude only values that no model is sampled with, infinity among them
 SAMPLING = {
     "temperature": number(0, 1000),
     "top_p": number(1e-9, 1),
-    "top_k": integer(-1),  # vLLM's own value for all
+    "top_k": integer(-1),  # vLLM's own value for all tokens
     "min_p": number(0, 1),
     "repetition_penalty": number(1e-9, 1000),
 }
@@ -24,22 +24,22 @@ SAMPLING = {
 @dataclass(frozen=True)
 class Sampling:
     """
-    How tokens are drawn, in traces and summaries alike.
+    Settings of sampling, for traces and summaries alike.
 
     Args:
         temperature (`float`, *optional*, defaults to `1.0`):
-            0 takes the most probable token.
+            Temperature. 0 takes the most probable token.
         top_p (`float`, *optional*, defaults to `1.0`):
             Tokens are drawn from the most probable ones that together have this probability.
         top_k (`int`, *optional*, defaults to `0`):
-            Tokens are drawn from so many; 0 for all.
+            Tokens are drawn from this many of the most probable ones. 0 for all.
         min_p (`float`, *optional*, defaults to `0.0`):
-            Tokens are drawn from those with this share of the largest probability.
+            Tokens are drawn from those whose probability is at least this share of the largest one.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
-            Factor against tokens that have occurred.
+            Factor that makes tokens that have occurred less probable.
 
     Raises:
-        `ValueError`: For a value out of range.
+        `ValueError`: If a value is out of range.
     """
 
     temperature: float = 1.0
@@ -54,11 +54,11 @@ class Sampling:
 
     @classmethod
     def from_config(cls, args: Any) -> "Sampling":
-        """Read the settings off a [`~trl.GRPOConfig`], which has `None` for some that are off."""
+        """Read the settings from a [`~trl.GRPOConfig`], where `None` means that a setting is off."""
         return cls(args.temperature, args.top_p, args.top_k or 0, args.min_p or 0.0, args.repetition_penalty)
 
     def generation_config(self) -> GenerationConfig:
-        """The settings of transformers. Every one is set: what is not would come from the model's own."""
+        """Return the settings for transformers. All are set, so that none comes from the model's own."""
         if self.temperature == 0:
             return GenerationConfig(do_sample=False, repetition_penalty=self.repetition_penalty)
         return GenerationConfig(
@@ -71,5 +71,5 @@ class Sampling:
         )
 
     def vllm(self) -> dict[str, Any]:
-        """The settings of vLLM, for an engine and in requests."""
+        """Return the settings for vLLM, for an engine and in requests."""
         return {**asdict(self), "top_k": max(self.top_k, 0)}

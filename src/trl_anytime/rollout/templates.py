@@ -1,4 +1,4 @@
-"""What chat templates do with the thinking, read off rendered prompts and never off a model's name."""
+"""What chat templates do with the thinking, found from rendered prompts and never from a model's name."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-# (start, end) of the thinking of the families of reasoning models
+# (start, end) of the thinking in families of reasoning models
 MARKERS = (
     ("<think>", "</think>"),  # DeepSeek, Qwen, GLM, Nemotron, Olmo, Phi
     ("[THINK]", "[/THINK]"),  # Magistral
-    ("<|channel>", "<channel|>"),  # Gemma 4, which goes on with "thought\n"
+    ("<|channel>", "<channel|>"),  # Gemma 4, which continues with "thought\n"
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1 and other distilled models
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
@@ -21,9 +21,9 @@ MARKERS = (
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
 )
-# How markers of other models name their two ends, beside a slash
+# Words by which markers of other models name their two ends, besides a slash
 _OPPOSITES = (("end", "start"), ("end", "begin"), ("close", "open"), ("stop", "start"), ("suffix", "prefix"))
-# Most arguments of a template that are tried out: one rendering each takes about a millisecond
+# Most arguments of a template that are tried. Each rendering takes about a millisecond.
 _MOST_SWITCHES = 32
 _MOST_ROWS = 64
 
@@ -32,8 +32,9 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
     """
     Find the text that ends the thinking of a model, or `None`.
 
-    What the generation prompt (or the last word of a plain prompt) has opened comes first, then what the template
-    knows, then the vocabulary. Text of the prompt, in which a user may talk about other markers, comes last.
+    The first choice is a marker that the generation prompt (or the last word of a plain prompt) has opened. Then come
+    the template and the vocabulary. The text of the prompt comes last, because a user may write about other markers
+    there.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -41,7 +42,8 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
         prompt (`str`):
             A rendered prompt.
         generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
+            Part at the prompt's end that the chat template added for the answer. `None` for a prompt without a
+            template.
     """
     tail = "".join(prompt.split()[-1:]) if generation_prompt is None else generation_prompt
     for places in (tail, template_of(tokenizer), tokenizer.get_vocab(), prompt):
@@ -53,13 +55,14 @@ def find_think_end(tokenizer: PreTrainedTokenizerBase, prompt: str, generation_p
 
 def find_think_start(think_end: str, *texts: str) -> str:
     """
-    Find the text that starts a trace which ends with `think_end`, or `""` if nothing tells it.
+    Find the text that starts a trace which ends with `think_end`, or `""` if it is not known.
 
     Args:
         think_end (`str`):
             Text that ends the thinking.
         *texts (`str`):
-            Where the start may occur, such as the prompt and the chat template. Decides between several.
+            Texts where the start may occur, such as the prompt and the chat template. They decide between several
+            candidates.
     """
     end = think_end.strip()
     starts = [start for start, known_end in MARKERS if known_end == end]
@@ -77,32 +80,33 @@ def find_think_start(think_end: str, *texts: str) -> str:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template that conversations are rendered with; `""` without one."""
+    """Return the chat template that conversations are rendered with, or `""` without one."""
     return "" if tokenizer.chat_template is None else str(tokenizer.get_chat_template())
 
 
 def thinking_state(prompt: str, generation_prompt: str | None, think_start: str, think_end: str) -> str:
     """
-    What a rendered prompt has done with the thinking.
+    Return what a rendered prompt has done with the thinking.
 
     Args:
         prompt (`str`):
             The rendered prompt.
         generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
+            Part at the prompt's end that the chat template added for the answer. `None` for a prompt without a
+            template.
         think_start (`str`):
-            Text that starts the thinking; `""` if it is not known.
+            Text that starts the thinking. `""` if it is not known.
         think_end (`str`):
             Text that ends the thinking.
 
     Returns:
-        `str`: `"opened"` (the model goes on thinking), `"closed"` (the model must answer at once) or `"model_decides"`
-        (starting to think is left to the model).
+        `str`: `"opened"` (the model continues thinking), `"closed"` (the model must answer at once) or
+        `"model_decides"` (the model decides whether to start thinking).
     """
     tail = prompt if generation_prompt is None else generation_prompt
     start, end = think_start.strip(), think_end.strip()
     started, ended = tail.rfind(start) if start else -1, tail.rfind(end)
-    # Without a template, earlier text may talk about the markers: then only the very end can have closed the thinking
+    # Without a template, earlier text may mention the markers. Then only the very end can have closed the thinking.
     if prompt.rstrip().endswith(end) if generation_prompt is None else ended > started:
         return "closed"
     return "opened" if started > ended else "model_decides"
@@ -112,32 +116,32 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
 ) -> tuple[str, str | None]:
     """
-    A prompt as the model will see it.
+    Render a prompt as the model will see it.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         prompt (`str` or `list[dict]`):
-            A text, which is left as it is, or a conversation.
+            Text, which is left unchanged, or a conversation.
         chat_template_kwargs (`Mapping[str, Any]`):
             Arguments of the chat template.
 
     Returns:
-        `tuple`: the rendered prompt, and its end that the chat template added for the answer, if it did.
+        `tuple`: the rendered prompt, and the part at its end that the chat template added for the answer, or `None`.
 
     Raises:
-        `ValueError`: For a conversation if the tokenizer has no chat template.
+        `ValueError`: If the prompt is a conversation and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         return prompt, None
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The prompts are conversational but the tokenizer has no chat template: set "
+            "The prompts are conversational, but the tokenizer has no chat template. Set "
             "`processing_class.chat_template`, or pass prompts as text."
         )
     render = partial(tokenizer.apply_chat_template, prompt, tokenize=False, **chat_template_kwargs)
     without, rendered = str(render(add_generation_prompt=False)), str(render(add_generation_prompt=True))
-    # Some templates add it always
+    # Some templates always add it
     added = rendered.startswith(without) and rendered != without
     return rendered, rendered.removeprefix(without) if added else None
 
@@ -150,13 +154,17 @@ _ANY_CONVERSATION = [{"role": "user", "content": "?"}]
 def _tried(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str, str | None]]:
-    """Render a prompt with each argument of the template that may concern thinking: name, value, rendering."""
+    """
+    Render a prompt with each argument of the template that may concern thinking.
+
+    Yields name, value and rendering.
+    """
     names = dict.fromkeys(re.findall(r"\b\w*(?:think|reason)\w*", template_of(tokenizer)))
     for name in list(names)[:_MOST_SWITCHES]:
         for value in ("high",) if "effort" in name else (True, False):
             try:
                 yield name, value, *render_prompt(tokenizer, prompt, {**chat_template_kwargs, name: value})
-            except Exception:  # what a template makes of a value that it does not expect may be anything
+            except Exception:  # a template may raise anything for a value that it does not expect
                 continue
 
 
@@ -168,12 +176,12 @@ def advise_open(
     think_end: str,
 ) -> str:
     """
-    Say how a template that closes the thinking can be told not to, as tried out.
+    Say how to make a template keep the thinking open, after trying its arguments.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
-        prompt (`list[dict]`, *optional*):
+        Conversation whose thinking is closed. Any conversation if not set.
             The conversation whose thinking is closed. Any, if not set.
         chat_template_kwargs (`Mapping[str, Any]`):
             Arguments of the chat template that are set.
@@ -181,7 +189,7 @@ def advise_open(
             Texts that start and end the thinking.
 
     Returns:
-        `str`: A sentence; the general one if no argument of the template keeps the thinking open.
+        `str`: A sentence of advice. It is a general one if no argument of the template keeps the thinking open.
     """
     prompt = _ANY_CONVERSATION if prompt is None else prompt
     states = {
@@ -196,12 +204,12 @@ def advise_open(
         for (name, value), state in states.items():
             if state == wanted and (closed_as_it_is or name in closing):
                 kwargs = {**chat_template_kwargs, name: value}
-                return f"The chat template has the argument `{name}`: set `chat_template_kwargs={kwargs}`."
+                return f"The chat template has the argument `{name}`. Set `chat_template_kwargs={kwargs}`."
     return "Change the chat template, or the messages that make it close the thinking."
 
 
 def find_unset_switch(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> str | None:
-    """Find the argument by which the template would ask the model to think, if there is one that is not set."""
+    """Find an unset argument of the template that would ask the model to think, or return `None`."""
     if tokenizer.chat_template is None:
         return None
     plain = render_prompt(tokenizer, _ANY_CONVERSATION, chat_template_kwargs)[0]
@@ -216,15 +224,15 @@ def find_unset_switch(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: 
 
 def sample_rows(conversations: Sequence[list[dict[str, Any]]]) -> list[int]:
     """
-    Choose the rows that stand for all, at most 64.
+    Choose at most 64 rows that represent all of them.
 
     Args:
         conversations (`Sequence[list[dict]]`):
             The prompts of a data set.
 
     Returns:
-        `list[int]`: The first row of each kind (another system message, other roles or keys, another command such as
-        `/no_think` at the end), and evenly spaced ones.
+        `list[int]`: The first row of each kind, and evenly spaced rows. A kind is another system message, other roles
+        or keys, or another command such as `/no_think` at the end.
     """
     first_of_kind: dict[Any, int] = {}
     for row, conversation in enumerate(conversations):
@@ -252,22 +260,23 @@ def states_of_rows(
     think_end: str,
 ) -> dict[str, list[tuple[str, int]]]:
     """
-    Sort the rows of data sets by what has been done with the thinking: all that are text, and a sample of those that
-    are conversations.
+    Sort the rows of data sets by what has been done with the thinking.
+
+    All rows that are text are sorted, and a sample of those that are conversations.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         data (`Mapping[str, Sequence]`):
-            The prompts of each data set, by the set's name.
+            Prompts of each data set, by the set's name.
         chat_template_kwargs (`Mapping[str, Any]`):
             Arguments of the chat template.
         think_start, think_end (`str`):
             Texts that start and end the thinking.
 
     Returns:
-        `dict[str, list[tuple[str, int]]]`: the data sets and numbers of the rows, by their state (see
-        [`thinking_state`]).
+        `dict[str, list[tuple[str, int]]]`: for each state (see [`thinking_state`]), the data set and number of each
+        row.
     """
     rows: dict[str, list[tuple[str, int]]] = {}
     for name, prompts in data.items():

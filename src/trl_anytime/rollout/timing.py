@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 class PhaseTimes:
     """
-    Add up the seconds spent in each phase. A phase inside another one counts for itself alone.
+    Sums of the seconds spent in each phase. A phase inside another one counts only for itself.
 
     Attributes:
         seconds (`dict[str, float]`):
@@ -27,11 +27,11 @@ class PhaseTimes:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._nested = [0.0]  # seconds of the phases inside each one that is open
+        self._nested = [0.0]  # seconds of the phases inside each open one
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time what is done inside as `phase`."""
+        """Time the code inside as `phase`."""
         start = time.perf_counter()
         self._nested.append(0.0)
         try:
@@ -42,5 +42,5 @@ class PhaseTimes:
             self._nested[-1] += elapsed
 
     def take(self, phase: str) -> float:
-        """Return the seconds of `phase` since it was taken last."""
+        """Return the seconds of `phase` since the last call."""
         return self.seconds.pop(phase, 0.0)

@@ -1,4 +1,4 @@
-"""The two phases of a rollout by transformers: `generate()` thinks, and summaries are branches on top of its cache."""
+"""Rollouts with transformers: `generate()` thinks, and summaries are branches on top of its cache."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,8 @@ from .backend import Generation, RolloutSettings
 from .markers import EndScan
 from .types import Rollout, Thinking
 
-# What a branch can be sampled with besides repetition_penalty: rules that look at the scores of one token alone
+# Settings that a branch can be sampled with, besides repetition_penalty: rules that look at the scores of one token
+# alone
 _WARPERS = (
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
@@ -31,25 +32,25 @@ _WARPERS = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
-# Once this share of the rows has finished, thinking goes on without them: the cache of the others is copied for it
+# Once this share of the rows has finished, thinking continues without them, which copies the cache of the others
 _FINISHED_SHARE = 0.25
 
 
 class TransformersGeneration(Generation):
     """
-    Both phases by transformers: thinking by `generate()`, which drops finished rows as it goes, and the summaries as
+    Both phases with transformers. `generate()` samples the thinking and drops finished rows on the way. Summaries are
     branches on top of its cache.
 
     Args:
         hold_model (`Callable`):
             Context manager that yields the model, ready to generate. The model has tree attention.
         generation_config ([`~transformers.GenerationConfig`]):
-            How tokens are sampled.
+            Settings of sampling.
         pad_token_id (`int`):
-            Filler on the left of shorter prompts.
+            Token that fills up shorter prompts on the left.
         max_cached_tokens (`int`, *optional*):
             Most tokens whose keys and values are held at a time. Prompts and branches are split into as many parts as
-            that takes; a single rollout may exceed it. All at once if not set.
+            needed. A single rollout may exceed the limit. There is no limit if not set.
     """
 
     def __init__(
@@ -85,18 +86,18 @@ class TransformersGeneration(Generation):
     def _think(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
     ) -> tuple[list[Thinking], list[Trunk]]:
-        """One trace for each prompt, and the trunks that hold their keys and values."""
+        """Sample one trace for each prompt, and return them with the trunks of their keys and values."""
         width, most = max(map(len, prompts)), settings.budgets[-1]
         padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         token_ids = torch.tensor(padded, device=model.device)
         starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
-        rows = list(range(len(prompts)))  # whose thinking each row is
+        rows = list(range(len(prompts)))  # the index of the prompt that each row thinks about
         cache = growing_cache()
         sampled: list[list[int]] = [[] for _ in prompts]
         scans = [EndScan(settings.markers) for _ in prompts]
         running, trunks = set(rows), []
-        # `generate()` runs until the last row has finished: it is called for some tokens at a time, and finished rows
-        # are set aside in between
+        # `generate()` runs until the last row has finished. So it is called for some tokens at a time, and finished
+        # rows are removed in between.
         config = self._config(max(8, most // 64), settings.stop_token_ids)
         stop_ids = set(settings.stop_token_ids)
         while running:
@@ -173,7 +174,7 @@ class TransformersGeneration(Generation):
     def _parts(
         self, contexts: list[BranchContext], settings: RolloutSettings, held: int
     ) -> Iterator[list[tuple[int, BranchContext]]]:
-        """Contexts, each with its index, in parts whose branches fit beside the `held` tokens of the trunks."""
+        """Yield contexts with their index, in parts whose branches fit beside the `held` tokens of the trunks."""
         if self._max_cached_tokens is None:
             yield list(enumerate(contexts))
             return
@@ -206,7 +207,7 @@ class TransformersGeneration(Generation):
 
 
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
-    """Tokens up to the end of thinking or the first stop behind `start`, or `None`."""
+    """Return the number of tokens up to the end of thinking or the first stop after `start`, or `None`."""
     stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), None)
     ends = (stop, scan.end_of_thinking(token_ids))
     return min((end for end in ends if end is not None), default=None)
@@ -215,7 +216,11 @@ def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan)
 def _choose(
     logits_processor: LogitsProcessorList, do_sample: bool, token_ids: torch.Tensor | None, logits: torch.Tensor
 ) -> torch.Tensor:
-    """The next tokens as `generate()` chooses them, see [`~trl_anytime.modeling.branch_decoding.decode_branches`]."""
+    """
+    Choose the next tokens as `generate()` does.
+
+    See [`~trl_anytime.modeling.branch_decoding.decode_branches`].
+    """
     scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
     return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)
 
@@ -223,7 +228,11 @@ def _choose(
 def _prepared_sampling(
     model: PreTrainedModel, generation_config: GenerationConfig
 ) -> tuple[LogitsProcessorList, bool]:
-    """The processors that `generate()` makes of a configuration and the model's own, and whether it samples."""
+    """
+    Return the logits processors of `generate()`, and whether it samples.
+
+    `generate()` makes them from `generation_config` and the model's own configuration.
+    """
 
     def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         return logits_processor, generation_config.do_sample
@@ -237,14 +246,14 @@ def _prepared_sampling(
 
 
 def unsupported_sampling(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
-    """Why branches cannot be sampled as `generation_config` asks, or `None`."""
+    """Return why branches cannot be sampled as `generation_config` asks, or `None`."""
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        return f"it does not do {mode.value.replace('_', ' ')}"
+        return f"it does not support {mode.value.replace('_', ' ')}"
     allowed = (*_WARPERS, logits_process.RepetitionPenaltyLogitsProcessor)
     others = sorted(
         type(processor).__name__
         for processor in _prepared_sampling(model, generation_config)[0]
         if not isinstance(processor, allowed)
     )
-    return f"it does not apply {', '.join(others)}" if others else None
+    return f"it does not support {', '.join(others)}" if others else None

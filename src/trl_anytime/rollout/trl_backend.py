@@ -1,4 +1,4 @@
-"""Generation as TRL is set to do it: which backend serves a trainer, and a sampler on top of TRL's own generation."""
+"""Generation as TRL is set to do it: the choice of a trainer's backend, and a sampler on top of TRL's generation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 def choose_backend(trainer: Any, has_tree_attention: bool) -> Generation:
     """
-    Return the fastest backend of the two generation phases that a trainer's settings and model allow.
+    Return the fastest backend of the two phases that a trainer's settings and model allow.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -41,7 +41,7 @@ def choose_backend(trainer: Any, has_tree_attention: bool) -> Generation:
     reason: str | None
     zero_stage = getattr(args.deepspeed_plugin, "zero_stage", 0)
     if trainer.is_fsdp_enabled or (zero_stage == 3 and not args.ds3_gather_for_generation):
-        # Every rank must forward equally often; `generate()` sees to that by itself
+        # Every rank must run the forward pass equally often, which `generate()` takes care of itself
         reason = "the model is sharded"
     elif not has_tree_attention:
         reason = "the model has no tree attention"
@@ -56,15 +56,15 @@ def choose_backend(trainer: Any, has_tree_attention: bool) -> Generation:
             args.max_cached_tokens,
         )
     logger.warning(
-        f"Summaries are generated each from a prompt of its own, which computes the thinking once more for each: "
-        f"decoding them on top of the thinking's cache is not possible, because {reason}."
+        f"Each summary is generated from a prompt of its own, which computes the thinking again: decoding it on top "
+        f"of the thinking's cache is not possible, because {reason}."
     )
     return PrefixGeneration(sampler)
 
 
 @contextmanager
 def _hold_model(trainer: Any) -> Iterator[PreTrainedModel]:
-    """The model as TRL unwraps it to generate, without dropout."""
+    """Hold the model as TRL unwraps it to generate, without dropout."""
     checkpointing = {}
     if Version(trl.__version__) >= Version("1.16"):  # 1.15 forgets how checkpointing was switched on
         checkpointing = {"gradient_checkpointing_kwargs": trainer.args.gradient_checkpointing_kwargs}
@@ -81,7 +81,7 @@ def _hold_model(trainer: Any) -> Iterator[PreTrainedModel]:
 
 class TRLSampler:
     """
-    Sample continuations by whichever of TRL's backends is set; a [`~trl_anytime.rollout.backend.Sampler`].
+    [`~trl_anytime.rollout.backend.Sampler`] that samples with the TRL backend that is set.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -102,7 +102,7 @@ class TRLSampler:
             if trainer.use_transformers_continuous_batching:
                 with plain_attention(trainer.accelerator.unwrap_model(trainer.model)):
                     return trainer._generate_single_turn(prompt_ids, None, {}, num_generations)
-            # `generate()` holds the whole batch in memory: no more rows at a time than there are rollouts
+            # `generate()` holds the whole batch in memory. Pass no more rows at a time than there are rollouts.
             rows_at_once, sampled = trainer._num_rollouts, []
             for start in range(0, len(prompt_ids), rows_at_once):
                 rows = prompt_ids[start : start + rows_at_once]
@@ -111,7 +111,7 @@ class TRLSampler:
 
     @contextmanager
     def _settings(self, max_new_tokens: int, stop_token_ids: list[int]) -> Iterator[None]:
-        """Sampling settings of one generation phase, for all of TRL's backends."""
+        """Apply the sampling settings of one phase to all of TRL's backends."""
         trainer = self._trainer
         eos_token_ids, trainer.eos_token_ids = trainer.eos_token_ids, stop_token_ids
         if trainer.use_vllm:

@@ -1,4 +1,4 @@
-"""One rollout: a trace, its cuts, and the summaries drawn at each of them, as token ids."""
+"""One rollout: a trace, its cuts, and the summaries sampled at each of them, as token ids."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ class Thinking:
 
     Args:
         token_ids (`list[int]`):
-            At most b_m tokens, up to and including the end of thinking or EOS if one came.
+            At most b_m tokens. They include the end of thinking or EOS if one came.
         finished (`bool`):
-            Whether it ends with the end of thinking.
+            Whether the trace ends with the end of thinking.
         ended_with_eos (`bool`):
-            Whether it ends with EOS instead.
+            Whether the trace ends with EOS instead.
         logprobs (`list[float]`, *optional*):
-            Log-probabilities of its tokens in the sampling distribution, where the backend knows them.
+            Log-probabilities of its tokens in the sampling distribution, if the backend knows them.
     """
 
     token_ids: list[int]
@@ -39,7 +39,7 @@ class Thinking:
         eos_token_ids: Container[int],
         logprobs: Sequence[float] | None = None,
     ) -> "Thinking":
-        """The thinking in sampled `token_ids`: what comes after the first end of thinking is dropped."""
+        """Take the thinking from sampled `token_ids`. Tokens after the first end of thinking are dropped."""
         end = markers.end_of_thinking(token_ids)
         kept = list(token_ids[:end])
         ended_with_eos = end is None and bool(kept) and kept[-1] in eos_token_ids
@@ -47,7 +47,7 @@ class Thinking:
 
     def cut(self, budget: int, markers: ThinkingMarkers) -> tuple[int, tuple[int, ...]]:
         """
-        Where `budget` (in tokens) cuts the thinking, and the bridge that follows.
+        Return where `budget` (in tokens) cuts the thinking, and the bridge that follows.
 
         Returns:
             `tuple`: the cut c = min(budget, |z|) in tokens, and the bridge's token ids.
@@ -62,7 +62,7 @@ class Thinking:
 @dataclass(frozen=True)
 class Context:
     """
-    Where a trace is summarised.
+    A place in a trace at which it is summarised.
 
     Args:
         cut (`int`):
@@ -72,9 +72,9 @@ class Context:
         budgets (`tuple[int, ...]`):
             Indices of the budgets that cut the thinking here.
         num_summaries (`int`):
-            Summaries to sample here, for all these budgets.
+            Number of summaries to sample here, for all these budgets together.
         shared (`bool`, *optional*, defaults to `False`):
-            Whether the budgets share the summaries; else each gets its part of them.
+            Whether the budgets share the summaries. If not, each budget gets its part of them.
     """
 
     cut: int
@@ -84,11 +84,20 @@ class Context:
     shared: bool = False
 
     def token_ids(self, prompt_ids: Sequence[int], thinking: Thinking) -> list[int]:
-        """What stands before a summary: the prompt, the thinking up to the cut, and the bridge."""
+        """Return the tokens before a summary: the prompt, the thinking up to the cut, and the bridge."""
         return [*prompt_ids, *thinking.token_ids[: self.cut], *self.bridge]
 
     def by_budget(self, sampled: Sequence[Any]) -> dict[int, list[Any]]:
-        """The summaries sampled here, or anything else that there is one of for each, by the index of the budget."""
+        """
+        Distribute the samples of this cut to the budgets that share it.
+
+        Args:
+            sampled (`Sequence`):
+                The summaries sampled here, or one value for each of them.
+
+        Returns:
+            `dict[int, list]`: the samples of each budget, by its index.
+        """
         if self.shared:
             return {j: list(sampled) for j in self.budgets}
         size = self.num_summaries // len(self.budgets)
@@ -112,7 +121,7 @@ class Rollout:
         summaries (`list[list[list[int]]]`):
             M × A summaries, up to and including EOS if it came.
         summary_logprobs (`list[list[list[float]]]`, *optional*):
-            Log-probabilities of their tokens in the sampling distribution, where the backend knows them.
+            Log-probabilities of their tokens in the sampling distribution, if the backend knows them.
     """
 
     prompt_ids: list[int]
@@ -132,7 +141,7 @@ class Rollout:
         logprobs: Sequence[Sequence[list[float]]] | None = None,
     ) -> "Rollout":
         """
-        Deal out to the budgets what was sampled in each context.
+        Make a rollout from the samples of each context.
 
         Args:
             prompt_ids (`Sequence[int]`):
@@ -140,11 +149,11 @@ class Rollout:
             thinking ([`Thinking`]):
                 The thinking.
             contexts (`Sequence[Context]`):
-                Its contexts, which together hold every budget once.
+                Contexts of the trace. Together they hold every budget once.
             summaries (`Sequence[Sequence[list[int]]]`):
-                What was sampled in each of them.
+                Token ids of the summaries sampled in each context.
             logprobs (`Sequence[Sequence[list[float]]]`, *optional*):
-                Log-probabilities of the same.
+                Log-probabilities of the summaries' tokens.
         """
         context_of = {j: context for context in contexts for j in context.budgets}
         in_order = [context_of[j] for j in range(len(context_of))]
@@ -174,12 +183,12 @@ class Rollout:
         summaries: list[list[list[int]]],
         summary_logprobs: list[list[list[float]]] | None = None,
     ) -> "Rollout":
-        """A rollout whose `thinking` is cut at `budgets`."""
+        """Make a rollout whose `thinking` is cut at `budgets`."""
         cuts, bridges = zip(*(thinking.cut(budget, markers) for budget in budgets), strict=True)
         return cls(list(prompt_ids), thinking, list(cuts), list(bridges), summaries, summary_logprobs)
 
     def packed_logprobs(self) -> list[float] | None:
-        """Log-probabilities in packed order; bridges were not sampled and get 0."""
+        """Return the log-probabilities in packed order. Bridges were not sampled and get 0."""
         if self.thinking.logprobs is None or self.summary_logprobs is None:
             return None
         packed = list(self.thinking.logprobs)
@@ -190,10 +199,10 @@ class Rollout:
 
     def well_formed(self, markers: ThinkingMarkers) -> list[list[bool]]:
         """
-        Which summaries may earn a reward at all (the released rules), M × A.
+        Return which summaries may earn a reward at all, M × A, by the rules of the released implementation.
 
-        None if the thinking ended with EOS; else those for which the end of thinking occurs exactly once in the end of
-        the cut, the bridge and the summary.
+        If the thinking ended with EOS, none may. Otherwise the end of thinking must occur exactly once in three parts
+        together: the end of the cut, the bridge and the summary.
         """
         overlap = markers.max_end_length
         return [

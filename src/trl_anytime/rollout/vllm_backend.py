@@ -1,8 +1,8 @@
 """
-The two phases in a vLLM engine, by a loop of ours over its steps.
+Both phases of a rollout in a vLLM engine, in a loop of this package over the engine's steps.
 
-In training it is the engine of [`~trl.generation.vllm_generation.VLLMGeneration`] in colocate mode, with its sampling
-settings. Its server mode is in [`~trl_anytime.rollout.vllm_server`].
+In training, the engine is that of [`~trl.generation.vllm_generation.VLLMGeneration`] in colocate mode, with its
+sampling settings. For its server mode see [`~trl_anytime.rollout.vllm_server`].
 """
 
 from bisect import bisect_right
@@ -26,16 +26,16 @@ if is_vllm_available():
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-# Steps in a row without a token, although requests are unfinished, after which an engine is given up. A long prompt is
-# computed in parts, in several such steps (TRL sets 4096 tokens for one); an engine that cannot place its requests in
-# its cache makes nothing but such steps.
+# Most steps in a row without a token while requests are unfinished. After them the engine counts as stuck. A long
+# prompt is computed in parts, in several such steps (TRL sets 4096 tokens for one). An engine that cannot place its
+# requests in its cache makes only such steps.
 _MOST_EMPTY_STEPS = 1000
 
 
 @dataclass(eq=False)
 class _Continuation:
     """
-    What an engine has sampled so far for one request.
+    Tokens that an engine has sampled so far for one request.
 
     Args:
         request_id (`str`):
@@ -45,7 +45,7 @@ class _Continuation:
         logprobs (`list[float]`):
             Their log-probabilities in the sampling distribution.
         finished (`bool`):
-            Whether it is complete, or was aborted.
+            Whether the continuation is complete, or was aborted.
         num_cached_tokens (`int`):
             Tokens of its prompt whose keys and values the engine still had.
     """
@@ -59,9 +59,9 @@ class _Continuation:
 
 class _EngineLoop:
     """
-    Requests to an engine and the tokens that have come for them, step by step.
+    Requests to an engine, and the tokens that have come for them step by step.
 
-    The only place that talks to vLLM's engine; what it uses is the same in vLLM 0.22 and 0.31.
+    This is the only place that uses vLLM's engine. The members used are the same in vLLM 0.22 and 0.31.
 
     Args:
         engine (`vllm.v1.engine.llm_engine.LLMEngine`):
@@ -77,7 +77,7 @@ class _EngineLoop:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether a continuation is still to be completed."""
+        """Return whether any continuation is unfinished."""
         return bool(self._unfinished)
 
     def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
@@ -85,16 +85,16 @@ class _EngineLoop:
         Request one continuation of `prompt_ids`.
 
         Raises:
-            `ValueError`: If it might not fit into the engine's context, where the engine would just break it off.
+            `ValueError`: If the continuation might not fit into the engine's context. The engine would cut it short.
         """
         context = self._engine.model_config.max_model_len
         if len(prompt_ids) + sampling["max_tokens"] > context:
             raise ValueError(
-                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new ones are more than vLLM's "
-                f"context of {context}. Raise `vllm_max_model_length`, lower `budgets` or "
-                "`max_summary_length`, or drop the longest prompts."
+                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new tokens exceed vLLM's context "
+                f"of {context} tokens. Raise `vllm_max_model_length`, lower `budgets` or `max_summary_length`, or "
+                "drop the longest prompts."
             )
-        # Deltas, as otherwise a trace would be copied as a whole for each of its tokens
+        # Get only new tokens. Otherwise the whole trace would be copied for each of its tokens.
         sampling = {"extra_args": {BUDGET_FIELD: NO_BUDGET}, **sampling}
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
         continuation = _Continuation(f"rollout-{self._num_requests}")
@@ -125,7 +125,7 @@ class _EngineLoop:
         self._num_empty_steps = 0 if outputs else self._num_empty_steps + 1
         if self._num_empty_steps > _MOST_EMPTY_STEPS:
             raise RuntimeError(
-                f"The vLLM engine has sampled nothing in {_MOST_EMPTY_STEPS} steps, with {waiting}: its KV cache has "
+                f"The vLLM engine has sampled nothing in {_MOST_EMPTY_STEPS} steps, with {waiting}. Its KV cache has "
                 "no room for them. Raise `vllm_gpu_memory_utilization`, or lower `budgets`."
             )
 
@@ -152,20 +152,20 @@ class _EngineLoop:
             continuation.finished = True
 
     def abort_all(self) -> None:
-        """Leave nothing behind in the engine."""
+        """Remove all requests from the engine."""
         self.abort(list(self._unfinished.values()))
 
 
 @dataclass
 class _OpenRollout:
     """
-    A rollout that is being sampled.
+    Rollout that is being sampled.
 
     Args:
         prompt_ids (`list[int]`):
             The rendered prompt.
         number (`int`):
-            Number of its thinking among all continuations; its summaries follow.
+            Number of its thinking among all continuations. The numbers of its summaries follow.
         sampled (`_Continuation`):
             Its thinking.
         summaries (`list[list[_Continuation]]`):
@@ -173,7 +173,7 @@ class _OpenRollout:
         num_context_tokens (`int`):
             Tokens of the summaries' contexts.
         scan ([`EndScan`]):
-            Looks for the end of its thinking.
+            Search for the end of its thinking.
     """
 
     prompt_ids: list[int]
@@ -184,21 +184,21 @@ class _OpenRollout:
     num_context_tokens: int = 0
 
     def has_ended(self) -> bool:
-        """Whether the end of thinking is among the tokens that came."""
+        """Return whether the end of thinking is among the tokens so far."""
         return self.scan.end_of_thinking(self.sampled.token_ids) is not None
 
     def thinking(self, settings: RolloutSettings) -> Thinking:
-        """The thinking so far."""
+        """Return the thinking so far."""
         return Thinking.from_tokens(
             self.sampled.token_ids, settings.markers, settings.eos_token_ids, logprobs=self.sampled.logprobs
         )
 
     def num_passed(self, budgets: list[int]) -> int:
-        """How many of the budgets cut the thinking at a place that is certain by now."""
+        """Return how many of the budgets cut the thinking at a place that is already certain."""
         return len(budgets) if self.sampled.finished else bisect_right(budgets, len(self.sampled.token_ids))
 
     def close(self, settings: RolloutSettings) -> Rollout:
-        """The complete rollout."""
+        """Make the complete rollout."""
         return Rollout.from_budgets(
             self.prompt_ids,
             self.thinking(settings),
@@ -213,13 +213,13 @@ class EngineGeneration(Generation):
     """
     The two phases in a vLLM engine.
 
-    A summary's context is a prefix that the engine has just computed, and whose keys and values are in its prefix
-    cache. With `overlap` the summaries at a budget are requested as soon as the thinking has passed it, and take the
+    The context of a summary is a prefix that the engine has just computed, so its keys and values are in the prefix
+    cache. With `overlap`, the summaries at a budget are requested as soon as the thinking has passed it. They take the
     places of traces that have ended while others still run.
 
     Args:
         engine (`vllm.v1.engine.llm_engine.LLMEngine`):
-            The engine; `llm.llm_engine` of a `vllm.LLM`.
+            The engine, `llm.llm_engine` of a `vllm.LLM`.
         sampling (`dict[str, Any]`, *optional*):
             Parameters of vLLM's `SamplingParams` for both phases. A `seed` gives every continuation a seed of its own,
             counted from there.
@@ -232,7 +232,7 @@ class EngineGeneration(Generation):
         num_context_tokens (`int`):
             Tokens of all summaries' contexts in the last call.
         num_cached_tokens (`int`):
-            Those of them that the prefix cache had.
+            Number of these tokens that the prefix cache had.
 
     Raises:
         `ValueError`: If the engine has no prefix cache.
@@ -246,8 +246,8 @@ class EngineGeneration(Generation):
         self.num_steps = self.num_context_tokens = self.num_cached_tokens = 0
         if not engine.vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
-                "The vLLM engine runs without a prefix cache, so every summary would compute its thinking anew. vLLM "
-                "switches it off for models that it cannot cache, among them many recurrent and hybrid ones: set "
+                "The vLLM engine runs without a prefix cache, so every summary would compute its thinking again. vLLM "
+                "switches the cache off for models that it cannot cache, among them many recurrent and hybrid ones. Set "
                 "`use_vllm=False` for them."
             )
 
@@ -265,7 +265,9 @@ class EngineGeneration(Generation):
         self.num_cached_tokens = sum(
             summary.num_cached_tokens
             for rollout in rollouts
-            for summary in dict.fromkeys(chain.from_iterable(rollout.summaries))  # once, where budgets share them
+            for summary in dict.fromkeys(
+                chain.from_iterable(rollout.summaries)
+            )  # once each, as budgets may share them
         )
         return [rollout.close(settings) for rollout in rollouts]
 
@@ -322,7 +324,7 @@ class EngineGeneration(Generation):
             rollout.num_context_tokens += num_summaries * len(context)
 
     def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
-        """Sampling parameters of one phase."""
+        """Return the sampling parameters of one phase."""
         return {**self._parameters, "max_tokens": max_tokens, "stop_token_ids": stop_token_ids}
 
 
@@ -334,7 +336,7 @@ class ColocateGeneration(EngineGeneration):
 
     Args:
         vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
-            TRL's backend, in colocate mode. Its weights are synchronised by TRL before each roll-out.
+            TRL's backend, in colocate mode. TRL synchronises its weights before each rollout.
         overlap (`bool`, *optional*, defaults to `True`):
             Whether the phases overlap.
     """
@@ -350,7 +352,7 @@ class ColocateGeneration(EngineGeneration):
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """Wake the engine, if it sleeps between generations at all, and let it sleep again."""
+        """Wake the engine if it sleeps between generations, and let it sleep again."""
         if not self._vllm.enable_sleep_mode:
             yield
             return
@@ -371,10 +373,11 @@ class ColocateGeneration(EngineGeneration):
 
     def _prompts_of_group(self, prompts: list[list[int]]) -> tuple[list[list[int]], slice]:
         """
-        The prompts of all ranks that share this engine by tensor parallelism, and which of them are this rank's.
+        Return the prompts of all ranks that share this engine by tensor parallelism, and this rank's slice.
 
-        Each of these ranks has a scheduler of its own, and they must not part: whatever is requested, and when, may
-        depend on nothing but these prompts and the tokens that come, which are the same on all of them.
+        Each of these ranks has a scheduler of its own, and all schedulers must make the same decisions. So requests
+        and their times may depend only on these prompts and on the tokens that come. Both are the same on all these
+        ranks.
         """
         size = self._vllm.tensor_parallel_size
         if size == 1:
@@ -387,7 +390,7 @@ class ColocateGeneration(EngineGeneration):
         return [ids for part in gathered for ids in part], slice(first, first + len(prompts))
 
     def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
-        """Sampling parameters of one phase, otherwise those of `VLLMGeneration.generate`."""
+        """Return the sampling parameters of one phase. All others are those of `VLLMGeneration.generate`."""
         vllm = self._vllm
         return {
             "repetition_penalty": vllm.repetition_penalty,
@@ -403,6 +406,10 @@ class ColocateGeneration(EngineGeneration):
 
 
 def _with_seed(sampling: dict[str, Any], number: int) -> dict[str, Any]:
-    """The parameters of one continuation: with one seed for all, the summaries of a cut would be the same."""
+    """
+    Return the parameters of one continuation.
+
+    With one seed for all, the summaries of a cut would be the same.
+    """
     seed = sampling.get("seed")
     return sampling if seed is None else {**sampling, "seed": seed + number}

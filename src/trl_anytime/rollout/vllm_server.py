@@ -1,4 +1,4 @@
-"""TRL's vLLM server in training: a check before TRL's, and failures that every rank hears of."""
+"""TRL's vLLM server in training: a check before TRL's own, and failures that are reported on every rank."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .backend import Sampler
 _MODELS = fields(data=list_of(fields(id=string(1000), root=string(10_000), max_model_len=integer(1)), least=1))
 _SERVER_INFO = fields(
     vllm_config=fields(
-        weight_transfer_config=lambda value, name: value,  # whether there is one
+        weight_transfer_config=lambda value, name: value,  # only whether there is one matters
         cache_config=fields(enable_prefix_caching=or_null(boolean)),
     )
 )
@@ -29,25 +29,25 @@ def server_url(args: GRPOConfig) -> str:
 
 def check_server(url: str, timeout: float, model_name: str) -> int:
     """
-    Wait until the vLLM server is there, and see whether BRPO can train with it.
+    Wait until the vLLM server answers, and check that BRPO can train with it.
 
-    TRL looks for the server on the main process only, where an error leaves the other ranks waiting. This check, which
-    comes before TRL's, is collective.
+    TRL looks for the server on the main process only, where an error leaves the other ranks waiting. This check comes
+    before TRL's. It is a collective call.
 
     Args:
         url (`str`):
-            Where the server is.
+            Address of the server.
         timeout (`float`):
             Seconds to wait for it.
         model_name (`str`):
-            Repository or folder of the model to be trained; empty if it has none.
+            Repository or folder of the model to be trained. Empty if it has none.
 
     Returns:
-        `int`: Tokens that a prompt and its continuation may come to in the server.
+        `int`: Most tokens of a prompt and its continuation together in the server.
 
     Raises:
         `ConnectionError`: On every rank, if the server does not answer in time.
-        `ValueError`: On every rank, if it serves another model or lacks what TRL and BRPO need.
+        `ValueError`: On every rank, if the server serves another model or lacks what TRL and BRPO need.
     """
     outcome: list[Any] = [None]
     if PartialState().is_main_process:
@@ -77,35 +77,35 @@ def _check_server(url: str, timeout: float, model_name: str) -> int:
     if model_name and model_name not in names and Path(model_name).resolve() != Path(served["root"]).resolve():
         raise ValueError(
             f"The vLLM server at {url} serves {served['root']!r}, but the model to be trained is {model_name!r}. "
-            "Serve that; or, if both have the same architecture, restart the server with "
+            "Serve that model. If both have the same architecture, you can also restart the server with "
             f"`--served-model-name {model_name}`."
         )
     try:
         config = server.request("/server_info?config_format=json", check=_SERVER_INFO)["vllm_config"]
     except ValueError as error:
         raise ValueError(
-            f"The vLLM server at {url} does not offer its development endpoints, by which TRL sends it the weights: "
-            f"restart it with `VLLM_SERVER_DEV_MODE=1` in its environment. {error}"
+            f"The vLLM server at {url} does not offer its development endpoints, by which TRL sends it the weights. "
+            f"Restart it with `VLLM_SERVER_DEV_MODE=1` in its environment. {error}"
         ) from error
     if config["weight_transfer_config"] is None:
         raise ValueError(
-            f"The vLLM server at {url} cannot receive weights: restart it with "
+            f"The vLLM server at {url} cannot receive weights. Restart it with "
             """`--weight-transfer-config '{"backend": "nccl"}'`."""
         )
     if not config["cache_config"]["enable_prefix_caching"]:
         raise ValueError(
-            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking anew: "
-            "restart it with `--enable-prefix-caching`."
+            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking again. "
+            "Restart it with `--enable-prefix-caching`."
         )
     return served["max_model_len"]
 
 
 class _PatientClient:
     """
-    TRL's client, whose failures wait until every rank can be told.
+    TRL's client. It holds its failures back until every rank can be told.
 
-    TRL calls it on the main process, in the middle of collectives: an error there would leave the other ranks waiting.
-    After a failure it does nothing and returns empty continuations.
+    TRL calls the client on the main process, between collective calls. An error there would leave the other ranks
+    waiting. After a failure, the client does nothing and returns empty continuations.
 
     Args:
         client ([`~trl.generation.vllm_client.VLLMClient`]):
@@ -113,7 +113,7 @@ class _PatientClient:
 
     Attributes:
         error (`Exception`, *optional*):
-            What failed first.
+            The first failure.
     """
 
     def __init__(self, client: Any):
@@ -149,11 +149,11 @@ class _PatientClient:
 
 class ServerSampler:
     """
-    A [`~trl_anytime.rollout.backend.Sampler`] over TRL's server mode, whose failures are raised on every rank.
+    [`~trl_anytime.rollout.backend.Sampler`] over TRL's server mode. It raises failures on every rank.
 
     Args:
         sample ([`~trl_anytime.rollout.backend.Sampler`]):
-            Samples by `vllm_generation`.
+            Function that samples with `vllm_generation`.
         vllm_generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
             TRL's backend, in server mode. Its client is replaced by one that reports failures here.
     """
@@ -169,7 +169,7 @@ class ServerSampler:
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """
-        Collective.
+        Sample continuations, see [`~trl_anytime.rollout.backend.Sampler`]. This is a collective call.
 
         Raises:
             `RuntimeError`: On every rank, if the server failed since the last call.
