@@ -358,7 +358,8 @@ def _attend_in_blocks(
     """
     Attend in blocks of queries.
 
-    This is for capped scores and attention sinks, which torch's fused attention lacks. The backward pass recomputes the scores.
+    This is for capped scores and attention sinks, which torch's fused attention lacks. The backward pass
+    recomputes the scores.
     """
     key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling

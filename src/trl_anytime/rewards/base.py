@@ -1,4 +1,4 @@
-"""What all rewards with gold answers share: find the answer in a completion, read the gold, count what went wrong."""
+"""Base of the rewards with gold answers: find the answer in a completion, read the gold answer, count what fails."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,35 +16,35 @@ from .verifier.gold_answers import (
 )
 
 ANSWER_COLUMNS = ("answer", "solution", "reward_model.ground_truth")
-"""Where gold answers usually are; the last is verl's."""
+"""Columns where gold answers usually are. The last one is verl's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerReward:
     r"""Base of the rewards that compare an answer in a `\boxed{}` with a gold answer.
 
-    With [`BRPOTrainer`] the completion is a summary, and the answer is the last `\boxed{}` in the first
-    paragraph of `answer_bridge + summary` that starts with the final-answer text. In a plain `GRPOTrainer` the
-    completion is everything the model wrote, and the answer is the last `\boxed{}` behind the thinking.
+    With [`BRPOTrainer`] the completion is a summary. The answer is the last `\boxed{}` in the first paragraph of
+    `answer_bridge + summary` that starts with the final-answer text. In a plain `GRPOTrainer` the completion is
+    everything the model wrote. The answer is then the last `\boxed{}` after the thinking.
 
-    On every call it logs every counter in `COUNTERS` as `rewards/<class name>/<counter>`: numbers of completions, 0
-    included, so that the keys are the same on every rank and at every step.
+    Every call logs each counter in `COUNTERS` as `rewards/<class name>/<counter>`. The values are numbers of
+    completions. Zeros are logged too, so the keys are the same on every rank and at every step.
 
     Args:
         answer_columns (`tuple[str, ...]`, *optional*):
-            Columns that may hold the gold answers; the first one present counts. `a.b` is the key `b` of column `a`.
+            Columns that may hold the gold answers. The first one present is used. `a.b` is the key `b` of column `a`.
             Defaults to `answer`, `solution` and verl's `reward_model.ground_truth`. A gold answer is a string, an int,
             a float, or a list of these, of which any is right.
         answer_bridge (`str`, *optional*, defaults to `"\n\n**Final Answer**\n"`):
-            Final-answer text that precedes each summary. The trainer puts in its own.
+            Final-answer text that precedes each summary. The trainer sets its own.
         end_of_thinking (`str` or `None`, *optional*, defaults to `"</think>"`):
-            Marker that a whole completion must hold exactly once. `None` for models that do not think. Unused with
-            [`BRPOTrainer`], which counts the marker on token ids.
+            Marker that a whole completion must contain exactly once. `None` for models that do not think. It is not
+            used with [`BRPOTrainer`], which counts the marker on token ids.
         on_bad_gold (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` an error for an unusable gold answer, or `"skip"` its rows: left out when a dataset is checked,
-            reward `None` when a batch is graded.
+            What to do with an unusable gold answer. `"raise"` raises an error. `"skip"` leaves out its rows when a
+            dataset is checked, and gives them the reward `None` when a batch is graded.
         max_answer_length (`int`, *optional*, defaults to `2000`):
-            Characters in the box beyond which an answer is wrong without a look.
+            Most characters in the box. A longer answer is wrong without being looked at.
     """
 
     answer_columns: tuple[str, ...] = ANSWER_COLUMNS
@@ -58,9 +58,9 @@ class AnswerReward:
     def __post_init__(self) -> None:
         check_on_bad_gold(self.on_bad_gold)
         if isinstance(self.answer_columns, str) or not self.answer_columns:
-            raise ValueError(f"answer_columns must be a tuple of column names, not {self.answer_columns!r}.")
+            raise ValueError(f"`answer_columns` must be a tuple of column names, got {self.answer_columns!r}.")
         if self.max_answer_length < 1:
-            raise ValueError(f"max_answer_length must be positive, not {self.max_answer_length!r}.")
+            raise ValueError(f"`max_answer_length` must be positive, got {self.max_answer_length!r}.")
 
     def __call__(
         self,
@@ -76,25 +76,25 @@ class AnswerReward:
 
         Args:
             prompts (`Sequence`):
-                Unused; part of TRL's signature.
+                Not used, but part of TRL's signature.
             completions (`Sequence[str]` or `Sequence[list[dict]]`):
                 Texts or conversations. With `well_formed` they are summaries, without it whole completions.
             completion_ids (`Sequence[Sequence[int]]`, *optional*):
-                Unused; part of TRL's signature.
+                Not used, but part of TRL's signature.
             well_formed (`Sequence[bool]`, *optional*):
-                From [`BRPOTrainer`]: False for a summary that is wrong whatever it says, because its thinking did not
-                end as it should.
+                Given by [`BRPOTrainer`]. False for a summary that is wrong whatever it says, because its thinking did
+                not end as it should.
             log_metric (`Callable`, *optional*):
                 TRL's `log_metric`.
             columns (`dict`):
-                Columns of the dataset, one of `answer_columns` among them.
+                Columns of the dataset. One of them must be in `answer_columns`.
 
         Returns:
-            `list[float | None]`: 1.0 or 0.0, or `None` for a bad gold answer with `on_bad_gold="skip"` and for an
-            answer that could not be graded, see [`MathReward`].
+            `list[float | None]`: 1.0 or 0.0 for each completion. `None` for a bad gold answer with
+            `on_bad_gold="skip"`, and for an answer that could not be graded, see [`MathReward`].
 
         Raises:
-            `ValueError`: For a bad gold answer, naming row, column and value, or if no column has gold answers.
+            `ValueError`: If a gold answer is bad, with row, column and value, or if no column has gold answers.
         """
         counts = Counter(dict.fromkeys(self.COUNTERS, 0))
         column = find_column(list(columns), self.answer_columns)
@@ -135,22 +135,23 @@ class AnswerReward:
 
         Args:
             dataset (`Dataset` or `IterableDataset`):
-                A dataset with one of `answer_columns`. An iterable dataset is returned as it is: its rows are checked
+                Dataset with one of `answer_columns`. An iterable dataset is returned unchanged. Its rows are checked
                 when they are graded.
 
         Returns:
-            The dataset; with `on_bad_gold="skip"` without the rows whose gold answer is bad, after a warning with
+            The dataset. With `on_bad_gold="skip"` it lacks the rows whose gold answer is bad, and a warning gives
             their number.
 
         Raises:
-            `ValueError`: Names row, column and value of the first bad gold answer, or the columns if none holds any.
+            `ValueError`: If a gold answer is bad, with row, column and value of the first one, or if no column has
+            gold answers.
         """
         return check_gold_answers(dataset, self.answer_columns, self._gold, skip=self.on_bad_gold == "skip")
 
     def _gold(self, value: Any) -> list[str] | None:
-        """Alternatives of a gold answer, `None` for a value that is none."""
+        """Return the alternatives of a gold answer, or `None` if the value is not a gold answer."""
         return gold_alternatives(value)
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> Sequence[float | None]:
-        """Score answers against the alternatives of their gold answers, adding to `counts`."""
+        """Score answers against the alternatives of their gold answers, and add to `counts`."""
         raise NotImplementedError

@@ -18,26 +18,29 @@ _LIMITS = ("cpu_limit", "hard_limit", "batch_limit", "memory_limit", "tasks_per_
 class MathReward(AnswerReward):
     r"""Reward 1 for a completion whose final answer is mathematically equal to a gold answer, 0 otherwise.
 
-    See [`AnswerReward`] for how the answer is found. What is plain (numbers, words, choices, lists of these) is graded
-    in this process, the rest in worker processes that are killed when they hang. An answer that took all of its own
-    time scores 0 and is counted as `timeouts`, or as `dead_workers` if its worker died. An answer whose turn did not
-    come within the time of the call was not looked at: it gets no reward (`None`) and is counted as `ungraded`. A
-    warning gives the share of both, once for each process and settings. Instances hold settings only and can be
-    pickled; the workers belong to the process that grades.
+    See [`AnswerReward`] for how the answer is found. Plain answers (numbers, words, choices, lists of these) are
+    graded in this process. All others are graded in worker processes that are killed when they hang.
+
+    An answer that reached its own time limit scores 0 and is counted as `timeouts`, or as `dead_workers` if its worker
+    died. An answer that was not reached within the time of the call is not graded. Its reward is `None`, and it is
+    counted as `ungraded`. A warning gives the share of both, once for each process and settings.
+
+    Instances hold only settings and can be pickled. The workers belong to the process that grades.
 
     Args:
         workers (`int`, *optional*):
-            Worker processes of this rank. Defaults to half the cores of this rank, at most 4.
+            Number of worker processes of this rank. Defaults to half the cores of this rank, at most 4.
         cpu_limit (`float`, *optional*, defaults to `2.0`):
             CPU seconds for one answer.
         hard_limit (`float`, *optional*, defaults to `10.0`):
             Seconds after which a worker that does not answer is killed.
         batch_limit (`float`, *optional*, defaults to `60.0`):
-            Seconds for one call, on top of `cpu_limit` for each answer that workers grade, divided by the workers.
+            Seconds for one call. Added to them are `cpu_limit` for each answer that workers grade, divided by the
+            workers.
         memory_limit (`int`, *optional*, defaults to `1024`):
             MiB of address space of one worker.
         tasks_per_worker (`int`, *optional*, defaults to `2000`):
-            Answers after which a worker is replaced by a fresh one.
+            Number of answers after which a worker is replaced by a new one.
         kwargs (`dict`):
             Settings of [`AnswerReward`]: `answer_columns`, `answer_bridge`, `end_of_thinking`, `on_bad_gold` and
             `max_answer_length`.
@@ -66,21 +69,21 @@ class MathReward(AnswerReward):
         super().__post_init__()
         for name in _LIMITS:
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)!r}.")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, not {self.workers!r}; leave it out for the default.")
+            raise ValueError(f"`workers` must be at least 1, got {self.workers!r}. Leave it out to use the default.")
 
     def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
         scores = self._score(pairs, counts)
         settings = self._pool_settings()
         if settings not in _warned and (said := _shortfall(counts, len(pairs))):
             _warned.add(settings)
-            warnings.warn(f"{said} From now on they are only counted.", stacklevel=3)
+            warnings.warn(f"{said} Later cases are only counted.", stacklevel=3)
         return scores
 
     def _score(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
         exact = Exact()
-        outcomes: dict[tuple[str, str], str | None] = {}  # of a gold and an answer, each pair once; None: for a worker
+        outcomes: dict[tuple[str, str], str | None] = {}  # of each pair of gold answer and answer; None: for a worker
         for gold_answers, answer in pairs:
             for gold in gold_answers:
                 if (gold, answer) not in outcomes:
@@ -110,18 +113,18 @@ _warned: set[PoolSettings] = set()
 
 
 def _shortfall(counts: Mapping[str, float], total: int) -> str:
-    """Say what share of answers was not graded to the end, and what to do; `""` if all were."""
+    """Say what share of answers was not graded to the end, and what to do. Return `""` if all were."""
     limited = int(counts["timeouts"] + counts["dead_workers"])
     said = []
     if limited:
         said.append(
-            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory, and score 0. "
-            "Raise `cpu_limit`, `hard_limit` or `memory_limit` if they are more than a few."
+            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory and score 0. "
+            "If these are more than a few, raise `cpu_limit`, `hard_limit` or `memory_limit`."
         )
     if ungraded := int(counts["ungraded"]):
         said.append(
-            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not looked at within the time of the call, "
-            "and get None. Raise `batch_limit` or `workers`, or free the machine."
+            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not graded within the time of the call "
+            "and get None. Raise `batch_limit` or `workers`, or stop other processes on the machine."
         )
     return " ".join(said)
 
@@ -133,26 +136,27 @@ def grade_answers(
     counts: MutableMapping[str, float] | None = None,
     **settings: Any,
 ) -> list[float | None]:
-    r"""Grade bare answers, as they stand in a box, in bulk.
+    r"""Grade many bare answers, written as in a box.
 
-    A warning says which share of them hit a limit, if any did.
+    If any answer hit a limit, a warning gives their share.
 
     Args:
         answers (`Sequence[str]`):
             Contents of boxes, without `\boxed{}`.
         gold_answers (`Sequence`):
-            One gold answer for each: a string, an int, a float, or a list of these, of which any is right.
+            One gold answer for each answer: a string, an int, a float, or a list of these, of which any is right.
         counts (`MutableMapping[str, float]`, *optional*):
-            Gets the numbers of answers that are `graded`, `too_long` (score 0), `timeouts` and `dead_workers` (of
-            those graded, at a limit: score 0), and `ungraded` (not looked at within the time of the call: `None`).
+            Mapping that receives numbers of answers. `graded` are those that were graded. Of these, `timeouts` and
+            `dead_workers` hit a limit and score 0. `too_long` also score 0. `ungraded` were not reached within the
+            time of the call and get `None`.
         settings (`dict`):
             Settings of [`MathReward`], such as `workers` or `cpu_limit`.
 
     Returns:
-        `list[float | None]`: 1.0 or 0.0 for each answer, `None` for one that was not looked at.
+        `list[float | None]`: 1.0 or 0.0 for each answer, `None` for one that was not graded.
 
     Raises:
-        `ValueError`: If the lengths differ or a gold answer is none.
+        `ValueError`: If the lengths differ or a value is not a gold answer.
 
     Example:
 
@@ -164,7 +168,9 @@ def grade_answers(
     ```
     """
     if len(answers) != len(gold_answers):
-        raise ValueError(f"There are {len(answers)} answers but {len(gold_answers)} gold answers.")
+        raise ValueError(
+            f"There are {len(answers)} answers but {len(gold_answers)} gold answers. Give one gold answer for each."
+        )
     reward = MathReward(**settings)
     found = Counter(dict.fromkeys(("graded", "too_long", "timeouts", "dead_workers", "ungraded"), 0))
     scores: list[float | None] = [0.0] * len(answers)
@@ -183,7 +189,7 @@ def grade_answers(
     said = _shortfall(found, len(answers))
     if found["too_long"]:
         share = f"{found['too_long']} of {len(answers)} answers ({found['too_long'] / len(answers):.1%})"
-        said += f" {share} have more than {reward.max_answer_length} characters (`max_answer_length`), and score 0."
+        said += f" {share} have more than {reward.max_answer_length} characters (`max_answer_length`) and score 0."
     if said:
         warnings.warn(said.strip(), stacklevel=2)
     if counts is not None:

@@ -1,10 +1,10 @@
-"""What reward functions return, checked in one way wherever one is called."""
+"""Check what reward functions return, in one way wherever one is called."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-# What a call of user code may raise that must not end the process without a word: `sys.exit(0)` is no error to Python
+# Exceptions of user code that must not end the process silently. Python does not report `sys.exit(0)` as an error.
 FAILURES = (Exception, SystemExit)
 # Rewards become float32
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -12,16 +12,16 @@ _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 def checked_rewards(rewards: Any, prompts: Sequence[Any]) -> list[float | None]:
     """
-    Return what a reward function returned, as floats.
+    Check what a reward function returned, and return it as floats.
 
     Args:
         rewards (`Any`):
-            What it returned: an iterable of numbers and `None`, in the order of the prompts.
+            Return value of the function: an iterable of numbers and `None`, in the order of the prompts.
         prompts (`Sequence`):
-            What it was asked about.
+            Prompts that the function was called with.
 
     Raises:
-        `ValueError`: If these are not rewards, one finite number or `None` for each prompt; names the row.
+        `ValueError`: If there is not one finite number or `None` for each prompt. The message names the row.
     """
     if isinstance(rewards, Mapping | Set | str | bytes) or not isinstance(rewards, Iterable):
         raise ValueError(f"it returned a {type(rewards).__name__}. Return a list with one reward for each completion")
@@ -41,7 +41,7 @@ def _checked_reward(reward: Any, row: int, prompt: Any) -> float | None:
         value = float(reward)
     except OverflowError:
         value = math.inf
-    except (TypeError, ValueError, RuntimeError):  # torch's, for a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError):  # the last from torch, for a tensor of several numbers
         raise ValueError(
             f"it returned {str(reward)[:100]!r}, a {type(reward).__name__}, {where}. Return a number, or None where "
             "it does not apply to a completion"
@@ -54,7 +54,7 @@ def _checked_reward(reward: Any, row: int, prompt: Any) -> float | None:
 
 
 def failure_text(error: BaseException) -> str:
-    """Say what an exception of a reward function is."""
+    """Describe an exception of a reward function."""
     if isinstance(error, SystemExit):
         return f"it called `sys.exit({'' if error.code is None else repr(error.code)})`. Raise an error instead"
     return f"{type(error).__name__}: {error}"

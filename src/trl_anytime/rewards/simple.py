@@ -17,7 +17,7 @@ from .verifier.latex import normalize
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch(AnswerReward):
-    """Reward 1 for an answer that is the gold answer, white space apart.
+    """Reward 1 for an answer that equals the gold answer apart from white space.
 
     Args:
         ignore_case (`bool`, *optional*, defaults to `False`):
@@ -64,12 +64,12 @@ class MultipleChoice(AnswerReward):
         return [float(self._letter(answer) in gold_answers) for gold_answers, answer in pairs]
 
     def _letter(self, text: str) -> str | None:
-        """The one choice that a text names, `None` if it names none or several."""
+        """Return the one choice that a text names, or `None` if it names none or several."""
         text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", normalize(text)).strip(" .,:")
         letter = f"[{re.escape(self.choices)}]"
         if match := re.fullmatch(rf"\(?\s*({letter})\s*\)?", text, re.IGNORECASE):
             return match[1].upper()
-        # With the text of the choice behind the letter; not two letters, which would be two claims.
+        # Accept the text of the choice after the letter, but not two letters, which would be two claims.
         if (match := re.match(rf"\(\s*({letter})\s*\)|({letter})\s*[.:)]\s", text)) and not re.search(
             rf"\(\s*{letter}\s*\)", text[match.end() :]
         ):
@@ -81,14 +81,14 @@ class MultipleChoice(AnswerReward):
 class NumericClose(AnswerReward):
     """Reward 1 for a number within a tolerance of the gold number.
 
-    Integers, decimals, fractions, mixed numbers and scientific notation count as numbers, with or without a unit;
-    formulas such as a square root do not.
+    Numbers are integers, decimals, fractions, mixed numbers and scientific notation, with or without a unit. Formulas
+    such as a square root are not.
 
     Args:
         relative_tolerance (`float`, *optional*, defaults to `1e-6`):
             Tolerance as a fraction of the gold number.
         absolute_tolerance (`float`, *optional*, defaults to `0.0`):
-            Tolerance in the gold number's unit. The larger of the two counts.
+            Tolerance in the gold number's unit. The larger of the two tolerances is used.
         kwargs (`dict`):
             Settings of [`AnswerReward`].
     """
@@ -101,10 +101,10 @@ class NumericClose(AnswerReward):
         for name in ("relative_tolerance", "absolute_tolerance"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number, at least 0, not {value!r}.")
+                raise ValueError(f"`{name}` must be a finite number, at least 0, got {value!r}.")
 
     def _gold(self, value: Any) -> list[str] | None:
-        # Within a tolerance, the last digits of a large float do not matter
+        # The last digits of a large float do not matter within a tolerance
         is_float = isinstance(value, float) and math.isfinite(value)
         gold_answers = [repr(value)] if is_float else gold_alternatives(value)
         return gold_answers if gold_answers and all(_number(gold) is not None for gold in gold_answers) else None
@@ -136,9 +136,9 @@ class FormatReward:
 
     Args:
         answer_bridge (`str`, *optional*, defaults to `"\n\n**Final Answer**\n"`):
-            Final-answer text that precedes each summary. The trainer puts in its own.
+            Final-answer text that precedes each summary. The trainer sets its own.
         end_of_thinking (`str` or `None`, *optional*, defaults to `"</think>"`):
-            Marker that a whole completion must hold exactly once. `None` for models that do not think.
+            Marker that a whole completion must contain exactly once. `None` for models that do not think.
     """
 
     answer_bridge: str = "\n\n**Final Answer**\n"
@@ -154,7 +154,7 @@ class FormatReward:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Check the format, see [`AnswerReward.__call__`] for the arguments; gold answers are not looked at."""
+        """Check the format. Gold answers are ignored. See [`AnswerReward.__call__`] for the arguments."""
         rewards: list[float | None] = []
         for row, completion in enumerate(completions):
             formed = None if well_formed is None else well_formed[row]

@@ -113,8 +113,8 @@ class CompletionClient:
                 raise Unfit("`choices` are not numbered from 0 on")
             if any(choice.get("token_ids") is None for choice in choices):
                 raise ValueError(
-                    f"{self.base_url} does not return token ids, so traces cannot be cut exactly. Serve the model with "
-                    "vLLM (`trl-anytime serve-command`), which supports `return_token_ids`."
+                    f"{self.base_url} does not return token ids, so traces cannot be cut exactly. Serve the model "
+                    "with vLLM (`trl-anytime serve-command`), which supports `return_token_ids`."
                 )
             for choice in choices:
                 reason, length = choice["finish_reason"], len(choice["token_ids"])

@@ -247,7 +247,7 @@ class EngineGeneration(Generation):
         if not engine.vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
                 "The vLLM engine runs without a prefix cache, so every summary would compute its thinking again. vLLM "
-                "switches the cache off for models that it cannot cache, among them many recurrent and hybrid ones. Set "
+                "switches the cache off for models that it cannot cache, such as many recurrent and hybrid ones. Set "
                 "`use_vllm=False` for them."
             )
 

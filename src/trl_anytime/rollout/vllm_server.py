@@ -94,8 +94,8 @@ def _check_server(url: str, timeout: float, model_name: str) -> int:
         )
     if not config["cache_config"]["enable_prefix_caching"]:
         raise ValueError(
-            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking again. "
-            "Restart it with `--enable-prefix-caching`."
+            f"The vLLM server at {url} runs without a prefix cache, so every summary would compute its thinking "
+            "again. Restart it with `--enable-prefix-caching`."
         )
     return served["max_model_len"]
 

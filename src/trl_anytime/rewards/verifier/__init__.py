@@ -1,1 +1,1 @@
-"""When two mathematical answers are equal: reading, comparing, and the workers that do it."""
+"""Equality of mathematical answers: reading, comparing, and the workers that do it."""

@@ -1,13 +1,13 @@
-r"""When two answers are equal, up to the comparison of two formulas, which is a parameter.
+r"""Equality of two answers. The comparison of two formulas is a parameter.
 
-The structure (lists, sets, tuples, intervals, unions, matrices, equations, units, number bases, words, choices) is
-compared here, in pure Python. Two formulas are compared by an object with two methods:
+The structure is compared here, in pure Python: lists, sets, tuples, intervals, unions, matrices, equations, units,
+number bases, words, choices. Two formulas are compared by an object with two methods:
 
-- `equal(a, b)`: whether two scalars have one value;
-- `proportional(a, b, positive)`: whether a is a (positive) constant multiple of b, for equations (inequalities).
+- `equal(a, b)` says whether two scalars have the same value.
+- `proportional(a, b, positive)` says whether a is a (positive) constant multiple of b, for equations (inequalities).
 
-Each says True, False, or None for "cannot tell". `Exact` below knows plain numbers and is what runs in the training
-process; `symbolic.Symbolic`, with sympy, runs in the workers.
+Each returns True, False, or None for "cannot tell". `Exact` below knows plain numbers and runs in the training
+process. `symbolic.Symbolic` uses sympy and runs in the workers.
 """
 
 import re
@@ -50,7 +50,7 @@ class FormulaComparison(Protocol):
 # Sets and matrices that may have to be computed: `\mathbb{R}\setminus\{0\}` is a union, `2A` a matrix.
 _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 
-# Digits with a base within a formula. The value is not computed: digits and bases must be the same.
+# Digits with a base within a formula. The value is not computed. Digits and bases must be the same.
 _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
 _CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
@@ -58,21 +58,21 @@ _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is not a ratio
 
 _WORD = re.compile(r"\\[A-Za-z]+|[A-Za-z]+")
-_SAME_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # the first says no more than the second
+_SAME_DEGREES = ({"degree", "celsius"}, {"degree", "fahrenheit"})  # a plain degree can be either
 
 MIN_DECIMALS = 6
 """A decimal with at least that many places and significant digits equals an exact value that rounds to it."""
 
 
 def rounds_to(value: Fraction, decimal: Fraction, places: int) -> bool:
-    """Whether `decimal`, written with `places` digits behind the point, is `value` rounded."""
+    """Return whether `decimal`, written with `places` digits after the point, is `value` rounded."""
     half_unit = Fraction(1, 2 * 10**places)
     significant = abs(decimal) * 10**places >= 10 ** (MIN_DECIMALS - 1)
     return places >= MIN_DECIMALS and significant and abs(value - decimal) <= half_unit
 
 
 class Exact:
-    """Compares formulas that are plain numbers or have the same tokens; says None for all others."""
+    """Comparison of formulas that are plain numbers or have the same tokens. Returns None for all others."""
 
     def equal(self, a: str, b: str) -> Verdict:
         if tokens(a) == tokens(b):
@@ -95,9 +95,9 @@ class Exact:
 
 
 def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
-    r"""Whether an answer equals a gold answer, by the given comparison of formulas.
+    r"""Return whether an answer equals a gold answer, by the given comparison of formulas.
 
-    `a \approx b` in a gold answer offers both values, in an answer it claims a. Returns `None` if the comparison
+    In a gold answer, `a \approx b` accepts both values. In an answer, it claims a. Returns `None` if the comparison
     cannot tell, or if the answer is nested too deeply to be looked at.
     """
     try:
@@ -129,7 +129,11 @@ def _answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Ver
 
 
 def _as_lists(gold_text: str, gold: Form, answer_text: str, answer: Form) -> tuple[Form, Form] | None:
-    """The two in order, if one is a list and the other a number such as `100,200` that may be one, too."""
+    """
+    Return both as lists, if one is a list and the other a number that may also be one.
+
+    Such a number is `100,200`. The order of the two is kept. Returns `None` for all others.
+    """
     groups, claims = digit_groups(gold_text), digit_groups(answer_text)
     if groups and not claims and isinstance(answer, Collection) and answer.kind == "":
         return groups, answer
@@ -168,7 +172,7 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
     if isinstance(answer, Named):
         return _equal(gold, answer.value, comparison)
     if isinstance(gold, Formula) and isinstance(answer, Relation) and answer.operator == "=":
-        # `\frac34 = 0.75`: right if both sides are. A side that is an equation again is not read on and on.
+        # `\frac34 = 0.75` is right if both sides are. A side that is again an equation is not read further.
         sides = [read(side) for side in (answer.left, answer.right)]
         return _all(not isinstance(side, Relation) and _equal(gold, side, comparison) for side in sides)
     if isinstance(gold, Words | Choice) or isinstance(answer, Words | Choice):
@@ -186,7 +190,11 @@ def _equal(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
 
 
 def _letters(form: Form) -> str:
-    """Letters of words, a choice or a formula that has nothing else, in lower case; `""` for any other form."""
+    """
+    Return the letters of words, of a choice, or of a formula that has nothing else, in lower case.
+
+    Returns `""` for any other form.
+    """
     if isinstance(form, Words):
         return form.text
     if isinstance(form, Choice):
@@ -214,7 +222,7 @@ def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaCompariso
 
 
 def _equal_ratios(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
-    """Whether two ratios or times are equal; a ratio of two numbers is also their quotient."""
+    """Return whether two ratios or times are equal. A ratio of two numbers is also their quotient."""
     if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(answer):
         return comparison.equal(gold, answer)
     a, b = gold.split(":"), answer.split(":")
@@ -254,18 +262,22 @@ def _equal_items(gold: Collection, answer: Collection, comparison: FormulaCompar
 
 
 def _has_ellipsis(items: tuple[Form, ...]) -> bool:
-    r"""Whether a list goes on, as in `1, 3, \ldots`: its order is what it says."""
+    r"""Return whether a list continues, as in `1, 3, \ldots`. The order of such a list counts."""
     return any(isinstance(item, Formula) and item.text == r"\ldots" for item in items)
 
 
 def _values_in_order(named: tuple[Form, ...], others: tuple[Form, ...]) -> bool:
-    """Whether `4, 7` stands for `x=4, y=7`: which value is whose, its order says. `x_1=4, x_2=7` are just two."""
+    """
+    Return whether `4, 7` stands for `x=4, y=7`. Then the order counts.
+
+    In `x_1=4, x_2=7` the names are just numbered, so the order does not count.
+    """
     names = [_SUBSCRIPT.sub("", item.name) for item in named if isinstance(item, Named)]
     return len(set(names)) == len(named) > 1 and not all(isinstance(item, Named) for item in others)
 
 
 def _order(a: str, b: str, comparison: FormulaComparison) -> int | None:
-    """-1, 0 or 1 as a formula is less than, equal to or greater than another; `None` if that cannot be told."""
+    """Return -1, 0 or 1 if a formula is less than, equal to or greater than another, `None` if unknown."""
     left, right = as_fraction(a), as_fraction(b)
     if left is not None and right is not None:
         return (left > right) - (left < right)
@@ -289,7 +301,7 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
     left = [[_equal(item, other, comparison) for other in answer] for item in unmatched]
     if not left:
         return True
-    # Whatever is left, on either side, needs a partner that it may be equal to
+    # Each remaining item, on either side, needs a partner that it may be equal to
     return None if all(None in verdicts for verdicts in [*left, *zip(*left, strict=True)]) else False
 
 
@@ -335,7 +347,7 @@ def _as_relation(form: Named | Relation) -> Relation | None:
 
 
 def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Sides and operators of a chain, or of an interval with a name; `None` for any other form."""
+    """Return sides and operators of a chain, or of an interval with a name, `None` for any other form."""
     if isinstance(form, Chain):
         return form.sides, form.operators
     if not isinstance(form, Named) or not isinstance(form.value, Collection) or len(form.value.items) != 2:
@@ -352,7 +364,11 @@ def _sides(form: Form) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 
 def _equal_chains(gold: Form, answer: Form, comparison: FormulaComparison) -> Verdict:
-    """Whether two chains of inequalities say the same, link by link, or in the other direction: `-3<-x<-1`."""
+    """
+    Return whether two chains of inequalities are equivalent, link by link.
+
+    They may run in opposite directions, as `-3<-x<-1` does.
+    """
     if isinstance(answer, Chain) and set(answer.operators) == {"="} and not isinstance(gold, Chain | Named | Relation):
         return _all(_equal(gold, read(side), comparison) for side in answer.sides)
     if isinstance(gold, Chain) and set(gold.operators) == {"="} and not isinstance(answer, Chain | Named | Relation):
@@ -373,13 +389,17 @@ def _equal_links(a: tuple[str, str, str], b: tuple[str, str, str], comparison: F
     if same is True:
         return True
     scaled = comparison.proportional(f"({a[0]})-({a[2]})", f"({b[0]})-({b[2]})", a[1] != "=")
-    # Links between numbers are all true, and so proportional: what stands there must be the same.
+    # Links between numbers are all true, and so proportional. Their sides must be the same.
     letters = any(character.isalpha() for character in re.sub(r"\\[A-Za-z]+", "", a[0] + a[2]))
     return _any([same, scaled]) if letters else same
 
 
 def _with_name(form: Form, other: Form) -> Form:
-    r"""A set with the name of the one variable that an inequality is about: `(-\infty,3)` beside `2x<6`."""
+    r"""
+    Give a set the name of the only variable in an inequality: `(-\infty,3)` beside `2x<6`.
+
+    Other forms are returned unchanged.
+    """
     if not isinstance(form, Collection) or not isinstance(other, Relation | Chain):
         return form
     sides = (other.left, other.right) if isinstance(other, Relation) else other.sides
@@ -388,7 +408,11 @@ def _with_name(form: Form, other: Form) -> Form:
 
 
 def _renamed(form: Form, names: dict[str, str]) -> Form | None:
-    """A form with variables renamed; `None` if a new name is in it already, or the form is not that plain."""
+    """
+    Return a form with variables renamed.
+
+    Returns `None` if it already contains a new name, or is not a formula, collection or named value.
+    """
     if isinstance(form, Formula):
         taken = {letter for word in _WORD.findall(form.text) for letter in _letters_of(word)} - set(names)
         return None if taken & set(names.values()) else replace(form, text=_renamed_text(form.text, names))
@@ -406,5 +430,5 @@ def _renamed_text(text: str, names: dict[str, str]) -> str:
 
 
 def _letters_of(word: str) -> list[str]:
-    """Letters of a word; a control word, or the name of a function, is kept whole."""
+    """Return the letters of a word. A control word or the name of a function stays whole."""
     return [word] if word[0] == "\\" or word in FUNCTION_WORDS else list(word)

@@ -1,15 +1,20 @@
-"""Where the answer stands in a completion: thinking markers, final-answer paragraphs, boxes. Pure string functions."""
+"""Find the answer in a completion: thinking markers, final-answer paragraphs, boxes. Pure string functions."""
 
 import re
 from typing import Any
 
-# Braces as TeX counts them: an escaped character (`\{`, `\\`) is none, `\boxed{` opens a box, others open a group.
+# Braces as TeX counts them. An escaped character (`\{`, `\\`) does not count, `\boxed{` opens a box, others open a
+# group.
 _BRACES = re.compile(r"(?P<box>\\boxed(?![A-Za-z])\s*(?P<open>\{)?)|\\.|[{}]", re.DOTALL)
 _BLANK_LINES = re.compile(r"\n[ \t\r]*\n")
 
 
 def completion_text(completion: Any) -> str:
-    """Return the text of a completion: a string, or the last message of a conversation, its text parts joined."""
+    """Return the text of a completion.
+
+    A completion is a string or a conversation. Of a conversation, these are the text parts of the last message,
+    joined.
+    """
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None
@@ -19,7 +24,7 @@ def completion_text(completion: Any) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, `None` without one or if it is not complete. Linear in the length."""
+    r"""Return the content of the last `\boxed{...}`, in linear time. `None` if missing or not complete."""
     if "\\boxed" not in text:
         return None
     open_groups: list[int | None] = []  # start of the content for a box, None for any other group
@@ -39,7 +44,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def answer_paragraph(summary: str, answer_bridge: str) -> str:
-    """First paragraph of `answer_bridge + summary` that starts with the final-answer text, `""` without one."""
+    """
+    Return the first paragraph of `answer_bridge + summary` that starts with the final-answer text.
+
+    Returns `""` if there is none.
+    """
     marker = answer_bridge.strip()
     for paragraph in _BLANK_LINES.split(answer_bridge + summary):
         if paragraph.strip().startswith(marker) and (marker or paragraph.strip()):
@@ -48,7 +57,7 @@ def answer_paragraph(summary: str, answer_bridge: str) -> str:
 
 
 def after_thinking(text: str, end_of_thinking: str | None) -> str | None:
-    """The part of a whole completion that follows the thinking, `None` if the marker is not there exactly once."""
+    """Return the text after the thinking. `None` if the marker does not occur exactly once."""
     if not end_of_thinking:
         return text
     parts = text.split(end_of_thinking)
@@ -58,10 +67,10 @@ def after_thinking(text: str, end_of_thinking: str | None) -> str | None:
 def answer_part(
     completion: Any, well_formed: bool | None, answer_bridge: str, end_of_thinking: str | None
 ) -> str | None:
-    """Return the part of a completion to look for the answer in; `None` if its format is bad.
+    """Return the part of a completion that may contain the answer, or `None` if its format is bad.
 
-    `well_formed` is what the trainer says of a summary, which follows `answer_bridge`. It is `None` for a whole
-    completion, which must hold the marker `end_of_thinking`, if there is one, exactly once.
+    For a summary, which follows `answer_bridge`, `well_formed` is the trainer's verdict. For a whole completion it is
+    `None`. A whole completion must contain the marker `end_of_thinking`, if there is one, exactly once.
     """
     text = completion_text(completion)
     if well_formed is None:

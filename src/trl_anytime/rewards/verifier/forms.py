@@ -1,11 +1,12 @@
-r"""What an answer is: a number, words, a choice, a list, an interval, a matrix, an equation, or any other formula.
+r"""Forms of an answer: a number, words, a choice, a list, an interval, a matrix, an equation, or another formula.
 
-`read` turns an answer into one of the small dataclasses below. Formulas stay strings: they are compared as exact
+`read` turns an answer into one of the small dataclasses below. Formulas stay strings. They are compared as exact
 fractions (`as_fraction`) or, in a worker process, by value.
 
-This stage is ours because libraries read formulas, not answers. Their parsers drop units, take words for products of
-letters, keep one equation of several, join coordinates to thousands, and tell neither a choice from a variable nor a
-number's base from an index. It runs in the training process, and is linear in the length but for lists in any order.
+This package has its own stage for this because libraries read formulas, not answers. Their parsers drop units, read
+words as products of letters, keep one equation of several, and join coordinates to thousands. They do not distinguish
+a choice from a variable, or the base of a number from an index. The stage runs in the training process. Its time is
+linear in the length, except for lists in any order.
 """
 
 import re
@@ -19,7 +20,7 @@ from .latex import PLAIN, TOKEN, tokens
 
 @dataclass(frozen=True)
 class Formula:
-    """A scalar: its text, its unit (`None` for none or an unknown one), and whether it had a percent sign."""
+    """Scalar: its text, its unit (`None` for none or an unknown one), and whether it had a percent sign."""
 
     text: str
     unit: str | None = None
@@ -28,7 +29,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class Words:
-    """Text such as a name or `even`, in lower case, one space between words."""
+    """Text such as a name or `even`, in lower case, with one space between words."""
 
     text: str
 
@@ -55,12 +56,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Collection:
-    r"""Several answers. The order counts for pairs of brackets, quantities and lists with an ellipsis alone.
+    r"""Several answers. The order counts only for pairs of brackets, quantities and lists with an ellipsis.
 
-    `kind` is the pair of brackets for tuples and intervals (`"()"`, `"[)"`, …), `"{}"` for sets, `""` for a bare list,
-    `"cup"`, `"cap"` and `"minus"` for unions, intersections and differences, `"or"` for what may be a list of points
-    or a union of intervals, `"cases"` for a function by cases (tuples of value and condition), `"quantity"` for
-    `4 hours 10 minutes`.
+    `kind` is one of these:
+
+    - the pair of brackets for tuples and intervals (`"()"`, `"[)"`, …),
+    - `"{}"` for sets,
+    - `""` for a bare list,
+    - `"cup"`, `"cap"` and `"minus"` for unions, intersections and differences,
+    - `"or"` for what may be a list of points or a union of intervals,
+    - `"cases"` for a function by cases (tuples of value and condition),
+    - `"quantity"` for `4 hours 10 minutes`.
     """
 
     kind: str
@@ -79,7 +85,7 @@ class Named:
 class Relation:
     r"""Any other equation or inequality, turned so that `operator` is `=`, `<`, `\le` or `\ne`.
 
-    One without a left side, such as `\ne 5`, keeps it empty.
+    `left` is empty if there is none, as in `\ne 5`.
     """
 
     left: str
@@ -98,7 +104,7 @@ class Chain:
 INTERVALS = ("()", "(]", "[)", "[]")
 Form = Formula | Words | Choice | BasedNumber | Matrix | Collection | Named | Relation | Chain
 
-# Units that are told apart: `10 cm` is not `10 m`. Other words behind a number say what was counted and are dropped.
+# Units that are told apart: `10 cm` is not `10 m`. Other words after a number say what was counted and are dropped.
 _UNITS = {
     name: unit
     for unit, names in {
@@ -152,7 +158,7 @@ _UNITS = {
     }.items()
     for name in names.split(", ")
 }
-# Words behind a number that change what it says: `5 or more` is not 5.
+# Words after a number that change its meaning: `5 or more` is not 5.
 _NO_UNITS = re.compile(
     r"\b(?:or|and|more|less|fewer|least|most|not|than|over|under|plus|minus|times|half|dozen|mod|base|to|only)\b"
 )
@@ -168,7 +174,7 @@ _CONTINUATION = re.compile(r"\s*(?:[=<>]|\\[lg]e(?![A-Za-z]))")
 _CONDITION = re.compile(r"[=<>]|\\(?:le|ge|ne|in|text)(?![A-Za-z])|\b(?:if|otherwise|when|for|even|odd)\b")
 _CONDITION_WORDS = re.compile(r"\\text\s*\{[\s,]*(?:if|when|for|where|is)\s*\}|\b(?:if|when|for|where)\b")
 _BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
-_MAX_DEPTH = 20  # of brackets in brackets: no answer comes near, Python's recursion limit stays far
+_MAX_DEPTH = 20  # of brackets in brackets: far above any answer, far below Python's recursion limit
 
 _OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
 _LIST_BRACKETS = {"(": ")", "[": "]", r"\{": r"\}"}
@@ -183,14 +189,14 @@ _LINES = re.compile(
 _BASED = re.compile(
     r"\(?\s*([-+]?\s*[0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)\s*\)?\s*_\s*\{?\s*(?:\\text\s*\{\s*)?(?:base[\s-]*)?\}?\s*(\d{1,2}|[a-z]+)[\s}]*"
 )
-# Words of up to three letters that are answers; other short ones are products unless they look like a syllable.
+# Words of up to three letters that are answers. Other short ones are products unless they look like a syllable.
 _SHORT_WORDS = re.compile(
     "yes|no|on|off|up|odd|one|two|six|ten|all|any|day|dry|sky|sea|tie|win|add|end|arc|pie|egg|ice|dne|jan|"
     "feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun|asa|sas|aas|ssa|sss|ada|ali|"
     "amy|ann|ari|ava|ben|eli|eva|eve|ian|ida|ira|ivy|jay|joe|joy|kai|kay|lea|lee|leo|lou|mia|noa|roy|ray|"
     "sue|una|zoe"
 )
-# Names of functions in plain text, beside those that `normalize` turns into control words
+# Names of functions in plain text, besides those that `normalize` turns into control words
 FUNCTION_WORDS = frozenset(
     re.findall(r"\w+", "log ln lg exp abs cbrt floor ceil sinh cosh tanh gcd lcm max min mod det arg sec csc cot")
 )
@@ -306,12 +312,12 @@ def _read_all(texts: Iterable[str], depth: int) -> tuple[Form, ...]:
 
 
 def unnamed(form: Form) -> Form:
-    """Return the value of what has a name, any other form as it is."""
+    """Return the value of a named form, and any other form unchanged."""
     return form.value if isinstance(form, Named) else form
 
 
 def _read_congruence(match: re.Match[str]) -> Form:
-    r"""`x \equiv 10 \pmod 7` as the value 3 of what is named `x` and `7`."""
+    r"""Read `x \equiv 10 \pmod 7` as the value 3, named by `x` and `7`."""
     name, value, modulus = _name(match[1]), match[2].strip(), match[3]
     if re.fullmatch(r"-?\d{1,99}", value) and re.fullmatch(r"[1-9]\d{0,98}", modulus):
         value = str(int(value) % int(modulus))
@@ -319,7 +325,7 @@ def _read_congruence(match: re.Match[str]) -> Form:
 
 
 def _read_words(words: str) -> Form:
-    """Words, several of them, or a set that they describe."""
+    """Read words, several of them, or a set that they describe."""
     for pattern, form in _SETS_IN_WORDS:
         if pattern.fullmatch(words):
             return form
@@ -328,8 +334,12 @@ def _read_words(words: str) -> Form:
 
 
 def _join_thousands(text: str) -> str:
-    """Join digits across commas or spaces; in brackets, where a comma may stand between coordinates, only if others
-    have a space behind them."""
+    """
+    Join digits across commas or spaces.
+
+    In brackets a comma may separate coordinates. There, digits are joined only if a comma or
+    semicolon has a space after it.
+    """
     out = []
     level = start = 0
     for match in TOKEN.finditer(text):
@@ -353,14 +363,18 @@ def _without_separators(match: re.Match[str]) -> str:
 
 
 def digit_groups(text: str) -> Collection | None:
-    """The values, in this order, that `100,200` has if it is not the number 100200; `None` for any other text."""
+    """
+    Return the values that `100,200` has, in this order, if it is not the number 100200.
+
+    Returns `None` for any other text.
+    """
     if not re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+", text):
         return None
     return Collection("()", tuple(Formula(group) for group in text.split(",")))
 
 
 def _read_list(text: str, parts: list[tuple[str, str]], depth: int) -> Form:
-    """A list, or what its items are together: a union, an intersection, a quantity, several assignments."""
+    """Read a list, or what its items make together: a union, intersection, quantity or assignments."""
     separators = {separator for _, separator in parts[:-1]}
     if separators == {",", r"\lor"}:  # `x>0, x<2 \lor x>5`
         options = _read_all(_parts(text, {r"\lor"}), depth)
@@ -373,7 +387,11 @@ def _read_list(text: str, parts: list[tuple[str, str]], depth: int) -> Form:
 
 
 def _union(items: tuple[Form, ...]) -> Form | None:
-    """The union of intervals and points in one variable; `None` if there are none, or all may be points."""
+    """
+    Return the union of intervals and points in one variable.
+
+    Returns `None` if there are no intervals and points, or if all may be points.
+    """
     names = {item.name for item in items if isinstance(item, Named)}
     if len(names) > 1 or not any(_is_set(item) and not _may_be_point(item) for item in items):
         return None
@@ -386,7 +404,11 @@ def _union(items: tuple[Form, ...]) -> Form | None:
 
 
 def _intersection(items: tuple[Form, ...]) -> Form | None:
-    r"""What `x>0, x<2` or `x>0, x \ne 3` say together of one variable; `None` for other lists."""
+    r"""
+    Return the set that `x>0, x<2` or `x>0, x \ne 3` describe together for one variable.
+
+    Returns `None` for other lists.
+    """
     points: list[Form] = []
     rest: list[Form] = []
     for item in items:
@@ -410,7 +432,7 @@ def _intersection(items: tuple[Form, ...]) -> Form | None:
 
 
 def _excluded(form: Form) -> tuple[Form, ...] | None:
-    r"""The points that `x \ne a` takes out, `None` for any other form."""
+    r"""Return the points that `x \ne a` excludes, or `None` for any other form."""
     if isinstance(form, Named) and isinstance(form.value, Collection) and form.value.kind == "minus":
         whole, points = form.value.items
         if whole == _REALS and isinstance(points, Collection) and points.kind == "{}":
@@ -419,7 +441,11 @@ def _excluded(form: Form) -> tuple[Form, ...] | None:
 
 
 def _meet(below: Form, above: Form) -> Form | None:
-    r"""The interval of `x>a` and `x<b`, in this order; `None` if they are not of this kind or certainly empty."""
+    r"""
+    Return the interval of `x>a` and `x<b`, in this order.
+
+    Returns `None` if they are not of this kind or the interval is certainly empty.
+    """
     assert isinstance(below, Collection) and isinstance(above, Collection)
     if below.items[1] != Formula(r"\infty") or above.items[0] != Formula(r"-\infty"):
         return None
@@ -430,7 +456,11 @@ def _meet(below: Form, above: Form) -> Form | None:
 
 
 def _assignments(items: tuple[Form, ...]) -> tuple[Form, ...]:
-    """Items, but `p=5, q=2, p=7, q=2` as two lists: the same names again and again are several solutions."""
+    """
+    Group items into solutions: `p=5, q=2, p=7, q=2` becomes two lists.
+
+    Names that repeat mean several solutions. Other items are returned unchanged.
+    """
     names = [item.name if isinstance(item, Named) else None for item in items]
     period = len(set(names))
     if None in names or not 1 < period < len(items) or names != names[:period] * (len(items) // period):
@@ -439,7 +469,7 @@ def _assignments(items: tuple[Form, ...]) -> tuple[Form, ...]:
 
 
 def _quantity(items: tuple[Form, ...]) -> Form | None:
-    """`4 hours, 10 minutes`: units of one kind, from the largest to the smallest."""
+    """Read `4 hours, 10 minutes`: units of one kind, from the largest to the smallest."""
     units = [item.unit if isinstance(item, Formula) else None for item in items]
     for family in _FAMILIES:
         places = [family.index(unit) for unit in units if unit in family]
@@ -449,7 +479,7 @@ def _quantity(items: tuple[Form, ...]) -> Form | None:
 
 
 def _read_quantity(text: str) -> Form | None:
-    """`4 hours 10 minutes`, without a comma."""
+    """Read `4 hours 10 minutes`, without a comma."""
     items = []
     position = 0
     while match := _QUANTITY.match(text, position):
@@ -459,13 +489,13 @@ def _read_quantity(text: str) -> Form | None:
 
 
 def _is_set(form: Form) -> bool:
-    """Whether a form may be a set of real numbers."""
+    """Return whether a form may be a set of real numbers."""
     value = unnamed(form)
     return isinstance(value, Collection) and (value.kind in ("cup", "cap", "minus", "or", "{}") or _is_interval(value))
 
 
 def _may_be_point(form: Form) -> bool:
-    """Whether an interval without a name may also be a point of a plane, or several."""
+    """Return whether an interval without a name may also be one or several points of a plane."""
     if not isinstance(form, Collection):
         return False
     if form.kind == "or":
@@ -474,7 +504,7 @@ def _may_be_point(form: Form) -> bool:
 
 
 def _read_lines(body: str, depth: int) -> Form | None:
-    """The lines of `cases` or `aligned`: a function by cases, or equations that hold together."""
+    """Read the lines of `cases` or `aligned`: a function by cases, or equations that hold together."""
     body = re.sub(r"^\s*\{[lcr|\s]*\}", "", body)
     rows: list[list[str]] = []
     for row in _parts(body, {r"\cr"}):
@@ -496,7 +526,11 @@ def _is_interval(form: Form) -> bool:
 
 
 def _top_level(text: str) -> Iterator[re.Match[str]]:
-    """Tokens outside all brackets and braces, an opening bracket counted in, its closing one not."""
+    """
+    Yield the tokens outside all brackets and braces.
+
+    An opening bracket is included, its closing one is not.
+    """
     level = 0
     for match in TOKEN.finditer(text):
         if match[0] in _CLOSING or match[0] == r"\end":
@@ -508,7 +542,11 @@ def _top_level(text: str) -> Iterator[re.Match[str]]:
 
 
 def _split(text: str, separators: set[str]) -> list[tuple[str, str]]:
-    """Parts between separators outside all brackets, each with the separator behind it (`""` for the last)."""
+    """
+    Split at separators outside all brackets.
+
+    Returns each part with the separator after it (`""` for the last).
+    """
     parts = []
     start = 0
     for match in _top_level(text):
@@ -524,7 +562,7 @@ def _parts(text: str, separators: set[str]) -> list[str]:
 
 
 def _outer_brackets(text: str) -> tuple[str, str] | None:
-    """The pair of brackets around the whole text, `None` if there is none."""
+    """Return the pair of brackets around the whole text, or `None` if there is none."""
     level = 0
     opening = None
     for match in TOKEN.finditer(text):
@@ -559,7 +597,11 @@ def _read_brackets(text: str, brackets: tuple[str, str], depth: int) -> Form:
 
 
 def _read_condition(variable: str, condition: str, depth: int) -> Form | None:
-    r"""The set of `\{x \mid condition\}`; `None` if it is not one of real numbers that the condition names."""
+    r"""
+    Read the set of `\{x \mid condition\}`.
+
+    Returns `None` if the condition does not describe a set of real numbers.
+    """
     match = re.fullmatch(r"\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\{R\}\s*)?,?\s*", variable)
     form = _read(condition, depth + 1)
     if match and isinstance(form, Named) and form.name == match[1] and _is_set(form):
@@ -568,7 +610,7 @@ def _read_condition(variable: str, condition: str, depth: int) -> Form | None:
 
 
 def _read_items(items: list[str], depth: int) -> tuple[Form, ...]:
-    r"""Items of a list or set: empty ones dropped, `a \pm b` as two."""
+    r"""Read the items of a list or set. Empty ones are dropped, and `a \pm b` becomes two."""
     forms = []
     for item in items:
         if _PLUS_MINUS.search(item):
@@ -612,7 +654,7 @@ def _read_relation(text: str, depth: int) -> Form | None:
         if len(sides) > 2 and len(set(sides[:-1])) == len(sides) - 1 and all(map(_LETTER.fullmatch, sides[:-1])):
             return Collection("", tuple(Named(side, value) for side in sides[:-1]))  # `x=y=2`
         if _is_name(sides[0]):
-            # `x = 2+3 = 5` is right if all of it is; what has letters, as a rule that is applied, is taken on trust.
+            # `x = 2+3 = 5` is right if all of it is. Parts with letters, such as a rule that is applied, are trusted.
             steps = tuple(side for side in sides[1:-1] if _ARITHMETIC.fullmatch(side))
             return Named(_name(sides[0]), Chain((*steps, sides[-1]), ("=",) * len(steps)) if steps else value)
         if len(sides) == 2 and _SIMPLE_NAME.fullmatch(sides[1]):
@@ -631,7 +673,7 @@ def _read_relation(text: str, depth: int) -> Form | None:
 
 
 def _read_excluded(text: str, depth: int) -> Collection | None:
-    r"""The set of points behind `x \ne` or `x \notin`; `None` where another variable stands there."""
+    r"""Read the points after `x \ne` or `x \notin` as a set. Return `None` for another variable."""
     if _SIMPLE_NAME.fullmatch(text) and not text.startswith("\\pi"):
         return None
     value = _read(text, depth + 1)
@@ -643,7 +685,7 @@ def _read_excluded(text: str, depth: int) -> Collection | None:
 
 
 def _names_of_tuple(text: str) -> list[str]:
-    """Names in `(x,y)`, an empty list if it is anything else."""
+    """Return the names in `(x,y)`, or an empty list for anything else."""
     if _outer_brackets(text) != ("(", ")"):
         return []
     parts = _parts(text[1:-1], {","})
@@ -651,7 +693,11 @@ def _names_of_tuple(text: str) -> list[str]:
 
 
 def _as_interval(sides: list[str], operators: list[str], depth: int) -> Named | None:
-    r"""`a < x \le b`, `a < x` and `x \le b` as an interval named x; the same of `|x|` as what it says of x."""
+    r"""
+    Read `a < x \le b`, `a < x` and `x \le b` as an interval named x.
+
+    For `|x|` in place of x, the result is the set of numbers x.
+    """
     if len(sides) == 2:
         if _is_variable(sides[0]) and not _is_variable(sides[1]):
             sides, operators = [r"-\infty", *sides], ["<", *operators]
@@ -671,7 +717,7 @@ def _is_variable(text: str) -> bool:
 
 
 def _mirrored(name: str, kind: str, low: Form, high: Form) -> Named | None:
-    """The set of numbers with an absolute value between two numbers of at least 0."""
+    """Return the set of numbers whose absolute value is between two numbers of at least 0."""
     if not isinstance(low, Formula) or not isinstance(high, Formula):
         return None
     infinite = Formula(r"\infty")
@@ -697,7 +743,11 @@ def _name(text: str) -> str:
 
 
 def _is_name(text: str) -> bool:
-    """Whether the left side of an equation names its right side: no digits but in indices, or a function's value."""
+    """
+    Return whether the left side of an equation names its right side.
+
+    A name has no digits except in indices. The value of a function is a name too.
+    """
     bare = _SUBSCRIPT.sub("", text)
     return bool(_FUNCTION_CALL.fullmatch(bare)) or (
         any(character.isalpha() for character in bare)
@@ -707,7 +757,11 @@ def _is_name(text: str) -> bool:
 
 
 def _as_words(text: str) -> str | None:
-    r"""Text in lower case if it is words: all of it in `\text`, or bare and read as words rather than as a product."""
+    r"""
+    Return a text in lower case if it is words, else `None`.
+
+    It is words if all of it is in `\text`, or if it is bare and does not read as a product.
+    """
     if not text or not any(character.isalpha() for character in text):
         return None
     plain = _TEXT_PIECE.sub(r" \1 ", text)
@@ -727,10 +781,12 @@ def _as_words(text: str) -> str | None:
 
 
 def _is_word(text: str) -> bool:
-    """Whether bare letters are a word, so that their order counts and their case does not, or else a product.
+    """Return whether bare letters are a word. If not, they are a product.
 
-    A word is a known short one, or has a vowel: between two consonants if it has three letters. Capitals that repeat,
-    as in `ASA` or `HHT`, are no product either.
+    The order of a word's letters counts, but not their case.
+
+    A word is a known short one, or has a vowel. With three letters, the vowel must be between two consonants. Capitals
+    that repeat, as in `ASA` or `HHT`, are not a product either.
     """
     if not text.isalpha():
         return False
@@ -747,7 +803,7 @@ def _is_word(text: str) -> bool:
 
 
 def _unit(words: str) -> str | None:
-    """Unit in one spelling, as in `cm^2` or `h^-1 km`; `None` for words that are not in the table."""
+    """Return a unit in one spelling, as `cm^2` or `h^-1 km`, or `None` if it is not in the table."""
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", words).lower().replace("^ \\circ", "").replace("^\\circ", "")
     words = " ".join(re.sub(r"[{}]", "", words).split()).strip(" .")
     if words in ("c", "f"):
@@ -764,7 +820,7 @@ def _unit(words: str) -> str | None:
 
 
 def _unit_factors(words: str) -> list[tuple[str, int]] | None:
-    """Units and powers of a product such as `kg m^2`, `square inches` or `cm squared`."""
+    """Return the units and powers of a product such as `kg m^2`, `square inches` or `cm squared`."""
     power = 1
     for pattern, value in ((r"(?:square|sq\.?) (.*)|(.*) squared", 2), (r"(?:cubic|cu\.?) (.*)|(.*) cubed", 3)):
         if match := re.fullmatch(pattern, words):
@@ -820,7 +876,11 @@ def _read_formula(text: str) -> Formula:
 
 
 def with_letter_as_unit(form: Formula) -> Formula | None:
-    """What `5 m` is if its last letter, behind a space, is a unit; `None` for any other formula."""
+    """
+    Read `5 m` with its last letter, after a space, as a unit.
+
+    Returns `None` for any other formula.
+    """
     match = _SPACED_LETTER.fullmatch(form.text)
     if match is None or form.unit:
         return None
@@ -847,8 +907,12 @@ _MAX_EXPONENT = 1000  # beyond it a power of ten stays a formula
 
 
 def as_fraction(text: str) -> Fraction | None:
-    """Exact value of a formula that is a plain number (integer, decimal, fraction, mixed number, power of integers,
-    scientific notation, repeating decimal), `None` for any other."""
+    """
+    Return the exact value of a formula that is a plain number, or `None` for any other.
+
+    Plain numbers are integers, decimals, fractions, mixed numbers, powers of integers, scientific notation
+    and repeating decimals.
+    """
     if _DECIMAL.fullmatch(text) and len(text) <= _MAX_EXPONENT:
         return Fraction(text)
     match = _RATIONAL.fullmatch(text.strip())
@@ -857,7 +921,7 @@ def as_fraction(text: str) -> Fraction | None:
     found = {name: value.replace(" ", "") for name, value in match.groupdict().items() if value is not None}
     try:
         value = _rational_value(found)
-    except (ZeroDivisionError, ValueError):  # ValueError: more digits than Python turns into an int
+    except (ZeroDivisionError, ValueError):  # ValueError: more digits than Python converts to an int
         return None
     if value is None:
         return None
@@ -891,6 +955,10 @@ _SHOWN_DECIMAL = re.compile(r"[-+\s]*\d*\.(\d+)(?:\s*\*\s*10\s*\^\s*\{?\s*([-+]?
 
 
 def decimal_places(text: str) -> int:
-    """Digits behind the point of a decimal (in scientific notation: once written out), 0 for any other formula."""
+    """
+    Count the digits after the point of a decimal.
+
+    Scientific notation counts as written out. Any other formula has 0.
+    """
     match = _SHOWN_DECIMAL.fullmatch(text.strip())
     return max(0, len(match[1]) - int(match[2] or match[3] or 0)) if match else 0

@@ -1,4 +1,4 @@
-"""Gold answers: what is accepted, how it is read, and the check of a dataset before anything is trained on it."""
+"""Gold answers: what is accepted, how it is read, and the check of a dataset before training."""
 
 import json
 import math
@@ -11,13 +11,14 @@ from typing import Any
 
 from .extraction import last_boxed
 
-# What pandas, and so a csv file read by `datasets`, takes for a missing value; in other files they arrive as text
+# Texts that pandas, and so a csv file read by `datasets`, takes for a missing value. From other files they come as
+# text.
 _MISSING = frozenset(
     ["nan", "NaN", "-nan", "-NaN", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NULL", "null", "None", "NaT"]
 )
-_MOST_WORDS = 12  # of an answer; the longest among those of MATH has two, units included
-_MOST_DIGITS = 1000  # of an integer, in a dataset; far above those of any answer
-_LOST_DIGITS = 2**53  # from here on a float does not hold every integer
+_MOST_WORDS = 12  # of an answer; the longest one in MATH has two, units included
+_MOST_DIGITS = 1000  # of an integer in a dataset; answers have far fewer
+_LOST_DIGITS = 2**53  # from here on a float cannot hold every integer
 
 _LATEX_WORDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -30,38 +31,41 @@ _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 _ITEM = rf"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|{_NUMBER}"
 _LIST = re.compile(rf"[\[(]\s*(?:{_ITEM})(?:\s*,\s*(?:{_ITEM}))*\s*,?\s*[\])]")
 _QUOTED = re.compile(r"[\[({]+\s*['\"]")
-# In what Python or JSON quotes, a backslash before a letter is doubled; a single one is LaTeX that nobody has quoted
+# Where Python or JSON quotes a text, a backslash before a letter is doubled. A single one is LaTeX that was not
+# quoted.
 _UNQUOTED_LATEX = re.compile(r"(?<!\\)(?:\\\\)*\\[A-Za-z]")
 
 
 class _NotAnAnswer(ValueError):
-    """Why a value is not a gold answer: what is wrong, then what to do."""
+    """A value is not a gold answer. The message says what is wrong, then what to do."""
 
 
 def gold_alternatives(value: Any, *, any_text: bool = False) -> list[str] | None:
-    r"""Return the texts of a gold answer's alternatives, any of which is right; `None` if it is not a gold answer.
+    r"""Return the alternatives of a gold answer as texts, or `None` if the value is not a gold answer.
 
-    A list holds alternatives, each read by these rules. An int is itself. A float is read with 15 significant digits,
-    which is what a float holds (so `142.0` is 142 and `1 / 3` is one third). A float that is a whole number of 2^53 or
-    more has lost digits, and is refused. Of a string, the first of these that applies is the answer:
+    Any of the alternatives is right. A list holds alternatives, each read by these rules. An int is itself. A float is
+    read with 15 significant digits, which is what a float holds. So `142.0` is 142, and `1 / 3` is one third. A float
+    that is a whole number of 2^53 or more has lost digits and is refused. In a string, the answer is the first of
+    these that applies:
 
     - the content of the last `\boxed{}`;
-    - what follows the last `####`, as in GSM8K, up to the end of its line and without separators of thousands;
-    - what stands in the last `<answer>` tags;
+    - the text after the last `####`, as in GSM8K, up to the end of its line and without separators of thousands;
+    - the content of the last `<answer>` tags;
     - the items of a list written by Python or JSON, if they are quoted (`"['12', '13']"`) or a single number
-      (`"[12]"`, which may stand as it is, too); two and more bare numbers stay as they are: `[1,2]` is an interval;
-    - what follows the last "answer is" or "answer:";
+      (`"[12]"`, which is also accepted as it is). Two and more bare numbers are not split: `[1,2]` is an interval;
+    - the text after the last "answer is" or "answer:";
     - the string.
 
-    It is refused if it is empty or only punctuation, a missing value spelled out (`N/A`, `nan`, `null`: what pandas
-    takes for one), an unfinished `\boxed{`, or, unless `any_text`, a dictionary or a list that cannot be read, or an
-    argument: more than 12 words, or "because", "since", "therefore", "thus", "hence" or "we".
+    A string is refused if it is empty or only punctuation, or an unfinished `\boxed{`. A missing value spelled out is
+    refused too (`N/A`, `nan`, `null`: what pandas takes for one). Unless `any_text`, a dictionary or list that cannot
+    be read is refused, and so is an argument. An argument has more than 12 words, or "because", "since", "therefore",
+    "thus", "hence" or "we".
 
     Args:
         value (`str`, `int`, `float` or a list of these):
-            A dataset's value.
+            Value from a dataset.
         any_text (`bool`, *optional*, defaults to `False`):
-            Whether sentences are answers too.
+            Whether sentences are accepted as answers.
     """
     try:
         return _alternatives(value, any_text)
@@ -85,22 +89,25 @@ def _alternatives(value: Any, any_text: bool) -> list[str]:
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and math.isfinite(value):
         if abs(float(value)) >= _LOST_DIGITS and float(value).is_integer():
             raise _NotAnAnswer(
-                "It is a whole number of 2^53 or more that arrived as a float, which has lost its last digits. Write "
-                "it as a string in the dataset"
+                "It is a whole number of 2^53 or more that was stored as a float and lost its last digits. Write it "
+                "as a string in the dataset"
             )
-        if not isinstance(value, float):  # a narrower one of numpy's: its digits behind the shortest text are chance
+        if not isinstance(value, float):  # a narrower float of numpy: digits beyond its shortest text are arbitrary
             return [str(value)]
         return [str(int(value)) if value.is_integer() else format(value, ".15g")]
-    raise _NotAnAnswer("Give a non-empty string, an int, a finite float, or a non-empty list of these (alternatives)")
+    raise _NotAnAnswer(
+        "Its type or value is not supported. Give a non-empty string, an int, a finite float, or a non-empty list of "
+        "these (alternatives)"
+    )
 
 
 def _texts(text: str, any_text: bool) -> list[str]:
-    """The alternatives that a string holds."""
+    """Return the alternatives that a string holds."""
     text = text.strip()
     if (boxed := last_boxed(text)) is not None:
         return [_checked(boxed, any_text)]
     if "\\boxed" in text:
-        raise _NotAnAnswer("Its last box is unfinished. Give the answer alone")
+        raise _NotAnAnswer(r"Its last \boxed{} is unfinished. Give the answer alone")
     if "####" in text:
         answer = (text.rpartition("####")[2].strip().splitlines() or [""])[0].strip()
         number = _THOUSANDS.fullmatch(answer)
@@ -114,7 +121,7 @@ def _texts(text: str, any_text: bool) -> list[str]:
         if len(items) == 1 and text[0] == "[":
             return [items[0], text]  # a list from a file, or a vector of one entry
     elif _QUOTED.match(text) and not any_text:
-        raise _NotAnAnswer("It is written as a list or dictionary that cannot be read. Give the answer alone")
+        raise _NotAnAnswer("It looks like a list or dictionary but cannot be read. Give the answer alone")
     *_, last = (None, *_ANSWER_IS.finditer(text))
     if last is not None and (answer := text[last.end() :].strip(" \n*").removesuffix(".").strip(" \n*")):
         text = answer
@@ -122,7 +129,7 @@ def _texts(text: str, any_text: bool) -> list[str]:
 
 
 def _unquoted(item: str) -> str:
-    """An item of a list written by Python or JSON."""
+    """Remove the quotes from an item of a list written by Python or JSON."""
     if item[0] not in "'\"":
         return item
     inside = item[1:-1]
@@ -135,14 +142,14 @@ def _checked(text: str, any_text: bool) -> str:
     if _NO_CONTENT.fullmatch(text):
         raise _NotAnAnswer("It is empty. Give the answer")
     if text.strip() in _MISSING:
-        raise _NotAnAnswer("It says that there is no answer. Give one")
+        raise _NotAnAnswer("It stands for a missing value. Give the answer")
     if not any_text and (count_words(text) > _MOST_WORDS or _ARGUMENT.search(_LATEX_WORDS.sub(" ", text))):
         raise _NotAnAnswer(r"It is a text, not an answer. Give the answer alone, or put it into \boxed{} in the text")
     return text
 
 
 def count_words(text: str) -> int:
-    """Return the number of words of two letters or more, LaTeX's own left out."""
+    """Count the words of two letters or more, without LaTeX's own."""
     return len(_WORD.findall(_LATEX_WORDS.sub(" ", text)))
 
 
@@ -151,63 +158,87 @@ _SKIP = "set `on_bad_gold` to 'skip'"
 
 def check_on_bad_gold(value: str, name: str = "on_bad_gold") -> None:
     """
-    Refuse a value of the setting that says what becomes of bad gold answers.
+    Refuse an unknown value of the setting for bad gold answers.
 
     Args:
         value (`str`):
             The setting.
         name (`str`, *optional*, defaults to `"on_bad_gold"`):
-            What the caller calls it.
+            Name of the setting, for the error.
 
     Raises:
-        `ValueError`: If it is neither `"raise"` nor `"skip"`.
+        `ValueError`: If the value is neither `"raise"` nor `"skip"`.
     """
     if value not in ("raise", "skip"):
-        raise ValueError(f"{name} must be 'raise' or 'skip', not {value!r}.")
+        raise ValueError(f"`{name}` must be 'raise' or 'skip', got {value!r}.")
 
 
 def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
-    """Say why the value in a row and column is not a gold answer, and what to do; `skip` tells how to leave it out."""
+    """
+    Say why a value is not a gold answer, and what to do.
+
+    Args:
+        row (`int`):
+            Row of the value.
+        column (`str`):
+            Column of the value.
+        value (`Any`):
+            The value.
+        skip (`str`, *optional*):
+            How to leave out such rows. Defaults to the setting `on_bad_gold`.
+    """
     try:
         _alternatives(value, any_text=False)
-        why = "This reward cannot compare it with anything. Give another"
+        why = "This reward cannot compare it with anything. Give another one"
     except _NotAnAnswer as error:
         why = str(error)
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
     where = f"Row {row}: column {column!r}"
-    return f"{where} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
+    return f"{where} contains {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
 
 
 # Columns
 
 
 def find_column(columns: Sequence[str], answer_columns: Sequence[str]) -> str:
-    """Return the first of `answer_columns` that is there; `a.b` is the key `b` of column `a`. Raises `ValueError`."""
+    """
+    Return the first of `answer_columns` that is among `columns`.
+
+    Args:
+        columns (`Sequence[str]`):
+            Columns of a dataset.
+        answer_columns (`Sequence[str]`):
+            Candidates. `a.b` is the key `b` of column `a`.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
     for column in answer_columns:
         if has_column(columns, column):
             return column
     raise ValueError(
         f"No gold answers: none of the columns {list(answer_columns)} is in the dataset, which has {sorted(columns)}. "
-        "Rename the column or pass answer_columns=."
+        "Rename the column, or set `answer_columns`."
     )
 
 
 def has_column(columns: Collection[str], column: str) -> bool:
-    """Whether a column is there, or for `a.b` the column `a`."""
+    """Return whether a column exists, or for `a.b` the column `a`."""
     return column in columns or (column.partition(".")[1] == "." and column.partition(".")[0] in columns)
 
 
 def column_values(rows: Any, column: str, columns: Sequence[str]) -> Sequence[Any]:
-    """Return the values of a column, see [`find_column`]; `None` where a row has no such key.
+    """Return the values of a column, see [`find_column`], with `None` in rows without the key.
 
     Args:
         rows (`Dataset` or `dict`):
-            Anything that gives a column by its name.
+            Object that returns a column by its name.
         column (`str`):
-            A column, or `a.b` for the key `b` of what column `a` holds: dictionaries, or JSON that says the same.
+            A column, or `a.b` for the key `b` in column `a`. Column `a` then holds dictionaries, or JSON of
+            dictionaries.
         columns (`Sequence[str]`):
-            The columns of `rows`.
+            Columns of `rows`.
     """
     if column in columns:
         return rows[column]
@@ -231,8 +262,12 @@ def _inside(value: Any, keys: Sequence[str]) -> Any:
 def check_gold_answers(
     dataset: Any, answer_columns: Sequence[str], read_gold: Callable[[Any], list[str] | None], *, skip: bool
 ) -> Any:
-    """Check every gold answer of a dataset, see [`AnswerReward.check_dataset`]; `read_gold` reads one."""
-    from datasets import IterableDataset  # slow to import, and a worker process imports this module too
+    """
+    Check every gold answer of a dataset, see [`AnswerReward.check_dataset`].
+
+    `read_gold` reads one gold answer.
+    """
+    from datasets import IterableDataset  # slow to import, and a worker process imports this module as well
 
     if isinstance(dataset, IterableDataset):
         return dataset
@@ -246,5 +281,8 @@ def check_gold_answers(
     skipped = len(dataset) - len(good)
     if not skipped:
         return dataset
-    warnings.warn(f"Left out {skipped} of {len(dataset)} rows: no gold answer in column {column!r}.", stacklevel=3)
+    warnings.warn(
+        f"Left out {skipped} of {len(dataset)} rows, because column {column!r} has no gold answer there.",
+        stacklevel=3,
+    )
     return dataset.select(good)

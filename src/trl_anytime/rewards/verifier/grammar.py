@@ -1,10 +1,10 @@
-r"""Reads a formula into a sympy tree, unevaluated: numbers, letters, powers, fractions, roots, functions, sums.
+r"""Read a formula into an unevaluated sympy tree: numbers, letters, powers, fractions, roots, functions, sums.
 
-This reader is ours because the library's grammar reads common answers wrongly and without an error: `\cos t \cdot 2`
-as cos(2t), `2(3)` as 5, `dp` as a differential, `log(5)` as a product of three letters. What is not arithmetic
-(integrals, limits, matrices, sets) is left to the library, see `symbolic.py`.
+This package has its own reader because the library's grammar reads common answers wrongly and without an error. It
+reads `\cos t \cdot 2` as cos(2t), `2(3)` as 5, `dp` as a differential, and `log(5)` as a product of three letters.
+What is not arithmetic (integrals, limits, matrices, sets) is left to the library, see `symbolic.py`.
 
-The reader never evaluates, takes time linear in the length, and bounds the nesting. Formulas are normalised ones, see
+The reader never evaluates, takes time linear in the length, and bounds the nesting. Formulas must be normalised, see
 `latex.normalize`.
 """
 
@@ -22,18 +22,18 @@ class Unreadable(Exception):
 
 
 class TooLarge(Exception):
-    """A formula nested too deeply, or a number too large, to be evaluated in reasonable time."""
+    """A formula is nested too deeply, or a number is too large, to be evaluated in reasonable time."""
 
 
 class Gcd(Function):
-    """Greatest common divisor; sympy's own evaluates at once and takes polynomials."""
+    """Greatest common divisor. The one of sympy evaluates at once and takes polynomials."""
 
 
 class Lcm(Function):
     """Least common multiple."""
 
 
-_MAX_NESTING = 60  # a level takes six calls, so that Python's recursion limit of 1000 stays far
+_MAX_NESTING = 60  # a level takes six calls, which stays far below Python's recursion limit of 1000
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|[A-Za-z]+|\S", re.DOTALL)
 _INVERSE = {
@@ -81,11 +81,11 @@ _GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, r
 def parse(formula: str) -> Expr:
     """Read a formula, as [`normalize`] returns it, into its unevaluated tree.
 
-    The letter e is Euler's number; the letter i is the symbol i.
+    The letter e is Euler's number. The letter i is the symbol i.
 
     Raises:
         `Unreadable`: If the text is not a formula of this grammar.
-        `TooLarge`: If it is nested too deeply.
+        `TooLarge`: If the formula is nested too deeply.
     """
     reader = _Reader(_tokens(formula))
     value = reader.sum()
@@ -95,7 +95,7 @@ def parse(formula: str) -> Expr:
 
 
 def _tokens(formula: str) -> list[str]:
-    """Tokens, with the names of functions as control words and all other words as single letters."""
+    """Split a formula into tokens: names of functions as control words, all other words as letters."""
     out: list[str] = []
     formula = _BASE_IN_NAME.sub(r"\\log_{\1}", _NAME_IN_TEXT.sub(r"\\\1 ", formula))
     for token, following in pairwise([*_TOKEN.findall(formula), ""]):
@@ -111,14 +111,14 @@ def _tokens(formula: str) -> list[str]:
 
 
 class _Reader:
-    """Recursive descent. Each method reads one construct from the front of the tokens that are left."""
+    """Recursive descent. Each method reads one construct from the front of the remaining tokens."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.position = 0
         self.nesting = 0
         self.in_bars = False
-        self.bound: dict[str, Symbol] = {}  # variables of the sums around, by their letter
+        self.bound: dict[str, Symbol] = {}  # variables of the enclosing sums, by their letter
 
     @property
     def next(self) -> str:
@@ -138,7 +138,7 @@ class _Reader:
         return terms[0] if len(terms) == 1 else Add(*terms, evaluate=False)
 
     def signed(self, read: Callable[[], Expr]) -> Expr:
-        """Read signs, then what stands behind them."""
+        """Read signs, then what follows them."""
         negative = False
         while self.next in ("+", "-"):
             negative ^= self.take() == "-"
@@ -160,14 +160,18 @@ class _Reader:
             elif self.next in _MODULO:
                 self.take()
                 value = Mod(value, self.signed(self.product), evaluate=False)
-            elif self.starts_factor():  # behind a divisor that ended early
+            elif self.starts_factor():  # after a divisor that ended early
                 value = Mul(value, self.product(), evaluate=False)
             else:
                 return value
             literal = False
 
     def divisor(self, after_number: bool) -> Expr:
-        r"""What stands behind `/`: `1/2\pi` and `1/(2)x` are read from left to right, in `a/bc` all is below."""
+        r"""
+        Read the divisor after `/`.
+
+        `1/2\pi` and `1/(2)x` are read from left to right. In `a/bc`, bc is the divisor.
+        """
         if self.next in ("+", "-"):
             return self.signed(self.product)
         start = self.position
@@ -181,7 +185,7 @@ class _Reader:
         return self.product_from(start, self.factor())
 
     def product_from(self, start: int, value: Expr, stop_at_group: bool = False, functions: bool = True) -> Expr:
-        """The product of a factor and those that follow it without an operator."""
+        """Read the factors that follow without an operator, and return the product with `value`."""
         factors = [value]
         while self.starts_factor() and not (stop_at_group and self.next in ("(", "[")):
             if not functions and self.next[1:] in _NAMES:
@@ -210,7 +214,7 @@ class _Reader:
         return bool(token) and (token in _STARTS or token.isalnum() or _is_number(token) or token[1:] in _NAMES)
 
     def factor(self) -> Expr:
-        """An atom with the powers, factorials and signs of per cent or degrees behind it."""
+        """Read an atom with the powers, factorials and signs of per cent or degrees after it."""
         value = self.atom()
         while True:
             if self.next == "^":
@@ -232,7 +236,7 @@ class _Reader:
                 return value
 
     def exponent(self) -> Expr:
-        """What stands behind `^`: a group or one atom, with a sign; `a^b^c` is a^(b^c)."""
+        """Read the exponent after `^`: a group or one atom, with a sign. `a^b^c` is a^(b^c)."""
         return self.signed(self.unsigned_exponent)
 
     def unsigned_exponent(self) -> Expr:
@@ -262,7 +266,7 @@ class _Reader:
             arguments = self.arguments()
             try:
                 return _CALLS[name](*arguments, evaluate=False)
-            except TypeError:  # `\gcd` of anything, the others of a fixed number of arguments
+            except TypeError:  # `\gcd` takes any number of arguments, the others a fixed one
                 raise Unreadable(token) from None
         if token in _MODULO and self.next == "(":
             arguments = self.arguments()
@@ -289,7 +293,7 @@ class _Reader:
         return value
 
     def inside(self, opening: str, read: Callable[[], Any]) -> Any:
-        """Read up to the closing bracket; the opening one has been taken."""
+        """Read up to the closing bracket. The opening one has been read."""
         self.nesting += 1
         if self.nesting > _MAX_NESTING:
             raise TooLarge("nested too deeply")
@@ -304,7 +308,7 @@ class _Reader:
         return self.inside(self.take(opening), self.sum)
 
     def raw_group(self) -> list[str]:
-        """Tokens of a group in braces, or the single token in place of one."""
+        """Return the tokens of a group in braces, or the single token in place of one."""
         if self.next != "{":
             return [self.take()]
         self.take()
@@ -340,7 +344,7 @@ class _Reader:
         return values
 
     def number(self, token: str) -> Expr:
-        if self.next == "_":  # digits of another base
+        if self.next == "_":  # digits in another base
             self.take()
             base = "".join(self.raw_group())
             if not (token.isdecimal() and base.isdecimal() and 2 <= int(base[:3]) <= 36):
@@ -351,7 +355,7 @@ class _Reader:
                 raise Unreadable(token) from None
         try:
             return Integer(token) if token.isdecimal() else Rational(token)
-        except ValueError:  # more digits than Python turns into an int
+        except ValueError:  # more digits than Python converts to an int
             raise TooLarge(token) from None
 
     def fraction(self) -> Expr:
@@ -379,13 +383,21 @@ class _Reader:
         return self.bound.get(token) or _CONSTANTS.get(token) or Symbol(token)
 
     def is_called(self, letter: str) -> bool:
-        """Whether a letter before a parenthesis is a function: f or g, or any letter before a single other one."""
+        """
+        Return whether a letter before a parenthesis is a function.
+
+        It is one if it is f or g, or if the parenthesis holds a single other letter.
+        """
         inner, closing = ([*self.tokens[self.position + 1 : self.position + 3], "", ""])[:2]
         single = len(inner) == 1 and inner.isalpha() and closing == ")" and inner != letter
         return letter.isalpha() and letter not in self.bound and letter not in "ei" and (letter in "fgFG" or single)
 
     def indexed(self, letter: str) -> Expr:
-        """A letter with an index: a function of the index where it is to be computed (`a_{n-1}`), else a name."""
+        """
+        Read a letter with its index.
+
+        The result is a function of the index if that must be computed (`a_{n-1}`), else a name.
+        """
         start = self.position
         raw = self.raw_group()
         if any(token in "+-*/" or token in self.bound for token in raw):
@@ -420,7 +432,7 @@ class _Reader:
         return value if power is None else Pow(value, power, evaluate=False)
 
     def log_base(self) -> Expr:
-        r"""Base of a logarithm. `\log_28` is \log_2 8, as TeX has it; `\log_10 5` has the base 10."""
+        r"""Read the base of a logarithm. `\log_28` is \log_2 8, as in TeX. `\log_10 5` has base 10."""
         if self.next == "{":
             return self.group()
         token = self.next
@@ -434,7 +446,9 @@ class _Reader:
         return self.atom(script=True)
 
     def argument(self) -> Expr:
-        r"""Argument of a function: a group, or a product up to the next operator, function or parenthesis.
+        r"""Read the argument of a function.
+
+        It is a group, or a product up to the next operator, function or parenthesis.
 
         `\sin\pi/6` is \sin(\pi/6), `\sin x/2` is (\sin x)/2.
         """

@@ -1,10 +1,10 @@
-r"""One spelling for each answer: clean up LaTeX as models and data sets write it, without judging what it means.
+r"""Write each answer in one spelling: clean up LaTeX as models and data sets write it, without judging its meaning.
 
-`normalize` maps the many spellings of one formula to one; `tokens` compares formulas without their white space. Both
+`normalize` maps the many spellings of one formula to one. `tokens` compares formulas without their white space. Both
 are plain string functions, make a fixed number of passes, and never raise.
 
-This stage is ours because a library's normalisation belongs to its own parser: it drops text and units, which
-`forms.py` reads, and it does not know the spellings of data sets (`1,\!000`, `{1 \over 2}`, `x \in \Bbb R`).
+This package has its own normalisation because a library's belongs to its own parser. It drops text and units, which
+`forms.py` reads. It does not know the spellings of data sets (`1,\!000`, `{1 \over 2}`, `x \in \Bbb R`).
 """
 
 import re
@@ -48,10 +48,10 @@ _LETTER_UNITS = {
     **{"g": "gram", "h": "hour", "l": "liter", "m": "meter", "s": "second"},
 }
 _TH = "(?:st|nd|rd|th)"
-# Letters of Chinese, Japanese and Korean, which behind a number are its unit, but for those that change the number.
+# Letters of Chinese, Japanese and Korean. After a number they are its unit, except those that change the number.
 _CJK = "(?:(?![万亿億千百十半以余多少第])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af])"
 
-# What is said of a variable behind an answer: `for all x`, `where n is an integer`, `for n \in \mathbb{Z}`.
+# Clauses about a variable after an answer: `for all x`, `where n is an integer`, `for n \in \mathbb{Z}`.
 _QUANTIFIER = re.compile(
     rf"{_GAP}\(?\s*(?:\\forall{_END}|(?:\\text\s*\{{[\s,;(]*|(?<![A-Za-z\\])){_FOR})(?P<rest>.*)$", re.DOTALL
 )
@@ -75,7 +75,7 @@ def _domain(said: str) -> str:
 
 
 def _write_quantifier(match: re.Match[str]) -> str:
-    r"""Write `\forall`, the variable and its domain (each may be missing) for what is said of a variable."""
+    r"""Replace a clause about a variable by `\forall`, its variable and its domain, each if given."""
     said = match[0]
     rest = re.sub(r"_\s*\{[^{}]*\}", "", match["rest"])
     if re.search(r"[=<>\d]|\\(?:le|ge|ne)(?![A-Za-z])", rest):  # a condition on values stays
@@ -92,7 +92,11 @@ _MEMBERSHIP = re.compile(
 
 
 def _write_membership(match: re.Match[str]) -> str:
-    r"""The same for `, n \in \mathbb{Z}` behind an answer in n, unless it says which values the answer means."""
+    r"""
+    Replace `, n \in \mathbb{Z}` after an answer in n in the same way.
+
+    It stays if it says which values the answer means.
+    """
     head = re.sub(r"\\(?!le|ge|ne)[A-Za-z]+", " ", match.string[: match.start()])
     domain = _domain(match[0])
     if match["variable"] not in head or (domain != r"\mathbb{R}" and re.search(r"[<>]|\\(?:le|ge|ne)", head)):
@@ -104,7 +108,7 @@ _EXCEPTION = re.compile(r"(?<![A-Za-z\\])(?:for|[a-z]\s*=)|\\text\s*\{|[{}](?<!\
 
 
 def _repeating(decimal: str) -> str | None:
-    r"""`0.1\overline{6}` for `0.1666`, of which it is said that it goes on; `None` if no period is seen."""
+    r"""Write `0.1666`, when it is said to continue, as `0.1\overline{6}`. Return `None` without a period."""
     whole, _, digits = decimal.partition(".")
     for length in range(1, len(digits) // 2 + 1):
         period = digits[-length:]
@@ -114,7 +118,7 @@ def _repeating(decimal: str) -> str | None:
     return None
 
 
-# Order matters: each step sees what the ones above it left.
+# Order matters: each step sees the result of the ones above it.
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -133,7 +137,7 @@ _REWRITES = [
         (r"\\(?:geq|geqslant|geqq)" + _END, r"\\ge "),
         (r"\\neq" + _END + r"|\\not\s*(?:=|\{\s*=\s*\})", r"\\ne "),
         (r"\\not\s*\\in" + _END, r"\\notin "),
-        (r"(?<![\d)!])!=|(?<=\s)!=", r"\\ne "),  # behind a digit, as in `5!=120`, it is a factorial
+        (r"(?<![\d)!])!=|(?<=\s)!=", r"\\ne "),  # after a digit, as in `5!=120`, it is a factorial
         (r"\\lt" + _END, "<"),
         (r"\\gt" + _END, ">"),
         (r"<=", r"\\le "),
@@ -160,7 +164,7 @@ _REWRITES = [
         (r"\\reals" + _END, r"\\mathbb{R}"),
         (r"\\operatorname\*?\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\s*\}", r"\\\1\2 "),
         (r"\\(?:mathrm|text)\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infinity)\s*\}", r"\\\1\2 "),
-        # One letter in upright type behind a number is a unit.
+        # One letter in upright type after a number is a unit.
         (
             r"(?<=[\d}])((?:\\[ ,;:!]|[\s~])*)\\(?:mathrm|text|textrm|rm)\s*\{[\s~]*([AJKLNVWghlms])[\s~]*\}",
             lambda match: f"{match[1]}\\text{{ {_LETTER_UNITS[match[2]]}}}",
@@ -183,7 +187,7 @@ _REWRITES = [
         (rf"(?<=[\d}})])\s*(?:\\text\s*\{{\s*{_CJK}+\s*\}}|{_CJK}+)(?=\s*[.。]?\s*$)", ""),
         (_QUANTIFIER, _write_quantifier),
         *((r"(\\text\s*\{[^{}]*\^)\s*\{\s*([-+]?\d)\s*\}", r"\1\2"),) * 3,  # powers of units, one at a time
-        # Inside \text{}, a number, a choice, a variable (no unit: m, g, s, h, l) or nothing is what it is without.
+        # Inside \text{}, a number, a choice, a variable (no unit: m, g, s, h, l) or nothing means the same as outside.
         (r"\\text\s*\{\s*((?:\(\s*[A-Za-z]\s*\))|[A-Z][.)]?|[a-fi-knopqrt-z]|[-+\d., ]*\d|)\s*\}", r" \1 "),
         (r"\\text\s*\{\s*([-+]?\d[\d.,]*\s*(?:hundred|thousand|million|billion|trillion))\s*\}", r" \1 "),
         (r"(?<![A-Za-z\\])(?:\\text\s*\{\s*Rs\.?\s*\}|Rs\.?)(?=(?:\\[ ,;:!]|\s)*\d)", r"\\rupee "),
@@ -236,23 +240,23 @@ _BRACKET = re.compile(r"\\.|[{}()]", re.DOTALL)
 _PARTNER = {"}": "{", ")": "("}
 _OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![A-Za-z])([^{}]*)\}")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\S", re.DOTALL)
-PLAIN = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\\frac\{[0-9]+\}\{[0-9]+\})")  # most answers, normal as they are
-_MAX_DEPTH = 50  # of fractions in fractions; far beyond what an answer holds, far below Python's recursion limit
+PLAIN = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]+)?|\\frac\{[0-9]+\}\{[0-9]+\})")  # most answers, already normal
+_MAX_DEPTH = 50  # of fractions in fractions; far above any answer, far below Python's recursion limit
 
 
-@lru_cache(maxsize=512)  # a group's answers share their gold, and often each other
+@lru_cache(maxsize=512)  # the answers of a group share their gold answer, and often each other
 def normalize(text: str) -> str:
-    r"""The one spelling of a formula that the rest of this package works on.
+    r"""Return the one spelling of a formula that the rest of this package uses.
 
-    Fractions, roots and binomials get explicit braces, spacing and sizing commands go, `\times`, `\cdot` and Unicode
-    signs become ASCII ones, digits are joined across thousands separators, text commands become `\text`.
+    Fractions, roots and binomials get explicit braces. Spacing and sizing commands are removed. `\times`, `\cdot` and
+    Unicode signs become ASCII ones. Digits are joined across thousands separators. Text commands become `\text`.
     """
     text = text.strip()
     if PLAIN.fullmatch(text):
         return text
     text = text.translate(_UNICODE)
     compatible = unicodedata.normalize("NFKC", text)
-    if len(compatible) <= 2 * len(text):  # some characters stand for a sentence of 18: a long row of them is no answer
+    if len(compatible) <= 2 * len(text):  # some characters stand for a sentence of 18; many of them are not an answer
         text = compatible.translate(_UNICODE)
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # `\\\\frac`: a formula that was escaped twice
@@ -274,7 +278,9 @@ def _unwrap(text: str) -> str:
 
 
 def _explicit_arguments(text: str) -> str:
-    r"""Write the arguments of `\frac`, `\sqrt` and `\binom` in braces, by TeX's rule: a group or a single token.
+    r"""Write the arguments of `\frac`, `\sqrt` and `\binom` in braces, by TeX's rule.
+
+    An argument is a group or a single token.
 
     `\sqrt(3)` is not TeX, but models write it, so parentheses count as a group too.
     """
@@ -315,7 +321,7 @@ def _explicit_arguments(text: str) -> str:
 
 
 def _closing_brackets(text: str) -> dict[int, int]:
-    """Where each `{` and `(` closes, by where it opens; escaped brackets do not count."""
+    """Return where each `{` and `(` closes, by where it opens. Escaped brackets do not count."""
     closing = {}
     open_brackets: list[tuple[str, int]] = []
     for match in _BRACKET.finditer(text):
@@ -327,7 +333,7 @@ def _closing_brackets(text: str) -> dict[int, int]:
 
 
 def tokens(text: str) -> tuple[str, ...]:
-    """Tokens of a normalised formula without white space and without braces around a single token."""
+    """Return the tokens of a normalised formula, without white space and braces around single tokens."""
     out: list[str] = []
     for token in TOKEN.findall(text):
         if token == "}" and len(out) >= 2 and out[-2] == "{":

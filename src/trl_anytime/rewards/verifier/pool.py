@@ -1,7 +1,8 @@
-"""The worker processes that grade what needs sympy: started as `python -m`, one task at a time each, killed when late.
+"""Worker processes that grade what needs sympy. Each does one task at a time and is killed when late.
 
-One pool per process and settings, made when first needed, closed at exit. There is no thread: the caller waits for the
-workers itself, so an exception or Ctrl-C leaves nothing behind but idle workers, which end with this process.
+They are started as `python -m`. There is one pool per process and settings. It is made when first needed and closed at
+exit. There is no thread: the caller itself waits for the workers. So an exception or Ctrl-C leaves behind only idle
+workers, which end with this process.
 """
 
 import atexit
@@ -22,14 +23,15 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Terminals and schedulers send these to all processes of a run. They are for the parent, which may still want the last
-# grades. A worker starts with them blocked, because it cannot ignore them before it runs, and then ignores them.
+# Terminals and schedulers send these to all processes of a run. Only the parent handles them, since it may still want
+# the last grades. A worker starts with them blocked, because it cannot ignore them before it runs. Then it ignores
+# them.
 SIGNALS_FOR_THE_PARENT = frozenset(
     [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2]
 )
 _WORKER_MODULE = f"{__package__}.worker"
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
-_START_SECONDS = 60.0  # to import sympy from a slow file system; a second or two otherwise
+_START_SECONDS = 60.0  # enough to import sympy from a slow file system; usually a second or two
 _MAX_FAILED_STARTS = 3
 _CLOSE_SECONDS = 1.0
 _SIGXCPU_EXIT = -24  # how Popen reports a child that the kernel ended at its CPU limit
@@ -53,7 +55,7 @@ class PoolSettings:
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
-    deadline: float  # of the start or of the task; unused while idle
+    deadline: float  # of the start or of the task; not used while idle
     ready: bool = False
     task: int | None = None
     tasks_done: int = 0
@@ -61,15 +63,15 @@ class _Worker:
 
 
 def default_workers() -> int:
-    """Half the cores of this rank, at least 1, at most 4."""
+    """Return half the number of cores of this rank, at least 1 and at most 4."""
     cores = len(os.sched_getaffinity(0))
-    if cores == os.cpu_count():  # not pinned by the launcher: the ranks of this machine share them
+    if cores == os.cpu_count():  # the launcher did not pin the rank, so all ranks of this machine share the cores
         cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(4, max(1, cores // 2))
 
 
 class WorkerPool:
-    """Grades pairs in child processes."""
+    """Pool that grades pairs in child processes."""
 
     def __init__(self, settings: PoolSettings) -> None:
         self.settings = settings
@@ -78,11 +80,13 @@ class WorkerPool:
         self._failed_starts = 0
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """Grade pairs of gold answer and answer. Threads that call this at the same time wait for each other.
+        """Grade pairs of gold answer and answer.
+
+        Threads that call this at the same time wait for each other.
 
         Returns:
-            `list[str]`: One of `"equal"`, `"different"`, `"timeout"`, `"dead"` (the worker died) and `"late"` (the
-            call's time was over before this pair's) for each pair.
+            `list[str]`: One word for each pair: `"equal"`, `"different"`, `"timeout"`, `"dead"` (the worker died) or
+            `"late"` (the time of the call was over before the pair's turn).
 
         Raises:
             `RuntimeError`: If workers do not start, or fail their self-test.
@@ -97,14 +101,14 @@ class WorkerPool:
                     self._drop(worker, selector)  # late, or interrupted: its answer would be taken for another's
 
     def close(self) -> None:
-        """End all workers. The pool may be used again; it then starts new ones."""
+        """End all workers. The pool may be used again. It then starts new ones."""
         if self._lock.acquire(timeout=_CLOSE_SECONDS):
             try:
                 while self._workers:
                     _end(self._workers.pop())
             finally:
                 self._lock.release()
-        else:  # another thread is grading, and this process may be about to end: do not wait for it
+        else:  # another thread is grading, and this process may be about to end, so do not wait for the lock
             for worker in list(self._workers):
                 worker.process.kill()
 
@@ -119,8 +123,8 @@ class WorkerPool:
             if now >= batch_deadline:
                 if not was_ready:
                     raise RuntimeError(
-                        f"No worker of the answer verifier started within {seconds:g} s. The machine is overloaded, "
-                        "or `batch_limit` too small."
+                        f"No worker of the answer verifier started within {seconds:g} s. Reduce the load of the "
+                        "machine, or raise `batch_limit`."
                     )
                 break
             while len(self._workers) < min(self.settings.workers, len(queue) + self._busy()):
@@ -153,7 +157,7 @@ class WorkerPool:
         path = os.pathsep.join([_PACKAGE_ROOT, *(entry for entry in sys.path if entry)])
         with _blocked(SIGNALS_FOR_THE_PARENT):
             process = subprocess.Popen(
-                # -P: a file of the current directory must not stand in for a module of the standard library
+                # -P: a file in the current directory must not replace a module of the standard library
                 [sys.executable, "-P", "-m", _WORKER_MODULE, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -204,7 +208,8 @@ class WorkerPool:
         if self._failed_starts >= _MAX_FAILED_STARTS:
             self._failed_starts = 0
             raise RuntimeError(
-                f"The answer verifier's workers keep failing; the last one {reason}. Answers cannot be graded."
+                f"The answer verifier's workers keep failing; the last one {reason}. Answers cannot be graded. If "
+                "memory is short, raise `memory_limit` or lower `workers`."
             )
 
     def _drop(self, worker: _Worker, selector: selectors.BaseSelector) -> None:
@@ -215,7 +220,7 @@ class WorkerPool:
 
 @contextlib.contextmanager
 def _blocked(signals: frozenset[signal.Signals]) -> Iterator[None]:
-    """Hold signals back in this thread; a process started inside holds them back from its first instruction on."""
+    """Block signals in this thread. A process started inside blocks them from its first instruction on."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -242,19 +247,23 @@ _pools_lock = threading.Lock()
 
 
 def get_pool(settings: PoolSettings) -> WorkerPool:
-    """This process's pool with these settings, made when first asked for."""
+    """Return this process's pool with these settings. It is made when first asked for."""
     with _pools_lock:
         return _pools.setdefault(settings, WorkerPool(settings))
 
 
 def close_pools() -> None:
-    """End the workers of all pools of this process. Runs at exit."""
+    """End the workers of all pools of this process. This runs at exit."""
     for pool in _pools.values():
         pool.close()
 
 
 def _forget_pools() -> None:
-    """In a forked child: the workers are the parent's, and a lock may be held by a thread that is not here."""
+    """
+    Forget all pools in a forked child.
+
+    The workers belong to the parent, and a lock may be held by a thread that does not exist in the child.
+    """
     global _pools, _pools_lock
     _pools, _pools_lock = {}, threading.Lock()
 

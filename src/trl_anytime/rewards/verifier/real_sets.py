@@ -1,8 +1,8 @@
 r"""Sets of real numbers: intervals, points, unions, intersections, differences.
 
-Two sets are cut at all their end points. They are equal if they hold the same points and gaps, so `(1,2]\cup(2,3)` is
-`(1,3)` and `x \ne 2` is `(-\infty,2)\cup(2,\infty)`. No library does this with end points that are known by comparison
-only, and plain numbers need none.
+Two sets are cut at all their end points. They are equal if they hold the same points and gaps. So `(1,2]\cup(2,3)`
+equals `(1,3)`, and `x \ne 2` equals `(-\infty,2)\cup(2,\infty)`. No library does this with end points that can only be
+compared, and plain numbers do not need one.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from functools import cmp_to_key
 
 from .forms import INTERVALS, Collection, Form, Formula, unnamed
 
-_MAX_END_POINTS = 24  # more are left to the comparison item by item
+_MAX_END_POINTS = 24  # sets with more are compared item by item
 
 
 class _Unknown(Exception):
-    """An end point that cannot be put in order."""
+    """An end point cannot be put in order."""
 
 
 def equal_sets(a: Form, b: Form, order: Callable[[str, str], int | None]) -> bool | None:
-    """Whether two forms are the same set of real numbers; the name of a variable does not count.
+    """Return whether two forms are the same set of real numbers. The name of a variable does not count.
 
-    `order` returns a negative number, 0 or a positive one as the first formula is less than, equal to or greater than
-    the second, `None` if that cannot be told. Returns `None` if one of the two is not such a set, or if its end points
-    cannot be put in order.
+    `order` compares two formulas. It returns a negative number, 0 or a positive one if the first is less than, equal
+    to or greater than the second, and `None` if that is unknown. Returns `None` if one of the two is not such a set,
+    or if its end points cannot be put in order.
     """
     ends: set[str] = set()
     if not (_collect(a, ends) and _collect(b, ends)) or len(ends) > _MAX_END_POINTS:
@@ -43,7 +43,7 @@ def equal_sets(a: Form, b: Form, order: Callable[[str, str], int | None]) -> boo
             place[end] = last
     except _Unknown:
         return None
-    # An odd number is the gap below the end point of half of it and a half, an even one is the end point itself.
+    # The even number 2p is end point p. The odd number 2p - 1 is the gap below it.
     return all(_holds(a, cell, place, last) == _holds(b, cell, place, last) for cell in range(-1, 2 * last + 2))
 
 
@@ -53,7 +53,7 @@ def _infinite(form: Form) -> int:
 
 
 def _collect(form: Form, ends: set[str]) -> bool:
-    """Add the end points of a set; whether the form is one."""
+    """Add the end points of a set, and return whether the form is one."""
     form = unnamed(form)
     if not isinstance(form, Collection):
         return False

@@ -1,8 +1,8 @@
-r"""Compares formulas. Imported in worker processes only: formulas can be expensive, and sympy is slow to import.
+r"""Compare formulas by value. Imported in worker processes only: formulas can be expensive, and sympy imports slowly.
 
-A formula is read by our own `grammar`, and compared by its `values`. What is not arithmetic is read by the library
-`latex2sympy2_extended`: integrals, limits and derivatives are evaluated as the others, matrices and sets are compared
-by the library `math_verify`.
+A formula is read by this package's `grammar` and compared by its `values`. What is not arithmetic is read by the
+library `latex2sympy2_extended`. Integrals, limits and derivatives are evaluated like other formulas. Matrices and sets
+are compared by the library `math_verify`.
 """
 
 import re
@@ -20,18 +20,22 @@ from .forms import decimal_places
 from .grammar import TooLarge, Unreadable, parse
 from .values import Formula, equal_values, proportional_values
 
-# What the library is asked for. It reads much else wrongly and without an error, see `grammar.py`.
+# Constructs that the library is used for. It reads many others wrongly and without an error, see `grammar.py`.
 _LIBRARY = re.compile(r"\\(?:int|lim|frac\{(?:d|\\partial)\}|setminus|cap|cup|mathbb|\{)|matrix\}")
 # The library would read these wrongly: `f'` as f, `2 3` as 5, `5!!` as (5!)!.
 _REFUSED = re.compile(r"'|!!|\d\s+\d|\\text|\\[lc]?dots|\\euro|\\dollar|\\pound|[^\x20-\x7e]|[`\"#@?;]")
 _MAX_MATRIX_POWER = 1000
-_MAX_NESTING = 20  # for the library, whose parser takes a second for twice as much
+_MAX_NESTING = 20  # for the library, whose parser takes a second for twice this depth
 
 __all__ = ["Symbolic", "TooLarge"]
 
 
 class Symbolic:
-    """Compares formulas by value; False for what cannot be parsed. Reads each formula once: keep it for one answer."""
+    """
+    Comparison of formulas by value. Returns False for what cannot be parsed.
+
+    It keeps every formula that it has read, so use one instance per answer.
+    """
 
     def __init__(self) -> None:
         self._exact = Exact()
@@ -46,7 +50,7 @@ class Symbolic:
             return equal_values(left, right, _decimals_shown(a, b))
         if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):
             return _equal_matrices(left, right)
-        if isinstance(left, Set) or isinstance(right, Set):  # `[0,5]\cap[2,9]` and `[2,5]`: the second is no formula
+        if isinstance(left, Set) or isinstance(right, Set):  # `[0,5]\cap[2,9]` and `[2,5]`: the second is no `Formula`
             left, right = (
                 _parse_by_library(text) if found is None else found for text, found in ((a, left), (b, right))
             )
@@ -63,7 +67,7 @@ class Symbolic:
         return proportional_values(left, right, positive)
 
     def _formula(self, text: str) -> Any:
-        """A `Formula`, a matrix or a set of sympy, or `None`."""
+        """Return a `Formula`, or a matrix or set of sympy, or `None`."""
         if text not in self._read:
             try:
                 self._read[text] = Formula(parse(text))
@@ -73,7 +77,11 @@ class Symbolic:
 
 
 def _decimals_shown(a: str, b: str) -> int:
-    """Places of the decimal if exactly one of the two formulas is a decimal long enough to stand for a value."""
+    """
+    Return the places of the decimal if exactly one of the two formulas is a decimal.
+
+    It must be long enough to stand for a value. Returns 0 otherwise.
+    """
     shown = [decimal_places(formula) for formula in (a, b)]
     return max(shown) if min(shown) == 0 and max(shown) >= MIN_DECIMALS else 0
 
@@ -85,7 +93,7 @@ def _equal_matrices(left: MatrixBase, right: MatrixBase) -> bool:
 
 
 def _parse_by_library(formula: str) -> Any:
-    """A `Formula`, a matrix or a set of sympy, or `None`."""
+    """Return a `Formula`, or a matrix or set of sympy, or `None`, as the library reads it."""
     formula = formula.replace("*", r"\cdot ").replace(r"\cr ", "\\\\")
     if _REFUSED.search(formula):
         return None

@@ -1,12 +1,12 @@
-r"""Compares two formulas by their values: exactly where they are rational, else to as many digits as it takes.
+r"""Compare two formulas by their values: exactly where they are rational, else to as many digits as needed.
 
-A formula is evaluated at points, a rational number for each letter. A value is a `Fraction` as long as it can be, then
-an `mpmath` number. Values that agree in fifty digits are computed again, with digits for the largest and the smallest
-number that occurred on the way: `e^{-1000}+1` is not 1.
+A formula is evaluated at points, which give each letter a rational number. A value is a `Fraction` as long as
+possible, then an `mpmath` number. Values that agree in fifty digits are computed again. Then the digits suffice for
+the largest and the smallest number that occurred: `e^{-1000}+1` is not 1.
 
-Letters are real numbers: a formula that takes the root or the logarithm of a negative number says nothing at that
-point. Only if there is no real point at all, or if the letter i occurs, are values complex. A letter that must be an
-integer for the formula to make sense (in a factorial, an upper limit, an exponent of -1) is only given integers.
+Letters are real numbers. A formula that takes the root or the logarithm of a negative number has no value at that
+point. Values are complex only if there is no real point at all, or if the letter i occurs. A letter that must be an
+integer for the formula to make sense (in a factorial, an upper limit, an exponent of -1) only gets integers.
 """
 
 import math
@@ -30,13 +30,13 @@ _MAX_DIGITS = 20_000  # about a second of CPU for a few functions
 _MAX_LOG10 = 1e6
 _MAX_BITS = 3_400_000  # of exact integers: a million digits
 _MAX_BITS_AT_POINTS = 2**18
-_THOROUGH_POINTS = 2  # the first, which are small: there, a large size comes from the formula
-_MIN_POINTS = 3  # or an ordinary one: the roots of x and of -x meet in 0 alone
+_THOROUGH_POINTS = 2  # the first ones, which are small: there, a large size comes from the formula
+_MIN_POINTS = 3  # or an ordinary one: the roots of x and of -x meet only in 0
 _MAX_TERMS = 5_000  # of sums and products
 _LOG10_2 = math.log10(2)
 _IMAGINARY = Symbol("i")
 
-# Formulas with these may agree at a few points and differ at others: they are compared at many more.
+# Formulas with these may agree at a few points and differ at others, so they are compared at many more.
 _STEPPED = {"floor", "ceiling", "Mod", "Gcd", "Lcm", "factorial", "binomial"}
 _FOLDED = {"Abs", "Max", "Min", "sign"}
 _SUMMED = {"Sum", "Product"}
@@ -50,7 +50,7 @@ class Undefined(Exception):
 
 
 class Formula:
-    """A formula, what is known of its letters, and its values so far."""
+    """Formula with what is known about its letters, and its values so far."""
 
     def __init__(self, expr: Expr) -> None:
         nodes = list(preorder_traversal(expr))
@@ -72,7 +72,11 @@ class Formula:
         self._values: dict[Any, tuple[Value, float, float] | None] = {}
 
     def at(self, key: Any, point: dict[str, Fraction], real: bool) -> tuple[Value, float, float] | None:
-        """Value at a point, with its loss and its size (see `_Evaluator`); `None` if it has none that is finite."""
+        """
+        Return the value at a point, with its loss and its size (see `_Evaluator`).
+
+        Returns `None` if it has no finite value there.
+        """
         key = (key, real)
         if key not in self._values:
             try:
@@ -107,7 +111,7 @@ def _integer_letters(node: Basic) -> Iterator[str]:
 
 @mpmath.workdps(_DIGITS)
 def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
-    """Whether two formulas have the same values wherever both have one, and have one somewhere.
+    """Return whether two formulas have the same values wherever both have one, and have one somewhere.
 
     A decimal with `decimals` places, if not 0, also equals the value that it is rounded from. Raises `TooLarge` if the
     values are too large to be compared.
@@ -133,7 +137,7 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
 
 @mpmath.workdps(_DIGITS)
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
-    """Whether one formula is a constant multiple of the other, by a positive constant if so asked."""
+    """Return whether one formula is a constant multiple of the other, a positive one if `positive`."""
     for real in (True, False):
         first: tuple[Value, Value, dict[str, Fraction]] | None = None
         compared = 0
@@ -170,7 +174,7 @@ def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
 
 
 def _common_values(left: Formula, right: Formula, real: bool) -> Iterator[tuple[Any, dict[str, Fraction], Any, Any]]:
-    """Points, each with its key, at which both formulas have a value, and these values."""
+    """Yield points, each with its key, at which both formulas have a value, and these values."""
     if real and (left.is_complex or right.is_complex):
         return
     for key, point in _points(left, right):
@@ -180,7 +184,7 @@ def _common_values(left: Formula, right: Formula, real: bool) -> Iterator[tuple[
 
 
 def _differ_or_too_large(left: Formula, right: Formula) -> bool:
-    """Return False for formulas without a common value, unless values were too large to tell."""
+    """Return False for formulas without a common value. Raise `TooLarge` if values were too large to tell."""
     if left.is_too_large or right.is_too_large:
         raise TooLarge("too large at every point")
     return False
@@ -205,7 +209,9 @@ def _same(
     real: bool,
     thorough: bool,
 ) -> bool:
-    """Whether two values, computed with the usual digits, are the same; computes them again if that is in doubt.
+    """Return whether two values, computed with the usual digits, are the same.
+
+    If that is in doubt, they are computed again.
 
     If not `thorough`, values that agree in thirty digits are the same.
     """
@@ -233,7 +239,7 @@ def _same(
 
 
 def _clean(value: tuple[Value, float, float]) -> Value:
-    """The value, 0 in place of what rounding left of a 0."""
+    """Return the value, with 0 in place of a rounding error of 0."""
     x, loss, _ = value
     return Fraction(0) if not isinstance(x, Fraction) and loss > 35 and abs(x) < mpmath.mpf(10) ** -30 else x
 
@@ -253,11 +259,11 @@ def _rounds(a: Value, b: Value, decimals: int) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Ranges of the coordinates of the points where all formulas are compared: small for inverse sines, positive for roots,
-# of both signs, large. The same random points in every process; no formula was made to agree at them.
+# Ranges of the coordinates of the points at which all formulas are compared: small for inverse sines, positive for
+# roots, of both signs, large. The random points are the same in every process. No formula was made to agree at them.
 _RANGES = [(0.2, 0.9), (1.1, 3.2), (-3, 3), (-0.9, 0.9), (4, 40), (-40, 40), (50, 3000), (-3000, -1)]
 _INTEGER_RANGES = [(1, 6), (2, 12), (1, 20), (0, 9), (4, 40), (-12, 12), (50, 300), (-40, -1)]
-_DENOMINATOR = 1009  # a prime: no formula simplifies by accident
+_DENOMINATOR = 1009  # a prime, so that no formula simplifies by accident
 
 
 @lru_cache(maxsize=8192)
@@ -270,7 +276,11 @@ def _coordinate(letter: str, index: int, integer: bool) -> Fraction:
 
 
 def _points(left: Formula, right: Formula) -> Iterator[tuple[Any, dict[str, Fraction]]]:
-    """Points, each with a key that is the same for the same point of one formula, whatever the other formula is."""
+    """
+    Yield points, each with a key.
+
+    The key of a point is the same for one formula, whatever the other formula is.
+    """
     letters = sorted(left.letters | right.letters)
     integers = left.integers | right.integers
     for index in range(len(_RANGES)):
@@ -299,7 +309,7 @@ def _points(left: Formula, right: Formula) -> Iterator[tuple[Any, dict[str, Frac
 
 @lru_cache(maxsize=64)
 def _special(constants: frozenset[int], integer: bool, stepped: bool, summed: bool) -> tuple[Fraction, ...]:
-    """Values at which formulas with these constants may have a step or a kink, and many ordinary ones."""
+    """Return values at which formulas with these constants may have a step or kink, and ordinary ones."""
     if summed:
         return tuple(map(Fraction, range(16)))
     found: dict[Fraction, None] = dict.fromkeys(map(Fraction, range(-12, 131) if stepped else range(-12, 13)))
@@ -322,7 +332,7 @@ def _special(constants: frozenset[int], integer: bool, stepped: bool, summed: bo
 
 
 def _evaluate(expr: Expr, point: dict[str, Fraction], real: bool, digits: int) -> tuple[Value, float, float]:
-    """Value of a formula, with the decimal digits lost to cancellation and the size of the numbers on the way."""
+    """Return a formula's value, the decimal digits lost to cancellation, and the size of its numbers."""
     with mpmath.workdps(digits):
         evaluator = _Evaluator(dict(point), real, exact_sizes=not point)
         try:
@@ -343,12 +353,12 @@ def _times(x: Value, y: Value) -> Value:
 
 
 class _Evaluator:
-    """Evaluates a tree at one point.
+    """Evaluation of a tree at one point.
 
     Attributes:
         loss (`float`): Decimal digits that the result may have lost.
-        size (`float`): Decimal logarithm of the largest number on the way, or of the inverse of the smallest. With
-            `exact_sizes`, of the numerators and denominators too: 1+10^{-400} has the size 400.
+        size (`float`): Decimal logarithm of the largest number that occurred, or of the inverse of the smallest. With
+        `exact_sizes`, also of the numerators and denominators: 1+10^{-400} has the size 400.
     """
 
     def __init__(self, point: dict[str, Value], real: bool, exact_sizes: bool) -> None:
@@ -394,7 +404,7 @@ class _Evaluator:
         return _inexact(value)
 
     def settle(self, value: Any) -> Value:
-        """A result of `mpmath`: real if it can be, none of what is not a number."""
+        """Make a result of `mpmath` real if possible. Raise `Undefined` if it is not a number."""
         if isinstance(value, mpmath.mpc):
             if value.imag == 0:
                 value = value.real
@@ -501,7 +511,7 @@ class _Evaluator:
         return self.settle(base**n)
 
     def check_exponent(self, exponent: Any) -> None:
-        """Refuse e^exponent if it is too large; count the digits that it loses."""
+        """Refuse e^exponent if it is too large, and count the digits that it loses."""
         self.note_log10(float(abs(mpmath.re(exponent)) / mpmath.log(10)))
         if abs(exponent) > 1:
             self.loss += float(mpmath.log10(abs(exponent)))
@@ -539,7 +549,7 @@ class _Evaluator:
         return max(values, key=lambda value: sign * _inexact(value))
 
     def rounded(self, arg: Basic, sign: int) -> Value:
-        """Floor (sign 1) or ceiling (sign -1). A value next to an integer is computed with more digits."""
+        """Return the floor (sign 1) or ceiling (sign -1). Near an integer, more digits are computed."""
         value = self.real_value(arg)
         if isinstance(value, Fraction):
             return Fraction(math.floor(value) if sign > 0 else math.ceil(value))
@@ -629,7 +639,11 @@ class _Evaluator:
         return self.closed_form(Product(body, *limits)) if terms is None else self.multiplied(terms)
 
     def terms(self, body: Basic, limits: tuple[Basic, ...]) -> list[Value] | None:
-        """Terms of a sum over one variable between two integers that are not far apart, `None` for any other sum."""
+        """
+        Return the terms of a sum over one variable between two integers that are not far apart.
+
+        Returns `None` for any other sum.
+        """
         if len(limits) != 1 or len(limits[0].args) != 3:
             return None
         variable, first_expr, last_expr = limits[0].args
@@ -650,21 +664,21 @@ class _Evaluator:
         return terms
 
     def closed_form(self, expr: Basic) -> Value:
-        """A sum or product with infinitely or very many terms."""
+        """Compute a sum or product with infinitely or very many terms."""
         if not self.exact_sizes:
             raise Undefined
         closed = expr.doit()
         return self.by_sympy(closed) if closed.has(Sum, Product) else self.value(closed)
 
     def unknown_function(self, expr: Basic) -> Value:
-        """A random number that depends on the function's name and the values of its arguments alone."""
+        """Return a random number that depends only on the function's name and its arguments' values."""
         values = [self.value(arg) for arg in expr.args]
         shown = [str(v) if isinstance(v, Fraction) else mpmath.nstr(v, 25) for v in values]
         choose = random.Random(f"{expr.func.__name__} {shown}")
         return Fraction(choose.randint(-3 * _DENOMINATOR, 3 * _DENOMINATOR), _DENOMINATOR)
 
     def by_sympy(self, expr: Basic) -> Value:
-        """What is not arithmetic, such as an integral or an infinite sum."""
+        """Compute what is not arithmetic, such as an integral or an infinite sum."""
         values = {
             symbol: I if symbol == _IMAGINARY else _to_sympy(self.point[symbol.name]) for symbol in expr.free_symbols
         }

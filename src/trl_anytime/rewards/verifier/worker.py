@@ -1,8 +1,8 @@
-"""A worker process: grades one (gold, answer) pair after the other, under a CPU limit and a memory limit.
+"""Worker process that grades one (gold, answer) pair after the other, under a CPU limit and a memory limit.
 
-Run as `python -m trl_anytime.rewards.verifier.worker`. Reads JSON lines from standard input, `{"gold": ...,
-"answer": ...}`, and replies to each with one line, `{"outcome": "equal" | "different" | "timeout"}`. Before the first
-it says how its self-test went. It ends when its input does, and when its parent has died.
+It is run as `python -m trl_anytime.rewards.verifier.worker`. It reads JSON lines from standard input, `{"gold": ...,
+"answer": ...}`. It replies to each with one line, `{"outcome": "equal" | "different" | "timeout"}`. Its first line
+reports its self-test. It ends when its input ends, or when its parent has died.
 """
 
 import json
@@ -17,12 +17,12 @@ from types import FrameType
 
 from .pool import SIGNALS_FOR_THE_PARENT
 
-_SECONDS_TO_KILL = 1  # of CPU beyond the soft limit; by then the interpreter is stuck in C code
+_SECONDS_TO_KILL = 1  # of CPU time beyond the soft limit; by then the interpreter is stuck in C code
 _WATCHDOG_SECONDS = 1.0
 
 
 class OutOfTime(BaseException):
-    """The soft CPU limit. No `Exception`, so that no handler in a library swallows it."""
+    """The soft CPU limit is reached. Not an `Exception`, so that no handler in a library swallows it."""
 
 
 def _out_of_time(signum: int, frame: FrameType | None) -> None:
@@ -30,14 +30,18 @@ def _out_of_time(signum: int, frame: FrameType | None) -> None:
 
 
 def _watch_parent(parent: int) -> None:
-    """End this process when its parent is gone. A killed parent closes no pipe that a sibling still holds."""
+    """End this process when its parent is gone. A sibling may still hold the pipe of a killed parent."""
     while os.getppid() == parent:
         time.sleep(_WATCHDOG_SECONDS)
     os._exit(1)
 
 
 def _limit_cpu(seconds: float) -> None:
-    """From now on: an exception after `seconds` of CPU time, death by SIGXCPU about a second later."""
+    """
+    Limit the CPU time from now on.
+
+    An exception is raised after `seconds` of CPU time. About a second later SIGXCPU kills the process.
+    """
     used = time.process_time()
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     limit = int(used + seconds + _SECONDS_TO_KILL) + 1
@@ -58,7 +62,7 @@ def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except (OutOfTime, TooLarge, MemoryError, OverflowError, RecursionError):
         return "timeout"
-    except Exception:  # a bug of a library on odd input makes the answer wrong, not the run
+    except Exception:  # a library's bug on odd input makes the answer wrong, but must not end the run
         return "different"
 
 
@@ -86,7 +90,7 @@ def main() -> None:
         raise
     reply({"self_test": self_test})
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # what libraries print is no reply
+    os.dup2(nowhere, 1)  # libraries print to it, which is not a reply
     os.dup2(nowhere, 2)
     for line in sys.stdin:
         task = json.loads(line)
