@@ -813,7 +813,7 @@ def test_checkpoints_resume(tmp_path):
         ({"budgets": [100, 250]}, "more than the model's context of 256. Lower `budgets`"),
         ({"eval_budgets": [250]}, "more than the model's context of 256"),
         ({"think_end": "</end>", "truncation_bridge": "</end>"}, "cannot encode '</end>'"),
-        ({"truncation_bridge": "so"}, "`truncation_bridge` must contain the end-of-thinking marker"),
+        ({"truncation_bridge": "so"}, "`truncation_bridge` is 'so'"),
         ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "Use LoRA"),
         ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "needs a column 'prompt', it has"),
         ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "BRPO trains on text"),

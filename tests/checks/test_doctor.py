@@ -206,7 +206,7 @@ def test_a_launch_file_that_is_none(folder):
 @pytest.mark.parametrize(
     ("changes", "check", "level", "found", "change"),
     [
-        ({"scale_rewards": "group"}, "settings", ERROR, "no meaning in BRPO", "Change the setting"),
+        ({"scale_rewards": "group"}, "settings", ERROR, "`scale_rewards='group'`", "Change the setting"),
         ({"max_cached_tokens": 500, "use_transformers_continuous_batching": True}, "settings", WARNING,
          "`max_cached_tokens=500` has no effect", "generate with transformers"),
         ({"gradient_accumulation_steps": 1}, "batch", WARNING, "sees 1 of a prompt's groups",

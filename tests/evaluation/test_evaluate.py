@@ -332,7 +332,7 @@ def test_models_that_cannot_be_evaluated(folder, tmp_path, capsys):
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     make_model().save_pretrained(tmp_path)
     assert main(["eval", str(tmp_path), *problems]) == BAD_INPUT
-    assert "knows a thinking marker" in capsys.readouterr().err
+    assert "`think_end`" in capsys.readouterr().err
     assert main(["eval", str(folder)]) == BAD_INPUT
     assert "set --dataset" in capsys.readouterr().err
 

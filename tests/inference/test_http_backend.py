@@ -50,7 +50,7 @@ def test_a_fault_is_never_a_shorter_result(model, tokenizer, config, fault):
 def test_patience_ends(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault] * 100)) as server:
         client = make_client(server, timeout=0.3, patience=0.4)
-        with pytest.raises(ConnectionError, match="gave no complete answer within 0.4 seconds; the last failure"):
+        with pytest.raises(ConnectionError, match=r"/v1/\S+ .* 0\.4 seconds"):
             anytime_generate(client, tokenizer, PROMPTS[:1], config=config)
 
 
@@ -63,7 +63,7 @@ def test_retry_after_is_kept(model, tokenizer, config, caplog):
 def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, config):
     for fault, message in (
         ("refuses", r"refused the request \(400\): thinking budgets are not configured"),
-        ("keeps_its_ids", "returns no token ids.*serve-command"),
+        ("keeps_its_ids", "serve-command.*`return_token_ids`"),
     ):
         with serving(TinyServer(model, [fault])) as server:
             with pytest.raises(ValueError, match=message):

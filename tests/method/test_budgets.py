@@ -21,7 +21,7 @@ def test_prior_weights(prior, weights):
     ("prior", "message"),
     [
         ("quadratic", "'uniform', 'linear', 'base' or a list"),
-        ([0.5, 0.5, 0.0], "3 weights but there are 2 budgets"),
+        ([0.5, 0.5, 0.0], "`prior` has 3 .* 2 budgets"),
         ([1.5, -0.5], "non-negative"),
         ([0.0, 0.0], "not all zero"),
         ([float("nan"), 1.0], "finite"),

@@ -227,12 +227,12 @@ def test_rewards_are_plain_settings(reward_class):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"on_bad_gold": "ignore"}, "on_bad_gold must be 'raise' or 'skip'"),
-        ({"answer_columns": "answer"}, "answer_columns must be a tuple"),
-        ({"workers": 0}, "workers must be at least 1"),
-        ({"cpu_limit": 0.0}, "cpu_limit must be positive"),
-        ({"batch_limit": -1.0}, "batch_limit must be positive"),
-        ({"max_answer_length": 0}, "max_answer_length must be positive"),
+        ({"on_bad_gold": "ignore"}, "`on_bad_gold`.*'raise'.*'skip'.*'ignore'"),
+        ({"answer_columns": "answer"}, "`answer_columns`.*'answer'"),
+        ({"workers": 0}, "`workers`.*1.*0"),
+        ({"cpu_limit": 0.0}, "`cpu_limit`.*0.0"),
+        ({"batch_limit": -1.0}, "`batch_limit`.*-1.0"),
+        ({"max_answer_length": 0}, "`max_answer_length`.*0"),
     ],
 )
 def test_settings_are_checked(settings, message):

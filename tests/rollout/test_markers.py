@@ -113,13 +113,10 @@ def test_markers_that_cannot_be_encoded():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"truncation_bridge": "so"},
-            "`truncation_bridge` must contain the end-of-thinking marker '</think>' exactly",
-        ),
-        ({"truncation_bridge": "</think> so </think>"}, "exactly once"),
-        ({"answer_bridge": "</think> answer"}, "`answer_bridge` follows the end of the thinking"),
-        ({"answer_bridge": ""}, "`answer_bridge` must have at least one token"),
+        ({"truncation_bridge": "so"}, "`truncation_bridge` is 'so'.*'</think>'"),
+        ({"truncation_bridge": "</think> so </think>"}, "`truncation_bridge` is '</think> so </think>'.*'</think>'"),
+        ({"answer_bridge": "</think> answer"}, "`answer_bridge` is '</think> answer'.*'</think>'"),
+        ({"answer_bridge": ""}, "`answer_bridge`"),
     ],
 )
 def test_bad_bridges(settings, message):

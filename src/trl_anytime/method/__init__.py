@@ -1,1 +1,1 @@
-"""What BRPO computes, with torch alone: budgets, advantages, the learned baseline, packed rows."""
+"""The computations of BRPO, with torch alone: budgets, advantages, the learned baseline, packed rows."""

@@ -127,7 +127,7 @@ def _tolerance(model: PreTrainedModel, half_precision: bool = False) -> float:
 
 
 def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
-    """Make a tiny packed rollout: with it its row with a prompt, the words it uses, and their generator."""
+    """Make a tiny packed rollout. Return it with its row, the words it uses, and their generator."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
     words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads

@@ -253,6 +253,14 @@ def read_json(path: Path, check: Check, most_bytes: int) -> Any:
     """
     Read a JSON file and check it.
 
+    Args:
+        path (`Path`):
+            The file.
+        check (`Check`):
+            Check of the parsed value.
+        most_bytes (`int`):
+            Most bytes of the file.
+
     Raises:
         `Unfit`: If the file cannot be read within bounds, is not JSON, or fails the check. The message names the file
         and the field.
@@ -264,6 +272,14 @@ def read_json(path: Path, check: Check, most_bytes: int) -> Any:
 def read_lines(path: Path, most_bytes: int, most_bytes_of_line: int) -> Iterator[bytes]:
     """
     Yield the complete lines of a file, without what follows the last line break.
+
+    Args:
+        path (`Path`):
+            The file.
+        most_bytes (`int`):
+            Most bytes of the file.
+        most_bytes_of_line (`int`):
+            Most bytes of one line.
 
     Raises:
         `Unfit`: If the path is not a regular file, or the file or one of its lines is too large.

@@ -39,7 +39,19 @@ class Thinking:
         eos_token_ids: Container[int],
         logprobs: Sequence[float] | None = None,
     ) -> "Thinking":
-        """Take the thinking from sampled `token_ids`. Tokens after the first end of thinking are dropped."""
+        """
+        Take the thinking from sampled tokens. Those after the first end of thinking are dropped.
+
+        Args:
+            token_ids (`Sequence[int]`):
+                The sampled tokens.
+            markers ([`ThinkingMarkers`]):
+                Markers of the thinking's end.
+            eos_token_ids (`Container[int]`):
+                Tokens that end a trace without its end of thinking.
+            logprobs (`Sequence[float]`, *optional*):
+                Log-probabilities of the sampled tokens.
+        """
         end = markers.end_of_thinking(token_ids)
         kept = list(token_ids[:end])
         ended_with_eos = end is None and bool(kept) and kept[-1] in eos_token_ids
@@ -47,7 +59,13 @@ class Thinking:
 
     def cut(self, budget: int, markers: ThinkingMarkers) -> tuple[int, tuple[int, ...]]:
         """
-        Return where `budget` (in tokens) cuts the thinking, and the bridge that follows.
+        Return where a budget cuts the thinking, and the bridge that follows.
+
+        Args:
+            budget (`int`):
+                Budget b in thinking tokens.
+            markers ([`ThinkingMarkers`]):
+                The bridges.
 
         Returns:
             `tuple`: the cut c = min(budget, |z|) in tokens, and the bridge's token ids.

@@ -90,8 +90,8 @@ class _EngineLoop:
         context = self._engine.model_config.max_model_len
         if len(prompt_ids) + sampling["max_tokens"] > context:
             raise ValueError(
-                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new tokens exceed vLLM's context "
-                f"of {context} tokens. Raise `vllm_max_model_length`, lower `budgets` or `max_summary_length`, or "
+                f"A prompt of {len(prompt_ids)} tokens and {sampling['max_tokens']} new ones need more than vLLM's "
+                f"context of {context}. Raise `vllm_max_model_length`, lower `budgets` or `max_summary_length`, or "
                 "drop the longest prompts."
             )
         # Get only new tokens. Otherwise the whole trace would be copied for each of its tokens.

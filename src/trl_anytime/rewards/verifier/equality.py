@@ -42,6 +42,8 @@ Verdict = bool | None
 
 
 class FormulaComparison(Protocol):
+    """Comparison of two formulas, with the two methods that this module's docstring describes."""
+
     def equal(self, a: str, b: str) -> Verdict: ...
 
     def proportional(self, a: str, b: str, positive: bool) -> Verdict: ...
@@ -65,7 +67,11 @@ MIN_DECIMALS = 6
 
 
 def rounds_to(value: Fraction, decimal: Fraction, places: int) -> bool:
-    """Return whether `decimal`, written with `places` digits after the point, is `value` rounded."""
+    """
+    Return whether `decimal`, written with `places` digits after the point, is `value` rounded.
+
+    A decimal with fewer than `MIN_DECIMALS` places or significant digits is not.
+    """
     half_unit = Fraction(1, 2 * 10**places)
     significant = abs(decimal) * 10**places >= 10 ** (MIN_DECIMALS - 1)
     return places >= MIN_DECIMALS and significant and abs(value - decimal) <= half_unit
@@ -97,8 +103,18 @@ class Exact:
 def answers_equal(gold: str, answer: str, comparison: FormulaComparison) -> Verdict:
     r"""Return whether an answer equals a gold answer, by the given comparison of formulas.
 
-    In a gold answer, `a \approx b` accepts both values. In an answer, it claims a. Returns `None` if the comparison
-    cannot tell, or if the answer is nested too deeply to be looked at.
+    In a gold answer, `a \approx b` accepts both values. In an answer, it claims a.
+
+    Args:
+        gold (`str`):
+            One alternative of a gold answer.
+        answer (`str`):
+            Content of the answer's box.
+        comparison ([`FormulaComparison`]):
+            Comparison of two formulas.
+
+    Returns:
+        `bool`, *optional*: `None` if the comparison cannot tell, or if the answer is nested too deeply.
     """
     try:
         return _answers_equal(gold, answer, comparison)

@@ -69,8 +69,15 @@ def answer_part(
 ) -> str | None:
     """Return the part of a completion that may contain the answer, or `None` if its format is bad.
 
-    For a summary, which follows `answer_bridge`, `well_formed` is the trainer's verdict. For a whole completion it is
-    `None`. A whole completion must contain the marker `end_of_thinking`, if there is one, exactly once.
+    Args:
+        completion (`str` or `list[dict]`):
+            A summary, or a whole completion.
+        well_formed (`bool`, *optional*):
+            The trainer's verdict on a summary. `None` for a whole completion.
+        answer_bridge (`str`):
+            Text that precedes a summary.
+        end_of_thinking (`str`, *optional*):
+            Marker that a whole completion must contain exactly once, if set.
     """
     text = completion_text(completion)
     if well_formed is None:

@@ -51,6 +51,8 @@ class BasedNumber:
 
 @dataclass(frozen=True)
 class Matrix:
+    """Rows of the forms of a matrix or vector."""
+
     rows: tuple[tuple["Form", ...], ...]
 
 
@@ -337,8 +339,8 @@ def _join_thousands(text: str) -> str:
     """
     Join digits across commas or spaces.
 
-    In brackets a comma may separate coordinates. There, digits are joined only if a comma or
-    semicolon has a space after it.
+    In brackets a comma may separate coordinates. There, digits are joined only if a comma or semicolon has a
+    space after it.
     """
     out = []
     level = start = 0

@@ -156,21 +156,21 @@ def count_words(text: str) -> int:
 _SKIP = "set `on_bad_gold` to 'skip'"
 
 
-def check_on_bad_gold(value: str, name: str = "on_bad_gold") -> None:
+def check_on_bad_gold(value: str, name: str = "`on_bad_gold`") -> None:
     """
     Refuse an unknown value of the setting for bad gold answers.
 
     Args:
         value (`str`):
             The setting.
-        name (`str`, *optional*, defaults to `"on_bad_gold"`):
-            Name of the setting, for the error.
+        name (`str`, *optional*):
+            Spelling of the setting, for the error. Defaults to its name in Python.
 
     Raises:
         `ValueError`: If the value is neither `"raise"` nor `"skip"`.
     """
     if value not in ("raise", "skip"):
-        raise ValueError(f"`{name}` must be 'raise' or 'skip', got {value!r}.")
+        raise ValueError(f"{name} must be 'raise' or 'skip', got {value!r}.")
 
 
 def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> str:
@@ -195,7 +195,7 @@ def bad_gold_message(row: int, column: str, value: Any, skip: str = _SKIP) -> st
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:100]} … {shown[-100:]}"
     where = f"Row {row}: column {column!r}"
-    return f"{where} contains {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
+    return f"{where} holds {shown}, which is not a gold answer. {why}. Or leave such rows out: {skip}."
 
 
 # Columns
@@ -265,7 +265,21 @@ def check_gold_answers(
     """
     Check every gold answer of a dataset, see [`AnswerReward.check_dataset`].
 
-    `read_gold` reads one gold answer.
+    Args:
+        dataset (`Dataset` or `IterableDataset`):
+            The dataset.
+        answer_columns (`Sequence[str]`):
+            Columns that may hold the gold answers.
+        read_gold (`Callable`):
+            Function that returns the alternatives of a gold answer, or `None` for a bad one.
+        skip (`bool`):
+            Whether to leave out the rows of bad gold answers.
+
+    Returns:
+        The dataset, without such rows if `skip`. An iterable dataset is returned unchanged.
+
+    Raises:
+        `ValueError`: If a gold answer is bad and not `skip`, or if no column has gold answers.
     """
     from datasets import IterableDataset  # slow to import, and a worker process imports this module as well
 

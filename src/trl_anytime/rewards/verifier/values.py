@@ -113,8 +113,14 @@ def _integer_letters(node: Basic) -> Iterator[str]:
 def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
     """Return whether two formulas have the same values wherever both have one, and have one somewhere.
 
-    A decimal with `decimals` places, if not 0, also equals the value that it is rounded from. Raises `TooLarge` if the
-    values are too large to be compared.
+    Args:
+        left, right ([`Formula`]):
+            The formulas.
+        decimals (`int`, *optional*, defaults to `0`):
+            Places of the decimal, if one of the two is a decimal. It also equals the value that it is rounded from.
+
+    Raises:
+        `TooLarge`: If the values are too large to be compared.
     """
     if left.is_opaque and left.expr == right.expr:
         return True

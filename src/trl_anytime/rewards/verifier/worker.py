@@ -67,6 +67,7 @@ def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
 
 
 def main() -> None:
+    """Grade the pairs from standard input. The arguments are CPU seconds, MiB and the parent's process id."""
     cpu_seconds, memory_mib, parent = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     for signum in SIGNALS_FOR_THE_PARENT:
