@@ -82,7 +82,7 @@ def test_nobody_there(model):
 
 def test_names_and_contexts(model, tokenizer, config):
     with serving(TinyServer(model, max_model_len=20)) as server:
-        with pytest.raises(ValueError, match="does not serve 'other', but tiny"):
+        with pytest.raises(ValueError, match="'other'.* tiny"):
             CompletionClient(server.url, "other")
         with pytest.raises(ValueError, match="context of 20 tokens"):
             anytime_generate(CompletionClient(f"{server.url}/v1/"), tokenizer, PROMPTS, config=config)

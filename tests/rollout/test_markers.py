@@ -85,7 +85,7 @@ def test_markers_of_several_tokens(byte_tokenizer):
 
 def test_closed_thinking_names_the_template_argument(byte_tokenizer):
     byte_tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
-    with pytest.raises(ValueError, match=r"already closed.*set `chat_template_kwargs=\{'enable_thinking': True\}`"):
+    with pytest.raises(ValueError, match=r"already closed.*`chat_template_kwargs=\{'enable_thinking': True\}`"):
         find_markers(byte_tokenizer, QWEN3_OFF, QWEN3_OFF.removeprefix(QWEN3))
     byte_tokenizer.chat_template = "{% if thinking %}<think>{% else %}</think>{% endif %}"
     with pytest.raises(ValueError, match=r"already closed.*\{'thinking': True\}"):

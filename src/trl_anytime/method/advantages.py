@@ -157,8 +157,8 @@ def summary_weights(
     """
     Return the weight of each summary relative to a thinking token, by budget.
 
-    The gradient of J = E[Σ_j P_j r(x, z_{≤ b_j})] with respect to the summaries' tokens is Σ_j P_j / A Σ_a (r_{j,a} -
-    b_j) ∇log π.
+    The gradient of J = E[Σ_j P_j r(x, z_{≤ b_j})] with respect to the summaries' tokens is
+    Σ_j P_j / A Σ_a (r_{j,a} - b_j) ∇log π.
 
     Args:
         weight (`float` or `str`):
@@ -242,9 +242,9 @@ def baseline_diagnostics(
             Other baselines by name, each of shape (P, G, M).
 
     Returns:
-        `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and Corr[V,
-        R] over the live segments. The names are `"v1"`, `"v2"`, `"brpo"` and those of `extra_baselines`. NaN where a
-        variance is zero.
+        `dict`: `{"variance_ratio" | "correlation": {name: tensor of shape (M,)}}` with Var[R - V] / Var[R] and
+        Corr[V, R] over the live segments. The names are `"v1"`, `"v2"`, `"brpo"` and those of `extra_baselines`. NaN
+        where a variance is zero.
     """
 
     def mean(x_PGM):

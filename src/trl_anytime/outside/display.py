@@ -53,7 +53,7 @@ def for_json(value: Any, indent: int | None = None) -> str:
             Spaces per level of indentation. One line if not set.
     """
     written = json.dumps(value, ensure_ascii=False, indent=indent)
-    # JSON needs its own escapes, since those of for_terminal are no JSON beyond 16 bits. They leave DEL to
+    # JSON needs its own escapes, since those of for_terminal are not JSON beyond 16 bits. They leave DEL to
     # for_terminal.
     return written if for_terminal(written) == written else for_terminal(json.dumps(value, indent=indent))
 

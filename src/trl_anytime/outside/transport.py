@@ -255,7 +255,7 @@ def _said(error: APIStatusError) -> str:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Return the seconds that a server asks to wait, from a number or a date; 0 if it does not ask."""
+    """Return the seconds that a server asks to wait, from a number or a date. 0 if it does not."""
     value = response.headers.get("Retry-After", "")
     try:
         return max(0.0, float(value))  # in this order, NaN becomes 0

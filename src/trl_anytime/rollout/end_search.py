@@ -92,7 +92,7 @@ class TextSearch:
     def __init__(self, text: str, token_bytes: Callable[[int], bytes]):
         self._text, self._token_bytes = text.encode(), token_bytes
         self._transitions: list[dict[int, tuple[int, int]]] = [{} for _ in self._text]
-        self._idle: set[int] = set()  # tokens that contain nothing of the text, which most do not
+        self._idle: set[int] = set()  # most tokens, which contain nothing of the text
 
     @property
     def most_tokens(self) -> int:

@@ -181,8 +181,8 @@ def advise_open(
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
-        Conversation whose thinking is closed. Any conversation if not set.
-            The conversation whose thinking is closed. Any, if not set.
+        prompt (`list[dict]`, *optional*):
+            Conversation whose thinking is closed. Any conversation if not set.
         chat_template_kwargs (`Mapping[str, Any]`):
             Arguments of the chat template that are set.
         think_start, think_end (`str`):

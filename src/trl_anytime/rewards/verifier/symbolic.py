@@ -50,7 +50,7 @@ class Symbolic:
             return equal_values(left, right, _decimals_shown(a, b))
         if isinstance(left, MatrixBase) and isinstance(right, MatrixBase):
             return _equal_matrices(left, right)
-        if isinstance(left, Set) or isinstance(right, Set):  # `[0,5]\cap[2,9]` and `[2,5]`: the second is no `Formula`
+        if isinstance(left, Set) or isinstance(right, Set):  # `[0,5]\cap[2,9]`, `[2,5]`: the second is not a formula
             left, right = (
                 _parse_by_library(text) if found is None else found for text, found in ((a, left), (b, right))
             )
