@@ -950,7 +950,7 @@ def test_arguments_in_the_order_of_trl(tmp_path):
 
 def test_closed_thinking_is_refused(tmp_path):
     closed = "{{ messages[0].content }} {% if not enable_thinking %}</think>{% endif %}"
-    with pytest.raises(ValueError, match=r"set `chat_template_kwargs=\{'enable_thinking': True\}`"):
+    with pytest.raises(ValueError, match=r"`chat_template_kwargs=\{'enable_thinking': True\}`"):
         tiny_trainer(tmp_path, processing_class=make_tokenizer(closed))
     tiny_trainer(tmp_path, processing_class=make_tokenizer(closed), chat_template_kwargs={"enable_thinking": True})
 
