@@ -168,7 +168,7 @@ def test_without_matplotlib_a_line_says_how_to_get_it(monkeypatch, caplog):
         for _ in range(2):
             ours.update(state.log_history[0], state, None)
     (warning,) = warnings(caplog)
-    assert "no figures, because matplotlib is missing: pip install 'trl-anytime[plot]'" in warning
+    assert "matplotlib" in warning and "pip install 'trl-anytime[plot]'" in warning
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in ("trackio", "wandb")])
@@ -178,7 +178,7 @@ def test_a_tracker_that_fails_is_named_and_costs_the_figure(name, caplog):
     with caplog.at_level("WARNING", logger="trl_anytime.reporting.trackers"):
         trackers(name).update(state.log_history[0], state, None)
     (warning,) = warnings(caplog)
-    assert f"Step 3: {name} did not take `curves/eval`: " in warning and "init" in warning
+    assert [part for part in ("Step 3", name, "`curves/eval`", "init") if part not in warning] == []
 
 
 @needs("tensorboard")
