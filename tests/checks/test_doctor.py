@@ -265,7 +265,7 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
         ({"problem_column": "question"}, "data", ERROR, "'question'", "`problem_column`"),
         ({"max_prompt_length": 10}, "data", ERROR, ["24", "10"], "`max_prompt_length`"),
         ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "nowhere.jsonl", "`dataset_name`"),
-        ({"remove_unused_columns": True}, "gold answers", ERROR, "'answer'", "`remove_unused_columns`"),
+        ({"remove_unused_columns": True}, "gold answers", ERROR, "'answer'", "`remove_unused_columns: false`"),
         ({"truncation_bridge": "no end"}, "template", ERROR, "`truncation_bridge`", "`chat_template_kwargs`"),
         ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING, "'END.'",
          "`vllm_mode: colocate`"),

@@ -437,7 +437,11 @@ def _dtype(config: PretrainedConfig, init_kwargs: Mapping[str, Any]) -> torch.dt
 def _tree_attention(
     config: PretrainedConfig, name: str, args: BRPOConfig, init_kwargs: Mapping[str, Any], load_model: bool
 ) -> list[Finding]:
-    """Check from the model's structure whether rollouts can be packed, and from its weights if small or asked."""
+    """
+    Check whether rollouts can be packed.
+
+    This looks at the model's structure, and at its weights if the model is small or `load_model` is set.
+    """
     if args.packing == "rows":
         message = "`packing` is 'rows', so rollouts are not packed. Training costs several times as much."
         return [Finding("tree attention", WARNING, message, "Set `packing: auto`.")]

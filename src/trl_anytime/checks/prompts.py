@@ -37,7 +37,9 @@ def checked_markers(
     chat_template_kwargs: dict[str, Any],
 ) -> ThinkingMarkers:
     """
-    Find markers and bridges from the first prompt, and warn if the template treats other prompts differently.
+    Find markers and bridges from the first prompt.
+
+    Warns if the template treats other prompts differently.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -74,7 +76,9 @@ def checked_markers(
 
 def shortest_and_longest(dataset: Any, count: int = 16) -> tuple[list[Any], list[Any]]:
     """
-    Return the prompts with the shortest and with the longest texts. For a stream, both are its first prompt.
+    Return the prompts with the shortest and with the longest texts.
+
+    For a stream, both are its first prompt.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
