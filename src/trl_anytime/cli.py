@@ -112,22 +112,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a setting, instead of what the file says; can be repeated",
     )
-    doctor.add_argument("--settings-only", action="store_true", help="leave out what needs the model or the data")
-    doctor.add_argument("--load-model", action="store_true", help="measure tree attention on large weights too")
+    doctor.add_argument("--settings-only", action="store_true", help="skip checks that need the model or the data")
+    doctor.add_argument("--load-model", action="store_true", help="load a large model, too, to measure tree attention")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     launch = doctor.add_argument_group("GPUs of the planned run")
     launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as for `train --accelerate_config`")
     launch.add_argument(
         "--processes", type=int, metavar="N", help="number of GPUs (default: of that file, else of this machine)"
     )
-    launch.add_argument(
-        "--sharding",
-        choices=["none", "fsdp", "zero2", "zero3"],
-        help="how the model is sharded (default: of that file)",
-    )
-    launch.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of one GPU (default: of this machine's GPU)"
-    )
+    launch.add_argument("--sharding", choices=["none", "fsdp", "zero2", "zero3"], help="(default: of that file)")
+    launch.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: this machine's)")
 
     train = add(
         "train",
@@ -190,15 +184,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     problems.add_argument("--instruction", help="text after each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
-    measure.add_argument(
-        "--preset", choices=sorted(_PRESETS), help="settings of a known protocol; options override them"
-    )
+    measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
     measure.add_argument("--samples", type=int, metavar="N", help="traces for each question (default: 1)")
     measure.add_argument("--summaries", type=int, default=1, metavar="N", help="answers at each cut (default: 1)")
     measure.add_argument(
-        "--reward",
-        metavar="FILE.py:NAME",
-        help="reward function in TRL's form (default: the maths verifier)",
+        "--reward", metavar="FILE.py:NAME", help="reward function in TRL's form (default: this package's verifier)"
     )
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")
@@ -245,9 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "  trl-anytime serve-command outputs/model",
     )
     _add_model(serve, with_backend=False, with_server=False)
-    serve.add_argument(
-        "--budget", type=int, metavar="TOKENS", help="budget of the requests (default: the largest trained)"
-    )
+    serve.add_argument("--budget", type=int, metavar="TOKENS", help="budget of requests (default: largest trained)")
     serve.add_argument("--json", action="store_true", help="print JSON")
 
     plot = add(
@@ -271,28 +259,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(
     parser: argparse.ArgumentParser, with_backend: bool, with_server: bool = True, base_url_required: bool = False
 ) -> None:
-    parser.add_argument(
-        "model", help="folder or Hub id; for a server, that of the served model's tokenizer and config"
-    )
+    parser.add_argument("model", help="folder or Hub id; for a server, only tokenizer and anytime config are used")
     parser.add_argument(
         "--think-end", metavar="TEXT", help="text that ends the thinking, for models without anytime_config.json"
     )
-    parser.add_argument(
-        "--truncation-bridge", metavar="TEXT", help="text that closes a cut trace, for the same models"
-    )
-    parser.add_argument("--answer-bridge", metavar="TEXT", help="text before the answer, likewise")
+    parser.add_argument("--truncation-bridge", metavar="TEXT", help="text that closes a cut trace, for such models")
+    parser.add_argument("--answer-bridge", metavar="TEXT", help="text before the answer, for such models")
     if not with_server:
         return
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--base-url", metavar="URL", required=base_url_required, help="address of an OpenAI-compatible server"
-    )
-    server.add_argument(
-        "--served-name", metavar="NAME", help="name of the model on the server (default: the first one)"
-    )
-    server.add_argument(
-        "--api-key", default=os.environ.get("OPENAI_API_KEY"), help="key of the server (default: $OPENAI_API_KEY)"
-    )
+    server.add_argument("--base-url", metavar="URL", required=base_url_required, help="an OpenAI-compatible server")
+    server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
+    server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     server.add_argument(
         "--timeout", type=float, default=600.0, help="most seconds for a whole answer (default: %(default)g)"
     )

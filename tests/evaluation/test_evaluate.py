@@ -473,9 +473,9 @@ def own_reward(tmp_path, body: str) -> str:
     [
         ("sys.exit(0)", "sys.exit"),
         ("return dict.fromkeys(range(len(prompts)), 1.0)", "dict"),
-        ("return [1.0] * (len(prompts) - 1)", "rewards for"),
-        ("return [float('nan')] * len(prompts)", "nan in row 0"),
-        ("return [None] * len(prompts)", "without a number"),
+        ("return [1.0] * (len(prompts) - 1)", " rewards "),
+        ("return [float('nan')] * len(prompts)", "nan"),
+        ("return [None] * len(prompts)", "--reward"),
     ],
 )
 def test_rewards_that_fail(folder, tmp_path, capsys, body, message):

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
+from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import graded_trainer, make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import AnytimeConfig
 from trl_anytime.inference.serving import deployment
@@ -183,23 +184,6 @@ def make_facts(**changes):
         "paper": {"title": "Optimizing", "id": "2505.13438", "citation": "@misc{x}"},
     }
     return CardFacts(**{**facts, **changes})
-
-
-def curve_tables(card):
-    """Each table of rewards: the steps that its columns name, and its rows by budget."""
-    found = []
-    for lines in re.findall(r"^\|.*\|\n\|[ :|-]+\|\n(?:\|.*\|\n?)+", card.text, flags=re.MULTILINE):
-        header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines())
-        if all(row[0].isdigit() for row in rows):
-            steps = [[int(step) for step in re.findall(r"\d+", cell)] for cell in header[1:]]
-            found.append((steps, {int(row[0]): row[1:] for row in rows}))
-    return found
-
-
-def metrics_of_headings(card):
-    """The metrics that headings of the card name."""
-    headings = re.findall(r"^#+ (.+)$", card.text, flags=re.MULTILINE)
-    return {metric for metric in ("accuracy", "mean reward") for heading in headings if metric in heading.lower()}
 
 
 def test_card_before_and_after():

@@ -467,9 +467,7 @@ def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[st
                 f"Fix or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         ]
-    return [
-        Finding("gold answers", OK, f"{len(gold_answers)} sampled answers are right when graded against themselves.")
-    ]
+    return [Finding("gold answers", OK, f"{len(gold_answers)} sampled gold answers are right against themselves.")]
 
 
 def gold_of(row: dict[str, Any], column: str) -> Any:

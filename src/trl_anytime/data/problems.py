@@ -220,7 +220,7 @@ def _load_file(path: Path) -> "Dataset":
 
     if not path.exists():
         there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ValueError(f"There is no file {path}.{did_you_mean(str(path), there)}")
+        raise ValueError(f"There is no file {path}.{did_you_mean(str(path), there)} Give the path of a file.")
     check_rows(path)
     try:
         return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split="train")

@@ -610,7 +610,7 @@ def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """
     found = differences(ours["protocol"], theirs["protocol"], NOT_COMPARED)
     if found:
-        raise ValueError(f"The baseline comes from another protocol: {'; '.join(found)}.")
+        raise ValueError(f"The baseline has another protocol: {'; '.join(found)}. Use the same settings.")
     compared = {}
     for group in ours["curves"]:
         names = list(ours["protocol"]["problems"]) if group == AVERAGE else [group]

@@ -391,7 +391,7 @@ def find_file(path: str | Path, name: str) -> Path:
     if found.exists():
         file = found / name if found.is_dir() else found
         if not file.exists():
-            raise FileNotFoundError(f"There is no {name} in {path}.")
+            raise FileNotFoundError(f"There is no {name} in {path}. Give a folder or a model that has it.")
         return file
     try:
         return Path(hf_hub_download(str(path), name))
@@ -399,8 +399,10 @@ def find_file(path: str | Path, name: str) -> Path:
         raise OSError(f"{path} is neither a folder nor a model that you can read on the Hub. Check it.") from error
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
-            raise OSError(f"The Hub did not answer when asked for {path}/{name}: {error}") from error
-        raise FileNotFoundError(f"There is no {name} in {path}.") from error
+            raise OSError(
+                f"The Hub did not answer when asked for {path}/{name}: {error} Try again, or give a local folder."
+            ) from error
+        raise FileNotFoundError(f"There is no {name} in {path}. Give a folder or a model that has it.") from error
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
