@@ -815,7 +815,7 @@ def test_checkpoints_resume(tmp_path):
         ({"budgets": [100, 250]}, r"\b256\b.*\b250\b.*`budgets`"),
         ({"eval_budgets": [250]}, r"\b256\b.*\b250\b.*`eval_budgets`"),
         ({"think_end": "</end>", "truncation_bridge": "</end>"}, "'</end>'.*`think_end`"),
-        ({"truncation_bridge": "so"}, "`truncation_bridge`.*'</think>'.*'so'"),
+        ({"truncation_bridge": "so"}, "`truncation_bridge`.*'</think>'"),
         ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "LoRA"),
         ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "`train_dataset`.*'prompt'.*'question'"),
         ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "'image'.*`remove_columns`"),

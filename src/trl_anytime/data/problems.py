@@ -224,7 +224,7 @@ def _load_file(path: Path) -> "Dataset":
     check_rows(path)
     try:
         return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split="train")
-    except (DatasetGenerationError, ValueError) as error:  # by version of datasets
+    except (DatasetGenerationError, ValueError) as error:  # depends on the version of datasets
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 

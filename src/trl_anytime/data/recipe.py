@@ -95,7 +95,7 @@ class DataArguments(ScriptArguments):
         sources = [Source(self.dataset_name, self.dataset_config, self.dataset_train_split)]
         if self.eval_dataset_name:
             sources.append(Source(self.eval_dataset_name, None, self.dataset_test_split))
-        # A benchmark has a split of its own
+        # Benchmarks define their own split
         return [
             replace(source, split=None) if find_benchmark(source.name) and source.split == default else source
             for source, default in zip(

@@ -51,11 +51,11 @@ from .statistics import Estimate, compare, estimates
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
 _RESULTS_FORMAT = 1
-_MOST_SETS = 64  # each is a panel of the picture
+_MOST_SETS = 64  # the picture has a panel for each
 _MOST_BYTES_OF_RESULTS = 256 * MEBIBYTE
 _MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE = 16 * 1024 * MEBIBYTE, 256 * MEBIBYTE
 
-_REWARD = number(-1e30, 1e30)  # whose means and differences are finite
+_REWARD = number(-1e30, 1e30)  # so that means and differences are finite
 _ESTIMATE = fields(mean=_REWARD, low=_REWARD, high=_REWARD)
 _RESULTS = fields(
     protocol=fields(
@@ -358,7 +358,7 @@ class Evaluation:
         journal = Journal(journal_path, self.protocol)
         try:
             done = {sample_key(record) for record in journal.records}
-            # All questions once before any of them twice
+            # Take all questions once before any question twice
             samples = [
                 (problems, question, sample)
                 for sample in range(self.num_samples)

@@ -18,7 +18,7 @@ QUESTION = (
     "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
     "\\boxed{}."
 )
-# The fields of a request for a budget: this package's logits processor's, and vLLM's own
+# Fields of a request that name a budget: for the logits processor of this package, and for vLLM itself
 OWN_FIELD, VLLM_FIELD = f"vllm_xargs.{BUDGET_FIELD}", "thinking_token_budget"
 # Tokens that a request allows beyond the budget, so that a server that ignores the budget shows it
 _HEADROOM = 256
@@ -82,7 +82,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
         outcome = "ignored" if len(token_ids) > budget else "not reached"
         return ProbeResult(budget, len(token_ids), outcome, False, "the trace never ended")
 
-    # Where the bridge begins, if it is the one that stands there
+    # Start of the bridge, if it is the trained one
     before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])
     start = end - len(markers.think_end_ids) - before_end
     bridge = markers.truncation_bridge_ids

@@ -11,7 +11,7 @@ from ..outside.validation import MEBIBYTE, Unfit, fields, integer, list_of, mapp
 
 LENGTH = "thinking/mean_length"
 _TRAINING, _EVALUATION = "anytime/reward@", "eval_anytime/reward@"
-_MOST_BYTES = 1024 * MEBIBYTE  # of a trainer's state: a log of a hundred metrics has about 4 KiB
+_MOST_BYTES = 1024 * MEBIBYTE  # of a trainer's state. A log of a hundred metrics takes about 4 KiB.
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from .learning_curves import Curve, training_curves
 CARD, BUDGET_PICTURE, TRAINING_PICTURE = "README.md", "anytime_curve.png", "training_curves.png"
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _EVAL_RESULTS = ".eval_results"
-_FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.yaml")  # of a card, as patterns
+_FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.yaml")  # patterns of a card
 
 
 # Files
