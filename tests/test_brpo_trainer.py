@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import statistics
 import sys
 from decimal import Decimal
@@ -449,18 +450,18 @@ def test_none_leaves_a_summary_out(tmp_path):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda n: [1.0] * (n - 1), "`bad` failed: .*47 rewards for 48"),
-        (lambda n: [1.0] * (n - 2) + [math.nan, 1.0], "`bad` failed: .*returned nan in row 46, for the prompt"),
-        (lambda n: [math.inf] + [1.0] * (n - 1), "`bad` failed: .*returned inf in row 0"),
-        (lambda n: 1 / 0, "`bad` failed: ZeroDivisionError"),
-        (lambda n: sys.exit(0), r"`bad` failed: .*sys.exit\(0\)"),
-        (lambda n: dict.fromkeys(range(n), 1.0), "`bad` failed: .* a dict"),
-        (lambda n: "1" * n, "`bad` failed: .* a str"),
-        (lambda n: None, "`bad` failed: .* a NoneType"),
-        (lambda n: [1.0, "1.0"] + [1.0] * (n - 2), "`bad` failed: .*a str, in row 1"),
-        (lambda n: [1.0] * (n - 1) + [[1.0]], "`bad` failed: .*a list, in row 47"),
-        (lambda n: [1e39] + [1.0] * (n - 1), "`bad` failed: .*1e[+]39 in row 0.*float32"),
-        (lambda n: [1.0, -(10**400)] + [1.0] * (n - 2), "`bad` failed: .*inf in row 1"),
+        (lambda n: [1.0] * (n - 1), r"`bad`.*\b47\b.*\b48\b"),
+        (lambda n: [1.0] * (n - 2) + [math.nan, 1.0], r"`bad`.*\bnan\b.*\b46\b"),
+        (lambda n: [math.inf] + [1.0] * (n - 1), r"`bad`.*\binf\b.*\b0\b"),
+        (lambda n: 1 / 0, "`bad`.*ZeroDivisionError"),
+        (lambda n: sys.exit(0), r"`bad`.*sys.exit\(0\)"),
+        (lambda n: dict.fromkeys(range(n), 1.0), r"`bad`.*\bdict\b"),
+        (lambda n: "1" * n, r"`bad`.*\bstr\b"),
+        (lambda n: None, r"`bad`.*\bNoneType\b"),
+        (lambda n: [1.0, "1.0"] + [1.0] * (n - 2), r"`bad`.*\bstr\b.*\b1\b"),
+        (lambda n: [1.0] * (n - 1) + [[1.0]], r"`bad`.*\blist\b.*\b47\b"),
+        (lambda n: [1e39] + [1.0] * (n - 1), r"`bad`.*1e[+]39.*\b0\b.*float32"),
+        (lambda n: [1.0, -(10**400)] + [1.0] * (n - 2), r"`bad`.*\binf\b.*\b1\b"),
     ],
 )
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -664,12 +665,13 @@ def test_hybrid_models_train_on_separate_rows_and_say_so(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
         trainer = tiny_trainer(tmp_path, model=hybrid_model())
     # 7 rows of 9 + 7 tokens against one of 9 + 6 · 7
-    (warning,) = [record.getMessage() for record in caplog.records if "packed rollouts" in record.getMessage()]
-    assert "it has layers of type conv" in warning and "up to 2.2 times as many tokens" in warning
+    records = [record for record in caplog.records if record.name == "trl_anytime.modeling.support"]
+    (warning,) = [record.getMessage() for record in records]
+    assert "conv" in warning and re.search(r"\b2\.2 times\b", warning)
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    with pytest.raises(ValueError, match="type conv. Set `packing='auto'`"):
+    with pytest.raises(ValueError, match="conv.*`packing='auto'`"):
         tiny_trainer(tmp_path, model=hybrid_model(), packing="tree")
 
 
@@ -677,7 +679,7 @@ def test_models_that_fail_the_check_keep_their_attention(tmp_path, monkeypatch, 
     monkeypatch.setattr("trl_anytime.modeling.support.packing_mismatch", lambda model: "it is odd")
     with caplog.at_level("WARNING", logger="trl_anytime.modeling.support"):
         trainer = tiny_trainer(tmp_path)
-    assert "cannot train on packed rollouts: it is odd" in caplog.text
+    assert "it is odd" in caplog.text
     assert trainer.model.config._attn_implementation == "sdpa"
     trainer.train()
 
@@ -810,14 +812,14 @@ def test_checkpoints_resume(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budgets": [100, 250]}, "more than the model's context of 256. Lower `budgets`"),
-        ({"eval_budgets": [250]}, "more than the model's context of 256"),
-        ({"think_end": "</end>", "truncation_bridge": "</end>"}, "cannot encode '</end>'"),
-        ({"truncation_bridge": "so"}, "`truncation_bridge` is 'so'"),
-        ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "Use LoRA"),
-        ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "needs a column 'prompt', it has"),
-        ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "BRPO trains on text"),
-        ({"train_dataset": None}, "`train_dataset` is required"),
+        ({"budgets": [100, 250]}, r"\b256\b.*\b250\b.*`budgets`"),
+        ({"eval_budgets": [250]}, r"\b256\b.*\b250\b.*`eval_budgets`"),
+        ({"think_end": "</end>", "truncation_bridge": "</end>"}, "'</end>'.*`think_end`"),
+        ({"truncation_bridge": "so"}, "`truncation_bridge`.*'</think>'"),
+        ({"peft_config": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)}, "LoRA"),
+        ({"train_dataset": Dataset.from_dict({"question": ["1"]})}, "`train_dataset`.*'prompt'.*'question'"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["1"], "image": ["x"]})}, "'image'.*`remove_columns`"),
+        ({"train_dataset": None}, "`train_dataset`"),
         ({"temperature": 0.0}, "`temperature`"),
         ({"temperature": math.nan}, "`temperature`"),
         ({"top_p": 0.0}, "`top_p`"),
@@ -848,12 +850,12 @@ def stream(rows):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ([{"prompt": "1"}], "is a list"),
-        (iter([{"prompt": "1"}]), "is a list_iterator"),
-        (DatasetDict({"train": make_dataset()}), "is a DatasetDict"),
-        (Dataset.from_dict({"question": ["1"], "answer": ["1"]}), "column 'prompt'"),
-        (stream([{"question": "1"}]), "column 'prompt'"),
-        (Dataset.from_dict({"prompt": []}), "is empty"),
+        ([{"prompt": "1"}], r"\blist\b"),
+        (iter([{"prompt": "1"}]), r"\blist_iterator\b"),
+        (DatasetDict({"train": make_dataset()}), r"\bDatasetDict\b"),
+        (Dataset.from_dict({"question": ["1"], "answer": ["1"]}), "'prompt'.*'question', 'answer'"),
+        (stream([{"question": "1"}]), "'prompt'.*'question'"),
+        (Dataset.from_dict({"prompt": []}), "empty"),
         (Dataset.from_dict({"prompt": ["1", ""]}), "Row 1"),
         (Dataset.from_dict({"prompt": ["1", "2", " \n"]}), "Row 2"),
         (Dataset.from_dict({"prompt": ["1", None]}), "Row 1"),
@@ -896,16 +898,17 @@ def test_nothing_to_train(tmp_path):
     assert two.active_adapters == ["default"]
     with pytest.raises(ValueError, match="'default'"):
         tiny_trainer(tmp_path, model=two)
-    with pytest.raises(ValueError, match="No parameter of the model"):
+    with pytest.raises(ValueError, match="`requires_grad`"):
         tiny_trainer(tmp_path, model=make_model().requires_grad_(False))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     tokenizer = make_tokenizer(extra_words=("ten",))  # token 20
     data = Dataset.from_dict({"prompt": ["1 <think>", "ten <think>"], "answer": ["1", "10"]})
-    with pytest.raises(ValueError, match="token 20, and the model has 20"):
+    fault = r"\b20\b.*\b20 tokens\b.*`model.resize_token_embeddings"  # the token, and those of the model
+    with pytest.raises(ValueError, match=fault):
         tiny_trainer(tmp_path, processing_class=tokenizer, train_dataset=data)
-    with pytest.raises(ValueError, match="`answer_bridge` has the token 20"):
+    with pytest.raises(ValueError, match=f"`answer_bridge`.*{fault}"):
         tiny_trainer(tmp_path, processing_class=tokenizer, answer_bridge="ten")
     # In a prompt of average length, which is not looked at before it is sampled from
     many = ["1 1 <think>"] * 20 + ["ten 1 <think>"] * 2 + ["1 1 1 1 1 1 1 1 1 <think>"] * 20
@@ -913,7 +916,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     trainer = tiny_trainer(
         tmp_path, processing_class=tokenizer, train_dataset=data, shuffle_dataset=False, max_steps=50
     )
-    with pytest.raises(ValueError, match="token 20, and the model has 20"):
+    with pytest.raises(ValueError, match=fault):
         trainer.train()
     tiny_trainer(tmp_path, processing_class=tokenizer, model=make_model(vocab_size=21), train_dataset=data)
 
@@ -921,30 +924,30 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
 def test_no_end_of_sequence_token(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="`processing_class.eos_token`"):
         tiny_trainer(tmp_path, processing_class=tokenizer)
     tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="`processing_class.eos_token`"):
         tiny_trainer(tmp_path, processing_class=tokenizer)
 
 
 def test_prompts_that_render_to_nothing(tmp_path):
     silent = "{% if messages[0].content != '0' %}" + make_tokenizer().chat_template + "{% endif %}"
-    with pytest.raises(ValueError, match="no tokens once it is rendered"):
+    with pytest.raises(ValueError, match="chat template"):
         tiny_trainer(tmp_path, processing_class=make_tokenizer(silent))
 
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
 def test_other_rollouts_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+    with pytest.raises(ValueError, match=f"`{name}`"):
         BRPOTrainer(make_model(), make_config(tmp_path), make_dataset(), **{name: [print]})
 
 
 def test_arguments_in_the_order_of_trl(tmp_path):
-    with pytest.raises(ValueError, match="Reward functions are passed by keyword"):
+    with pytest.raises(ValueError, match="`BRPOConfig`.*function.*reward_funcs="):
         BRPOTrainer(make_model(), parity_reward, make_config(tmp_path))
     config = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(ValueError, match="use `trl_anytime.BRPOConfig`"):
+    with pytest.raises(ValueError, match="`GRPOConfig`.*`trl_anytime.BRPOConfig`"):
         BRPOTrainer(make_model(), config, make_dataset())
 
 
@@ -956,7 +959,7 @@ def test_closed_thinking_is_refused(tmp_path):
 
 
 def test_no_chat_template(tmp_path):
-    with pytest.raises(ValueError, match="no chat template"):
+    with pytest.raises(ValueError, match="chat[ _]template"):
         tiny_trainer(tmp_path, processing_class=make_tokenizer(chat_template=None))
 
 

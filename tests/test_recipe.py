@@ -55,9 +55,9 @@ def test_a_bad_gold_answer_is_named_as_the_data_has_it(tmp_path):
     rows = [{"q": "1 + 1 ?", "truth": "2"}, {"q": "?", "truth": None}, {"q": "2 + 2 ?", "truth": "4"}]
     columns = {"problem_column": "q", "answer_column": "truth"}
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match="Row 1: column 'truth' .*`on_bad_gold`"):
+    with pytest.raises(ValueError, match="[Rr]ow 1.*'truth'.*`on_bad_gold`"):
         prompts_of(path, **columns)
-    with pytest.warns(UserWarning, match="1 of 3"):
+    with pytest.warns(UserWarning, match=r"\b1 of 3\b"):
         assert prompts_of(path, **columns, on_bad_gold="skip")["answer"] == ["2", "4"]
 
 

@@ -37,7 +37,7 @@ _MODULE_OF = {
 }
 
 
-# Lazy, so that a verifier's worker process, which imports `trl_anytime.rewards`, does not load torch and TRL.
+# Imports are lazy, because a verifier's worker process imports `trl_anytime.rewards` and must not load torch and TRL
 def __getattr__(name: str):
     if name == "AnytimeContract":  # the former name
         name = "AnytimeConfig"

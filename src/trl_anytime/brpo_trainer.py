@@ -1,4 +1,4 @@
-"""The [`BRPOTrainer`]: Budget Relative Policy Optimization as thin overrides of TRL's [`~trl.GRPOTrainer`]."""
+"""The [`BRPOTrainer`], which adds Budget Relative Policy Optimization to TRL's [`~trl.GRPOTrainer`]."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ from .training.reliable_trainer import ReliableGRPOTrainer
 
 logger = get_logger(__name__)
 
-# They shape rollouts and advantages: a resumed run must share them
+# These shape rollouts and advantages, so a resumed run must not change them
 _FIXED = (
     "budgets",
     "prior",
@@ -71,9 +71,9 @@ _BASELINE = "adaptive_baseline.pth"  # in a checkpoint
 @dataclass
 class _GenerationBatch:
     """
-    One generation batch on its way through TRL's `_generate_and_score_completions`: settings, then what is collected.
+    Generation batch on its way through TRL's `_generate_and_score_completions`: settings, and collected results.
 
-    N rollouts on this rank, W ranks, M budgets, A summaries, F reward functions.
+    Dimensions: N rollouts on this rank, W ranks, M budgets, A summaries, F reward functions.
     """
 
     budgets: list[int]
@@ -81,14 +81,14 @@ class _GenerationBatch:
     num_summaries: int
     num_generations: int
     rollouts: list[Rollout] = field(default_factory=list)  # N
-    packed: PackedRollouts | None = None  # N rows, as they were packed
-    padded: PackedRollouts | None = None  # the same as TRL has padded them, on the device where it has put them
+    packed: PackedRollouts | None = None  # N rows, as packed
+    padded: PackedRollouts | None = None  # the same rows after TRL padded and moved them
     rewards_per_func: torch.Tensor | None = None  # (W·N, M, A, F)
     rewards: torch.Tensor | None = None  # (W·N, M, A), NaN where no function scored the summary
-    extra_logs: dict[str, list] = field(default_factory=dict)  # of reward functions, a value per rollout and budget
+    extra_logs: dict[str, list] = field(default_factory=dict)  # from reward functions, a value per rollout and budget
 
     def on_device(self, completion_ids: torch.Tensor) -> PackedRollouts:
-        """The packed rows, given the tokens that TRL has made of them."""
+        """Return the packed rows, given their tokens after TRL padded and moved them."""
         if self.padded is None:
             assert self.packed is not None
             cuts, spans = (x.to(completion_ids.device) for x in (self.packed.cuts, self.packed.spans))
@@ -100,24 +100,26 @@ class BRPOTrainer(ReliableGRPOTrainer):
     """
     Trainer for Budget Relative Policy Optimization (BRPO), https://huggingface.co/papers/2505.13438.
 
-    Each sampled trace is cut at several token budgets; at each cut the model summarises its best answer; every
-    summary is verified. The thinking is trained for the rewards of all budgets that it can still reach, the summaries
-    for their own. A rollout trains as one packed row with tree attention (see `trl_anytime.method.packing`).
+    Each sampled trace is cut at several token budgets. At each cut the model summarises its best answer, and every
+    summary is verified. A thinking token is trained for the rewards of all budgets that its trace can still reach.
+    Each summary is trained for its own reward. A rollout trains as one packed row with tree attention (see
+    `trl_anytime.method.packing`).
 
     Checkpoints, restarts and faults are those of [`~trl_anytime.training.reliable_trainer.ReliableGRPOTrainer`].
 
-    What changes in [`~trl.GRPOTrainer`] for the method; the rest is inherited:
+    These methods of [`~trl.GRPOTrainer`] change for the method. The rest is inherited.
 
-    - `__init__`: checks, markers, tree attention, the backend that generates.
-    - `_generate_and_score_completions`: think, cut, summarise (through TRL's `rollout_func` hook), and the advantages.
-    - `_calculate_rewards`: reward functions are called once per summary.
+    - `__init__`: checks the input, finds the markers, enables tree attention and chooses the generation backend.
+    - `_generate_and_score_completions`: thinks, cuts and summarises (through TRL's `rollout_func` hook), and computes
+      the advantages.
+    - `_calculate_rewards`: calls reward functions once per summary.
     - `_log_completion_extra`: refuses names of our own columns in the table of completions.
-    - `_prepare_inputs`: rollouts of like length share a micro-batch, where that changes no gradient.
-    - `_get_per_token_logps_and_entropies`, `_compute_loss`: packed rows instead of plain ones.
+    - `_prepare_inputs`: puts rollouts of similar length into a micro-batch, where that does not change a gradient.
+    - `_get_per_token_logps_and_entropies`, `_compute_loss`: forward packed rows instead of plain ones.
     - `save_model`: writes `anytime_config.json` beside every saved model.
-    - `create_model_card`: a card of its own (docs/model_cards.md).
+    - `create_model_card`: writes a card of its own (docs/model_cards.md).
 
-    `_at_train_begin`, `_resume_settings` and `_add_to_checkpoint` give checkpoints what the method has besides GRPO.
+    `_at_train_begin`, `_resume_settings` and `_add_to_checkpoint` add the state of the method to checkpoints.
 
     Example:
 
@@ -133,23 +135,23 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Reasoning model to be trained, see [`~trl.GRPOTrainer`].
+            Reasoning model to train, see [`~trl.GRPOTrainer`].
         args ([`BRPOConfig`], *optional*):
             Settings. Defaults to those of the paper.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Must have a column `"prompt"` (conversational or text), and what the reward functions need: `"answer"` or
-            `"solution"` for the default.
+            Must have a column `"prompt"` (conversational or text), and the columns that the reward functions need. The
+            default reward needs `"answer"` or `"solution"`.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
-            See [`~trl.GRPOTrainer`]. Defaults to [`~trl_anytime.rewards.MathReward`]. Each is called once per summary:
-            the completion is the summary, and the argument `well_formed` says, per summary, whether the thinking was
-            ended exactly once.
+            See [`~trl.GRPOTrainer`]. Defaults to [`~trl_anytime.rewards.MathReward`]. Each is called once per summary,
+            with the summary as the completion. The argument `well_formed` says for each summary whether its thinking
+            was ended exactly once.
         **kwargs:
             The other arguments of [`~trl.GRPOTrainer`], by keyword: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`. `tools`,
             `rollout_func` and `environment_factory` are refused.
 
     Raises:
-        `ValueError`: If settings, prompts, answers or model do not fit the method; the message says what to set.
+        `ValueError`: If settings, prompts, answers or model do not fit the method. The message says what to set.
     """
 
     # Narrower than declared by the base class
@@ -197,12 +199,12 @@ class BRPOTrainer(ReliableGRPOTrainer):
                     check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
                 )
 
-        # What is in flight while TRL's methods run around ours: the generation batch, and the rows of the loss
+        # Set while TRL's methods run around ours: the generation batch, and the rows of the loss
         self._batch: _GenerationBatch | None = None
         self._micro_batch: tuple[PackedRollouts, torch.Tensor] | None = None
         self._adaptive_baseline = AdaptiveBaseline(len(args.budgets)) if args.baseline == "adaptive" else None
 
-        self._engine_context: int | None = None  # tokens that a prompt and its continuation may come to in vLLM
+        self._engine_context: int | None = None  # most tokens of a prompt and its continuation in vLLM
         if args.use_vllm and args.vllm_mode == "server":
             name = model if isinstance(model, str) else model.name_or_path or ""
             self._engine_context = check_server(server_url(args), args.vllm_server_timeout, name)
@@ -212,10 +214,10 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
-                "BRPO trains on text: pass a tokenizer as `processing_class`, not a multimodal processor."
+                "`processing_class` is a multimodal processor, but BRPO trains on text. Pass a tokenizer."
             )
         self.rollout_func = self._roll_out
-        self._first_prompt = first_prompt(self.train_dataset)  # read once: a stream has to be opened for it
+        self._first_prompt = first_prompt(self.train_dataset)  # read once, because a stream has to be opened for it
         eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         datasets = {"train_dataset": self.train_dataset, **eval_data}
         self.markers = checked_markers(self._tokenizer, self._first_prompt, datasets, args, self.chat_template_kwargs)
@@ -262,11 +264,11 @@ class BRPOTrainer(ReliableGRPOTrainer):
     # Rollout: think, cut, bridge, summarise
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
-        """TRL's `rollout_func` hook: one packed rollout for each prompt of this rank."""
+        """Generate one packed rollout for each prompt of this rank. TRL calls this as its `rollout_func`."""
         batch = self._batch
         assert batch is not None
         prompt_ids = self._tokenize_prompts(prompts)[0]
-        check_prompt_tokens(self.model, prompt_ids)  # on the host: on a GPU it would be an assertion without a cause
+        check_prompt_tokens(self.model, prompt_ids)  # on the host, because an assertion on a GPU gives no cause
         self._check_context(prompt_ids)
 
         settings = RolloutSettings(
@@ -312,14 +314,14 @@ class BRPOTrainer(ReliableGRPOTrainer):
         prompts = [prompts[i // per_rollout] for i in range(len(rows))]
         rewards_per_func = super()._calculate_rewards(rows, prompts, texts, summary_ids)
 
-        # TRL's completions table gets one row per budget, for which the first summary stands
+        # TRL's completions table gets one row per budget, with the first summary
         batch.extra_logs = {name: values[::num_summaries] for name, values in self._pending_extra_logs.items()}
         self._pending_extra_logs.clear()
         batch.rewards_per_func = rewards_per_func.view(-1, num_budgets, num_summaries, len(self.reward_funcs))
         unscored = batch.rewards_per_func.isnan().all(dim=-1)
         weighted = batch.rewards_per_func * self.reward_weights.to(rewards_per_func)
         batch.rewards = weighted.nansum(dim=-1).masked_fill(unscored, torch.nan)
-        # What TRL takes for the reward of a rollout, and logs: the anytime objective Σ_j P_j r̄_j, (W·N, F)
+        # TRL takes this as the reward of a rollout, and logs it: the anytime objective Σ_j P_j r̄_j, (W·N, F)
         weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
         return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
@@ -328,8 +330,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         taken = (*TABLE_COLUMNS, *self.reward_func_names)
         if column in taken:
             raise ValueError(
-                f"`log_extra({column!r}, ...)`: the table of completions has a column of this name. Choose a name "
-                f"other than {', '.join(taken)}."
+                f"`log_extra({column!r}, ...)` uses the name of another column in the table of completions. Choose a "
+                f"name other than {', '.join(taken)}."
             )
         super()._log_completion_extra(column, values)
 
@@ -342,21 +344,22 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self._batch = None
         packed = batch.on_device(output["completion_ids"])
 
-        # A group may be split across ranks: advantages are computed for all rollouts, and those of this rank kept
+        # A group may be split across ranks, so advantages are computed for all rollouts and sliced for this rank
         assert batch.rewards is not None
         num_budgets = len(batch.budgets)
         grouped = (-1, batch.num_generations, num_budgets)
         rewards_PGMA = batch.rewards.view(*grouped, batch.num_summaries)
         cuts_PGM = self.accelerator.gather(packed.cuts).view(grouped)
         baseline = self.args.baseline if self._adaptive_baseline is None else self._adaptive_baseline.predict
-        if mode == "eval":  # other budgets than the learned one knows, and no use for advantages
+        if mode == "eval":  # it may have budgets that the learned baseline does not know, and does not use advantages
             baseline = "brpo"
         thinking_PGM = thinking_advantages(
             rewards_PGMA, batch.budgets, batch.prior, baseline, self.args.progress_decay
         )
         weights_M = summary_weights(self.args.summary_weight, batch.budgets, batch.prior, batch.num_summaries)
         summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy, weights_M)
-        # Unknown where summaries could not be scored: no signal, counted in `anytime/unscored_ratio`
+        # Advantages are unknown where summaries could not be scored. They become 0: `anytime/unscored_ratio` counts
+        # such summaries.
         thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
         summary = summary_PGMA.reshape(-1, num_budgets, batch.num_summaries).nan_to_num()
         first = self.accelerator.process_index * len(inputs)
@@ -365,7 +368,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         output["cuts"], output["spans"] = packed.cuts, packed.spans
 
         self._log_batch(mode, batch, output["advantages"], rewards_PGMA, cuts_PGM)
-        if mode == "train" and self._adaptive_baseline is not None:  # for the batches to come
+        if mode == "train" and self._adaptive_baseline is not None:  # for the next batches
             returns = segment_returns(rewards_PGMA, batch.budgets, batch.prior, self.args.progress_decay)
             self._adaptive_baseline.update(rewards_PGMA, returns, nonempty_segments(cuts_PGM, batch.budgets))
         if self.log_completions:
@@ -380,7 +383,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         args = self.args
         if mode == "train":
             return _GenerationBatch(args.budgets, args.prior, args.num_summaries, self.num_generations)
-        # Evaluation estimates the plain curve: every budget counts alike, one summary each
+        # Evaluation estimates the plain curve, with equal weights and one summary per budget
         return _GenerationBatch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval)
 
     def _prepare_inputs(self, generation_batch):
@@ -404,7 +407,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         batch_size = batch_size or len(input_ids)
         chunks = []
         with self._times("updating" if self._batch is None else "scoring"):
-            for first in range(0, len(input_ids), batch_size):  # TRL would chunk the rows, and not what packs them
+            for first in range(0, len(input_ids), batch_size):  # TRL would chunk the rows, but not their layout
                 rows = slice(first, first + batch_size)
                 chunks.append(
                     super()._get_per_token_logps_and_entropies(
@@ -424,7 +427,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     @contextmanager
     def _forwarding(self, packed: PackedRollouts, trained: torch.Tensor) -> Iterator[None]:
-        """Forward passes inside are of these rows, and compute those that are trained."""
+        """Forward these rows in forward passes inside, and compute only those that are trained."""
         self._micro_batch = packed, trained
         try:
             yield
@@ -441,7 +444,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         rewards_PGMA: torch.Tensor,
         cuts_PGM: torch.Tensor,
     ) -> None:
-        """Add the metrics of a generation batch to TRL's."""
+        """Add the metrics of a generation batch to those of TRL."""
         args, budgets = self.args, batch.budgets
         real, groups = slice(self._num_real), slice(self._num_real // batch.num_generations)
         rewards_PGMA, cuts_PGM = rewards_PGMA[groups], cuts_PGM[groups]
@@ -478,7 +481,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
     def _log_table(
         self, batch: _GenerationBatch, prompts: list, thinking: torch.Tensor, summary: torch.Tensor
     ) -> None:
-        """Replace TRL's rows, which hold packed ids, by one row per rollout and budget with its first summary."""
+        """Replace TRL's rows of packed ids by one row per rollout and budget, with its first summary."""
         rows = gather_object(completion_rows(prompts, batch.rollouts, batch.budgets, self._tokenizer))
         extra = {}
         for name in sorted(set(gather_object(list(batch.extra_logs)))):  # the same order on all ranks
@@ -515,25 +518,25 @@ class BRPOTrainer(ReliableGRPOTrainer):
     # Saving
 
     def _anytime_config(self) -> AnytimeConfig:
-        """The config that is saved beside the model."""
+        """Return the config that is saved beside the model."""
         return AnytimeConfig.from_brpo_config(self.args, self.markers, self.eos_token_ids, self.chat_template_kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:
-            # First, because saving may push the folder to the Hub; and beside the last model too, because what is
-            # pushed during training is that folder
+            # Before saving, which may push the folder to the Hub. Also into `output_dir`, which is pushed during
+            # training.
             for folder in {output_dir or self.args.output_dir, self.args.output_dir}:
                 self._anytime_config().save_pretrained(str(folder))
         super().save_model(output_dir, _internal_call)
-        # A checkpoint and a push have cards of their own; this one goes over that of PEFT, which names local folders
+        # Checkpoints and pushes write their own cards. This card replaces that of PEFT, which names local folders.
         if not _internal_call:
             self.create_model_card()
             if self.is_world_process_zero():
                 copy_card(Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir)))
 
-    # With TRL's arguments, which are not those of transformers
+    # TRL's arguments differ from those of transformers
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]
-        # Without names, which TRL's card would take as they are; from it come tags and the links to trackers alone
+        # TRL's card would not escape names, so it gets none. Only its tags and its links to trackers are used.
         super().create_model_card(tags=tags)
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
@@ -545,5 +548,5 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
 
 def _joined(chunks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """What TRL's scoring returns for several chunks of rows: one tensor with all rows, or nothing."""
+    """Join what TRL's scoring returns for several chunks into one tensor with all rows, or `None`."""
     return None if chunks[0] is None else torch.cat(cast(list[torch.Tensor], list(chunks)))

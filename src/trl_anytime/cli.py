@@ -1,4 +1,4 @@
-"""The command `trl-anytime`. Libraries are imported by the subcommand that needs them, so that help comes at once."""
+"""The command `trl-anytime`. Each subcommand imports the libraries that it needs, so that help is fast."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 130, 141
 _EXIT_CODES = f"""exit codes:
   0  done
   {FAILED}  a check failed (doctor, probe)
-  {BAD_INPUT}  bad input: what is wrong and what to do is said on stderr
-  {SERVER_FAILED}  a server or the Hub failed for too long; the same command goes on where it stopped
-  {INTERRUPTED}  interrupted; likewise
-  {PIPE_CLOSED}  nobody reads what is printed any more"""
+  {BAD_INPUT}  bad input; stderr says what is wrong and what to do
+  {SERVER_FAILED}  a server or the Hub failed for too long; repeat the command to continue where it stopped
+  {INTERRUPTED}  interrupted; repeat the command to continue where it stopped
+  {PIPE_CLOSED}  the reader of the output has gone"""
 
-# `None` leaves what the model's anytime config says
+# `None` keeps the value of the model's anytime config
 _PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's evaluation: the settings of its released scripts, and the data sets of its figures
+    # The paper's evaluation, with the settings of its released scripts and the data sets of its figures
     "paper": {
         "datasets": ["amc", "aime24", "math500", "minerva", "olympiadbench"],
         "budgets": list(range(250, 8001, 250)),
@@ -43,7 +43,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_budgets(text: str) -> list[int]:
-    """Budgets from `250:8000:250` (first, last and step) or `250,1000,8000`."""
+    """Parse budgets from `250:8000:250` (first, last and step) or `250,1000,8000`."""
     try:
         if ":" in text:
             first, last, step = (int(part) for part in text.split(":"))
@@ -62,7 +62,7 @@ def parse_budgets(text: str) -> list[int]:
 def _parse_change(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting. Write NAME=VALUE.")
     return name.removeprefix("--"), value
 
 
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "  trl-anytime doctor mine.yaml --accelerate-config fsdp2\n"
         "  trl-anytime doctor mine.yaml --set budgets='1000 2000' --set model_name_or_path=outputs/sft --json",
     )
-    doctor.add_argument("config", type=Path, help="file that `train --config` takes, or the name of a recipe")
+    doctor.add_argument("config", type=Path, help="file or name of a recipe, as for `train --config`")
     doctor.add_argument(
         "--set",
         dest="changes",
@@ -112,16 +112,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="a setting, instead of what the file says; can be repeated",
     )
-    doctor.add_argument("--settings-only", action="store_true", help="leave out what needs the model or the data")
-    doctor.add_argument("--load-model", action="store_true", help="measure tree attention on large weights too")
+    doctor.add_argument("--settings-only", action="store_true", help="skip checks that need the model or the data")
+    doctor.add_argument("--load-model", action="store_true", help="load a large model, too, to measure tree attention")
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    launch = doctor.add_argument_group("GPUs that the run is going to have")
-    launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as of `train`")
+    launch = doctor.add_argument_group("GPUs of the planned run")
+    launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as for `train --accelerate_config`")
     launch.add_argument(
-        "--processes", type=int, metavar="N", help="how many (default: of the file, else this machine's)"
+        "--processes", type=int, metavar="N", help="number of GPUs (default: of that file, else of this machine)"
     )
-    launch.add_argument("--sharding", choices=["none", "fsdp", "zero2", "zero3"], help="(default: of the file)")
-    launch.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: of this machine's)")
+    launch.add_argument("--sharding", choices=["none", "fsdp", "zero2", "zero3"], help="(default: of that file)")
+    launch.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: this machine's)")
 
     train = add(
         "train",
@@ -130,16 +130,16 @@ def _parser() -> argparse.ArgumentParser:
         "  trl-anytime train --config 8k_anytime_uniform --num_processes 8\n"
         "  trl-anytime train --config mine.yaml --accelerate_config zero2 --learning_rate 2e-6\n"
         "  accelerate launch -m trl_anytime.train --config mine.yaml",
-        prefix_chars="\0",  # every word is passed on
+        prefix_chars="\0",  # all words are passed on
         add_help=False,
     )
     train.add_argument(
         "words",
         nargs="*",
         metavar="--NAME VALUE",
-        help="--config: a YAML file, or the name of a recipe; --accelerate_config: a file of `accelerate config`, or "
-        "one of fsdp2, multi_gpu, single_gpu, zero2, zero3; options of `accelerate launch`; any other setting, which "
-        "overrides the recipe's (`python -m trl_anytime.train --help` lists them)",
+        help="--config takes a YAML file, or the name of a recipe. --accelerate_config takes a file of `accelerate "
+        "config`, or one of fsdp2, multi_gpu, single_gpu, zero2, zero3. Options of `accelerate launch` work, too. "
+        "All other settings override those of the recipe (`python -m trl_anytime.train --help` lists them).",
     )
     train.set_defaults(help_of_train=train.format_help)
 
@@ -162,8 +162,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="datasets",
         action="append",
         metavar="NAME",
-        help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]) or a json, jsonl, "
-        "parquet or csv file; NAME=SOURCE names it; can be repeated",
+        help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]), or a json, jsonl, "
+        "parquet or csv file; NAME=SOURCE gives it a name; can be repeated",
     )
     problems.add_argument("--problem-column", metavar="COLUMN", help="(default: problem, question or prompt)")
     problems.add_argument(
@@ -177,18 +177,18 @@ def _parser() -> argparse.ArgumentParser:
         "--on-bad-gold",
         choices=["raise", "skip"],
         default="raise",
-        help="rows without a usable gold answer: an error (default), or leave them out",
+        help="raise an error for rows without a usable gold answer (default), or skip them",
     )
     problems.add_argument(
         "--system-prompt", metavar="TEXT", help="system message before each question (default: none)"
     )
-    problems.add_argument("--instruction", help="text behind each question (default: the paper's)")
+    problems.add_argument("--instruction", help="text after each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
     measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
     measure.add_argument("--samples", type=int, metavar="N", help="traces for each question (default: 1)")
     measure.add_argument("--summaries", type=int, default=1, metavar="N", help="answers at each cut (default: 1)")
     measure.add_argument(
-        "--reward", metavar="FILE.py:NAME", help="a reward function as TRL's (default: this package's maths verifier)"
+        "--reward", metavar="FILE.py:NAME", help="reward function in TRL's form (default: this package's verifier)"
     )
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")
@@ -199,14 +199,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = add(
         "generate",
         _generate,
-        "answer a question at thinking budgets, as the tokens come",
+        "answer a question at thinking budgets, and print tokens as they come",
         '  trl-anytime generate outputs/model "What is 2 + 2?" --budgets 100,1000\n'
         '  trl-anytime generate outputs/model "What is 2 + 2?" --base-url http://localhost:8000',
     )
     _add_model(generate, with_backend=False)
     generate.add_argument("question", help="the question; - reads it from standard input")
     generate.add_argument("--system-prompt", metavar="TEXT", help="system message (default: none)")
-    generate.add_argument("--instruction", default="", help="text behind the question (default: none)")
+    generate.add_argument("--instruction", default="", help="text after the question (default: none)")
     generate.add_argument("--seed", type=int)
     _add_sampling(generate)
 
@@ -222,26 +222,26 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--budget-field",
         metavar="FIELD",
-        help="field of the request, dots lead into objects (default: vllm_xargs.thinking_budget, which a server of "
-        "`serve-command` takes; vLLM's own is thinking_token_budget)",
+        help="field of the request for the budget; dots lead into objects (default: vllm_xargs.thinking_budget, for a "
+        "server of `serve-command`; vLLM's own field is thinking_token_budget)",
     )
-    probe.add_argument("--question", help="what to ask: something that takes long to think about")
+    probe.add_argument("--question", help="question that needs a long thinking trace (default: a hard one)")
     probe.add_argument("--json", action="store_true", help="print JSON")
 
     serve = add(
         "serve-command",
         _serve_command,
-        "print how to serve a model as it was trained",
+        "print the command and requests to serve a model as it was trained",
         "  trl-anytime serve-command outputs/model",
     )
     _add_model(serve, with_backend=False, with_server=False)
-    serve.add_argument("--budget", type=int, metavar="TOKENS", help="of the requests (default: the largest trained)")
+    serve.add_argument("--budget", type=int, metavar="TOKENS", help="budget of requests (default: largest trained)")
     serve.add_argument("--json", action="store_true", help="print JSON")
 
     plot = add(
         "plot",
         _plot,
-        "draw curves of results, or of a training run over its steps",
+        "plot curves of results, or of a training run over its steps",
         "  trl-anytime plot base trained --labels before after --output curves.png\n"
         "  trl-anytime plot outputs/model --output training.png",
     )
@@ -259,12 +259,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(
     parser: argparse.ArgumentParser, with_backend: bool, with_server: bool = True, base_url_required: bool = False
 ) -> None:
-    parser.add_argument("model", help="folder or Hub id; of a served model too, for its tokenizer and anytime config")
+    parser.add_argument("model", help="folder or Hub id; for a server, only tokenizer and anytime config are used")
     parser.add_argument(
         "--think-end", metavar="TEXT", help="text that ends the thinking, for models without anytime_config.json"
     )
-    parser.add_argument("--truncation-bridge", metavar="TEXT", help="likewise, the text that closes a cut trace")
-    parser.add_argument("--answer-bridge", metavar="TEXT", help="likewise, the text before the answer")
+    parser.add_argument("--truncation-bridge", metavar="TEXT", help="text that closes a cut trace, for such models")
+    parser.add_argument("--answer-bridge", metavar="TEXT", help="text before the answer, for such models")
     if not with_server:
         return
     server = parser.add_argument_group("server")
@@ -272,10 +272,10 @@ def _add_model(
     server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     server.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds for a whole answer (default: %(default)g)"
+        "--timeout", type=float, default=600.0, help="most seconds for a whole answer (default: %(default)g)"
     )
     server.add_argument(
-        "--patience", type=float, default=900.0, help="seconds of trying one request again (default: %(default)g)"
+        "--patience", type=float, default=900.0, help="most seconds of retrying one request (default: %(default)g)"
     )
     if base_url_required:
         return
@@ -284,17 +284,17 @@ def _add_model(
     if with_backend:
         local.add_argument("--backend", choices=["transformers", "vllm"], default="transformers")
         local.add_argument(
-            "--max-cached-tokens", type=int, metavar="N", help="transformers: tokens held in a cache at a time"
+            "--max-cached-tokens", type=int, metavar="N", help="most tokens in the cache at a time, with transformers"
         )
         local.add_argument(
-            "--max-model-len", type=int, metavar="N", help="vLLM: tokens of its context (default: the model's)"
+            "--max-model-len", type=int, metavar="N", help="tokens of the context, with vLLM (default: the model's)"
         )
-    local.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: that of the checkpoint)")
-    local.add_argument("--device", help="default: cuda if there is one, else cpu")
+    local.add_argument("--dtype", default="auto", help="bfloat16, float32, … (default: as in the checkpoint)")
+    local.add_argument("--device", help="cuda, cpu, … (default: cuda if available, else cpu)")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    sampling = parser.add_argument_group("budgets and sampling (default: those of the model's anytime config)")
+    sampling = parser.add_argument_group("budgets and sampling (default: from the model's anytime config)")
     sampling.add_argument("--budgets", type=parse_budgets, help="250,1000,8000 or 250:8000:250 (first:last:step)")
     sampling.add_argument("--max-summary-length", type=int, metavar="TOKENS", help="most tokens of an answer")
     sampling.add_argument("--temperature", type=float)
@@ -304,7 +304,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command, and return its exit code."""
     options = argparse.Namespace()
     try:
         try:
@@ -312,12 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not sys.stderr.isatty():
                 _hide_progress_bars()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
+                warnings.simplefilter("ignore", FutureWarning)  # of other libraries
                 return options.run(options)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe can be told
+            sys.stdout.flush()  # here, so that a closed pipe is caught below
     except BrokenPipeError:
-        # What is left in the buffer would be an error once more when Python ends
+        # The rest of the buffer would raise again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except ConnectionError as error:
@@ -328,19 +328,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         _print("trl-anytime: interrupted", sys.stderr)
-        if vars(options).get("base_url"):  # threads may be waiting for the server, and what is finished is on the disk
+        if vars(options).get("base_url"):  # threads may be waiting for the server. Finished samples are on the disk.
             sys.stdout.flush()
             os._exit(INTERRUPTED)
         return INTERRUPTED
 
 
 def _print(text: str, file: TextIO | None = None) -> None:
-    """What a command says; there may be text of models, servers and files in it."""
+    """Print a command's output, with control characters of models, servers and files escaped."""
     print(for_terminal(text), file=file)
 
 
 def _hide_progress_bars() -> None:
-    """Those of the libraries; ours hide themselves in a pipe."""
+    """Hide the progress bars of libraries. Ours hide themselves in a pipe."""
     import datasets
     from transformers.utils import logging
 
@@ -349,7 +349,7 @@ def _hide_progress_bars() -> None:
 
 
 def _tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeConfig]":
-    """Return the model's tokenizer and anytime config, with the options for budgets and sampling in it."""
+    """Load the model's tokenizer and anytime config, and apply the options for budgets and sampling."""
     from dataclasses import replace
 
     from transformers import AutoTokenizer
@@ -386,7 +386,7 @@ def _client(options: argparse.Namespace) -> Any:
 
 
 def _load_model(options: argparse.Namespace) -> Any:
-    """A server's client, an engine, or a model."""
+    """Return a server's client, an engine, or a model, as the options say."""
     if options.base_url:
         return _client(options)
     if vars(options).get("backend") == "vllm":
@@ -405,7 +405,7 @@ def _load_model(options: argparse.Namespace) -> Any:
 
 
 def _check_machine(options: argparse.Namespace) -> None:
-    """Refuse a library or a device that this machine lacks, before anything is loaded."""
+    """Refuse a missing library or device before anything is loaded."""
     if options.base_url:
         return
     if vars(options).get("backend") == "vllm":
@@ -426,7 +426,7 @@ def _vllm() -> Any:
 
 
 def _device(name: str | None) -> str:
-    """Return a device that can be used, by default a GPU if there is one."""
+    """Return a device that works. The default is a GPU, if there is one."""
     import torch
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -434,12 +434,12 @@ def _device(name: str | None) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {device} cannot be used ({reason}). Leave it out, or give cpu.") from error
+        raise ValueError(f"--device {device} cannot be used ({reason}). Leave it out, or set --device cpu.") from error
     return device
 
 
 def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
-    """What transformers loads from a model's folder, or one line about why it cannot."""
+    """Load a model's files with transformers. An error has one line."""
     from .outside.validation import check_folder
 
     if Path(model).is_dir():
@@ -448,7 +448,7 @@ def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> A
         return load(model, **kwargs)
     except ConnectionError:
         raise
-    except Exception as error:  # a damaged file ends in any error of those who read it
+    except Exception as error:  # a damaged file may raise anything in its reader
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"The {what} of {model} cannot be loaded: {said[:500]}") from error
 
@@ -483,7 +483,7 @@ def _train(options: argparse.Namespace) -> int:
     launch, settings = launch_words(options.words)
     try:
         launch_command(launch_command_parser().parse_args([*launch, "-m", "trl_anytime.train", *settings]))
-    except subprocess.CalledProcessError as error:  # what went wrong stands above
+    except subprocess.CalledProcessError as error:  # the training has printed its error
         return error.returncode
     return 0
 
@@ -508,7 +508,7 @@ def _eval(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not options.datasets:
-        raise ValueError("There is nothing to evaluate on: set --dataset (such as --dataset aime24) or --preset.")
+        raise ValueError("There is no data set to evaluate on. Set --dataset (such as --dataset aime24) or --preset.")
     _check_machine(options)
     baseline = None if options.baseline is None else load_results(options.baseline)
     reward = None if options.reward is None else _load_function(options.reward)
@@ -542,10 +542,10 @@ def _eval(options: argparse.Namespace) -> int:
         seed=options.seed,
         max_cached_tokens=options.max_cached_tokens,
     )
-    if baseline is not None:  # before hours are spent
+    if baseline is not None:  # before sampling, which may take hours
         found = differences(evaluation.protocol.as_dict(), baseline["protocol"], not_compared)
         if found:
-            raise ValueError(f"{options.baseline} comes from another protocol: {'; '.join(found)}.")
+            raise ValueError(f"{options.baseline} has another protocol: {'; '.join(found)}. Use the same settings.")
     records = evaluation.run(output / "samples.jsonl")
     results = results_of(evaluation.protocol, records)
     if baseline is not None:
@@ -561,7 +561,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
@@ -572,8 +572,8 @@ def _draw(results: list[dict[str, Any]], path: Path) -> None:
         from .reporting.plots import plot_results
     except ModuleNotFoundError as error:
         _print(
-            f"No {path.name}, because {error.name} is missing: pip install 'trl-anytime[plot]', then trl-anytime plot "
-            f"{for_shell(str(path.with_name('results.json')))}",
+            f"{path.name} is not drawn, because {error.name} is missing. Run `pip install 'trl-anytime[plot]'`, then "
+            f"`trl-anytime plot {for_shell(str(path.with_name('results.json')))}`.",
             sys.stderr,
         )
         return
@@ -581,17 +581,17 @@ def _draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _load_function(text: str) -> Any:
-    """A function given as FILE.py:NAME."""
+    """Load a function that is given as FILE.py:NAME."""
     from importlib.util import module_from_spec, spec_from_file_location
 
     path, _, name = text.rpartition(":")
     spec = spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
     if spec is None or spec.loader is None:
-        raise ValueError(f"A reward is given as FILE.py:NAME, and there is no such file: {text!r}.")
+        raise ValueError(f"There is no such file: {text!r}. Give a reward as FILE.py:NAME.")
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"There is no function {name!r} in {path}.")
+        raise ValueError(f"There is no function {name!r} in {path}. Give a reward as FILE.py:NAME.")
     return getattr(module, name)
 
 
@@ -613,7 +613,7 @@ def _probe(options: argparse.Namespace) -> int:
     from .inference.probe import OWN_FIELD, QUESTION, probe, results_table, verdict
 
     field = options.budget_field or OWN_FIELD
-    budgets, options.budgets = options.budgets, None  # those of the config stay
+    budgets, options.budgets = options.budgets, None  # keep those of the config
     tokenizer, config = _tokenizer_and_config(options)
     results = probe(_client(options), config, tokenizer, budgets, field, options.question or QUESTION)
     wrong = verdict(results, field)
@@ -643,12 +643,12 @@ def _plot(options: argparse.Namespace) -> int:
     try:
         from .reporting.plots import plot_results, plot_training
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'trl-anytime[plot]'.") from error
+        raise ValueError(f"{error.name} is missing. Run `pip install 'trl-anytime[plot]'`.") from error
 
     sources = [_source_of_curves(path) for path in options.sources]
     if sources[0].name == "trainer_state.json":
         if len(sources) > 1 or options.labels:
-            raise ValueError("A training run is drawn alone and without --labels: give one source.")
+            raise ValueError("A training run is plotted alone. Give one source, without --labels.")
         plot_training(load_log_history(sources[0]), options.output)
     else:
         plot_results([load_results(path) for path in sources], options.output, options.labels)
@@ -657,7 +657,11 @@ def _plot(options: argparse.Namespace) -> int:
 
 
 def _source_of_curves(path: Path) -> Path:
-    """Return the file with curves in a folder: of an evaluation, of a checkpoint, or of the last of a run's."""
+    """
+    Return the file with curves in a folder.
+
+    The folder may be that of an evaluation, of a checkpoint, or of a run, whose last checkpoint is used.
+    """
     if not path.is_dir():
         return path
     checkpoints = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda file: (len(str(file)), file))
@@ -665,7 +669,7 @@ def _source_of_curves(path: Path) -> Path:
         if file.is_file():
             return file
     raise ValueError(
-        f"{path} holds no file results.json or trainer_state.json, and no checkpoint. Give another folder."
+        f"{path} has neither results.json, nor trainer_state.json, nor a checkpoint. Give another folder."
     )
 
 

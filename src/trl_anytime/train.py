@@ -3,7 +3,7 @@ Train a reasoning model by Budget Relative Policy Optimization on problems with 
 
     accelerate launch -m trl_anytime.train --config 8k_anytime_uniform
 
-or on one device, with a local file and LoRA, everything on the command line:
+On one device, with a local file and LoRA, and all settings on the command line:
 
     python -m trl_anytime.train \
         --model_name_or_path deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B \
@@ -12,8 +12,9 @@ or on one device, with a local file and LoRA, everything on the command line:
         --use_peft \
         --output_dir outputs/anytime
 
-Every setting of BRPOConfig (and so of TRL's GRPOConfig) and of TRL's ModelConfig is an option; `--help` lists them.
-`--resume_from_checkpoint outputs/anytime/checkpoint-100` goes on, `--push_to_hub` uploads the model with its card.
+Every setting of BRPOConfig, which includes TRL's GRPOConfig, and of TRL's ModelConfig is an option. `--help` lists
+them. `--resume_from_checkpoint outputs/anytime/checkpoint-100` continues a run. `--push_to_hub` uploads the model with
+its card.
 """
 
 import sys
@@ -39,15 +40,15 @@ from .rewards import MathReward
 
 def train(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
     """
-    Train, evaluate and save a model as a recipe says.
+    Train, evaluate and save a model by a recipe.
 
     Args:
         data_args ([`DataArguments`]):
-            The problems.
+            Settings of the problems.
         training_args ([`BRPOConfig`]):
-            The training.
+            Settings of the training.
         model_args (`ModelConfig`):
-            The model and its adapters.
+            Settings of the model and its adapters.
     """
     model_name = str(model_args.model_name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -58,14 +59,14 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
     set_chat_template(tokenizer, data_args.chat_template_path)
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
 
-    # What the card cannot find out
+    # The card cannot find these out by itself
     training_args.card_dataset = training_args.card_dataset or name_in_card(str(data_args.dataset_name))
     if data_args.eval_dataset_name:
         training_args.card_eval_dataset = training_args.card_eval_dataset or name_in_card(data_args.eval_dataset_name)
     training_args.card_question = training_args.card_question or f"What is 2 + 2? {data_args.instruction}".strip()
 
     reward = MathReward(on_bad_gold=data_args.on_bad_gold)
-    # One process prepares the data, the others read its cache
+    # One process prepares the data, and the others read its cache
     with PartialState().local_main_process_first():
         datasets = [load_prompts(source, data_args, tokenizer, reward) for source in data_args.sources]
     train_dataset, eval_dataset = (*datasets, None)[:2]
@@ -81,14 +82,14 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
         peft_config=get_peft_config(model_args),
     )
     if eval_dataset is not None and not training_args.resume_from_checkpoint:
-        trainer.evaluate()  # for the card: the curve before training
+        trainer.evaluate()  # the card shows the curve before training
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
-        trainer.create_model_card()  # once more, with this evaluation
+        trainer.create_model_card()  # again, with this evaluation
     if training_args.push_to_hub:
         trainer.push_to_hub()
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
@@ -96,7 +97,7 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A setting that is wrong ends with one line and exit code 2."""
+    """Train by the settings on the command line. A wrong setting prints one line and exits with code 2."""
     try:
         settings = parse_recipe(sys.argv[1:] if words is None else words)
     except ValueError as error:

@@ -1,18 +1,18 @@
 """
-Thinking budgets inside vLLM, exact to the token: a logits processor for its engine and its server.
+Logits processor for thinking budgets inside vLLM's engine and server, exact to the token.
 
     vllm serve MODEL --logits-processors trl_anytime.vllm_budget:VLLMThinkingBudget
 
-A request asks for a budget by `"vllm_xargs": {"thinking_budget": 1000}`, and `SamplingParams` by
+A request names its budget by `"vllm_xargs": {"thinking_budget": 1000}`. With `SamplingParams` it is
 `extra_args={"thinking_budget": 1000}`. 0 means no thinking, and -1 leaves the request as it is.
 
-A request that asks for none gets the last budget that the model was trained with. Another default, -1 included, is
-set when the engine starts, by `--additional-config '{"thinking_budget": 500}'`. A default gives way to `max_tokens`,
-so that an answer fits in.
+A request without a budget gets the largest budget of the model's training. To set another default, -1 included, start
+the engine with `--additional-config '{"thinking_budget": 500}'`. If `max_tokens` leaves too little room for an answer,
+the default is lowered.
 
-vLLM's own `thinking_token_budget` does less: it puts no answer bridge behind a
-trace that ended by itself. Its sampler (0.31) also overlooks such an end if the text that it forces is more than the
-end marker, and then forces that text in the middle of the answer.
+vLLM's own `thinking_token_budget` does less. It does not add the answer bridge after a trace that ended by itself. Its
+sampler (0.31) also misses such an end if the text that it forces is more than the end marker. It then forces that text
+in the middle of the answer.
 """
 
 from collections.abc import Callable
@@ -28,20 +28,20 @@ from .rollout.encoding import encode
 from .rollout.markers import EndScan, render_prompt
 from .rollout.sampling import BUDGET_FIELD, NO_BUDGET
 
-_Processor = Callable[..., torch.Tensor]  # of the tokens so far and the logits; of the prompt before them, if it asks
+_Processor = Callable[..., torch.Tensor]  # takes tokens so far and logits, and the prompt before them if asked
 
 
 class VLLMThinkingBudget(AdapterLogitsProcessor):
     """
-    Holds requests to a thinking budget, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
+    Logits processor that enforces a thinking budget, as [`ThinkingBudgetLogitsProcessor`] does in `generate()`.
 
     A request names its budget in the field `thinking_budget` of `vllm_xargs` (server) or `extra_args` (engine). 0
     means no thinking, and -1 leaves the request as it is. The default is the last budget of the anytime config, or the
-    field `thinking_budget` of the engine's `additional_config`. It holds where the prompt ends as the chat template
-    ends it, and gives way to `max_tokens`, so that an answer fits in.
+    field `thinking_budget` of the engine's `additional_config`. It applies only where the prompt ends as the chat
+    template ends it. It is lowered if `max_tokens` leaves too little room for an answer.
 
-    Markers and bridges are those of [`AnytimeConfig.from_pretrained`] for the folder of the tokenizer, which is the
-    adapter's where an adapter is served. If that has no config, the model's is used.
+    Markers and bridges come from [`AnytimeConfig.from_pretrained`] for the tokenizer's folder. If an adapter is
+    served, that is the adapter's folder. If it has no config, the model's is used.
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
@@ -63,7 +63,7 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what is not a budget."""
+        """Refuse a value that is not a budget."""
         budget = (sampling_params.extra_args or {}).get(BUDGET_FIELD)
         if budget is not None:
             _checked(budget)
@@ -73,7 +73,7 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> _Processor | None:
-        """Return the processor of a request, or `None` for one that has no budget."""
+        """Return the processor of a request, or `None` if it has no budget."""
         config = self._anytime_config
         asked = (params.extra_args or {}).get(BUDGET_FIELD)
         budget = self._default if asked is None else asked
@@ -81,7 +81,7 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
             return None
         if asked is not None:
             return _Budget(config, budget)
-        if params.max_tokens is not None:  # which in a server is at most what the context has room for
+        if params.max_tokens is not None:  # a server limits it to the room in the context
             around = config.markers.max_bridge_length + config.max_summary_length + 1  # and EOS
             budget = min(budget, max(params.max_tokens - around, 0))
         limit, opening = _Budget(config, budget), self._opening
@@ -96,18 +96,18 @@ class VLLMThinkingBudget(AdapterLogitsProcessor):
 def _checked(budget: Any) -> int:
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < NO_BUDGET:
         raise ValueError(
-            f"`{BUDGET_FIELD}` must be a number of thinking tokens, 0 for none, or {NO_BUDGET} for no budget; got "
-            f"{budget!r}."
+            f"`{BUDGET_FIELD}` must be an int of at least {NO_BUDGET}, got {budget!r}. Set the number of thinking "
+            f"tokens, 0 for no thinking, or {NO_BUDGET} for no budget."
         )
     return budget
 
 
 class _Budget:
-    """Holds one request to its budget."""
+    """Logits processor that enforces the budget of one request."""
 
     def __init__(self, config: AnytimeConfig, budget: int):
         self._config, self._budget = config, budget
-        self._cut: int | None = None  # thinking tokens, once that is certain
+        self._cut: int | None = None  # thinking tokens, once known
         self._bridge: tuple[int, ...] = ()
         self._scan = EndScan(config.markers)
 

@@ -104,6 +104,15 @@ def look(folder: Path, processes: int = 1, gpu_bytes: int | None = None, setting
     return {finding.check: finding for finding in found.findings if finding.level != OK}
 
 
+def numbers(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)", text)
+
+
+def mentions(text: str, expected: str | list[str]) -> bool:
+    """Whether a message has a name, or all of several numbers."""
+    return expected in text if isinstance(expected, str) else set(expected) <= set(numbers(text))
+
+
 # End to end
 
 
@@ -127,9 +136,9 @@ def test_a_healthy_recipe(folder, capsys):
     documented = [row[0].strip("`") for row in pages.table("docs/doctor.md", "check")]
     assert documented == [*checks, "memory", "tree attention"]
     found = {finding["check"]: finding["message"] for finding in printed["findings"]}
-    assert "opens the thinking with '<think>'; '</think>' is one token" in found["template"]
-    assert "Packed rollouts agree with separate rows on these weights." in found["tree attention"]
-    assert "24 of 24 rows" in found["data"]
+    assert "'<think>'" in found["template"] and "'</think>'" in found["template"]
+    assert "--load-model" not in found["tree attention"]  # the model is small, so its weights were measured
+    assert numbers(found["data"])[-2:] == ["24", "24"]
     table = printed["tables"][0]
     # 4 rows × 4 micro-batches = 16 traces of 4 prompts, × 2 budgets × 2 summaries = 64
     rows = {line.split("  ")[0]: line.split()[-3:] for line in table.splitlines()[1:4]}
@@ -138,8 +147,9 @@ def test_a_healthy_recipe(folder, capsys):
         "traces": ["16", "16", "4"],
         "summaries": ["64", "64", "16"],
     }
-    assert "generation batches per epoch                6" in table  # 24 prompts
-    assert "optimiser steps of the run                 18" in table  # 3 epochs, transformers' default
+    steps = dict(re.split("  +", line) for line in printed["tables"][0].split("\n\n")[1].splitlines())
+    assert steps["generation batches per epoch"] == "6"  # 24 prompts
+    assert steps["optimiser steps of the run"] == "18"  # 3 epochs, transformers' default
 
 
 def test_the_report_for_people(folder, capsys):
@@ -154,28 +164,32 @@ def test_the_report_for_people(folder, capsys):
     ]
     assert cli.main(words) == 1
     printed = capsys.readouterr().out
-    assert "WARNING  settings  `lora_r=8` has no effect: there are no adapters" in printed
-    assert "-> Set `use_peft: true`, or remove it." in printed
-    assert "ERROR    settings  `eval_strategy='epoch'` evaluates during training" in printed
-    assert printed.endswith("Errors: 1. Warnings: 1.\n")
+    lines = printed.splitlines()
+    warning, error = (next(line for line in lines if line.startswith(level)) for level in (WARNING, ERROR))
+    assert warning.split()[:3] == [WARNING, "settings", "`lora_r=8`"]
+    assert error.split()[:3] == [ERROR, "settings", "`eval_strategy='epoch'`"]
+    fixes = [line for line in lines if line.lstrip().startswith("->")]
+    assert len(fixes) == 2 and "`use_peft: true`" in fixes[0] and "`eval_dataset_name`" in fixes[1]
+    assert numbers(lines[-1]) == ["1", "1"]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (None, "There is no file"),
-        ("- budgets", "holds list instead of settings"),
-        ("budgets: [", "is not YAML"),
-        ("model_name_or_path: a\ndataset_name: b\nbudgetts: [1]", "no setting `budgetts`. Did you mean budgets?"),
-        ("budgets: [1]", "`dataset_name` is missing"),
-        ("model_name_or_path: a\ndataset_name: b\nlearning_rate: much", "invalid float value: 'much'"),
+        (None, ["recipe.yaml"]),
+        ("- budgets", ["recipe.yaml", "list"]),
+        ("budgets: [", ["recipe.yaml", "YAML"]),
+        ("model_name_or_path: a\ndataset_name: b\nbudgetts: [1]", ["`budgetts`", " budgets"]),
+        ("budgets: [1]", ["`dataset_name`"]),
+        ("model_name_or_path: a\ndataset_name: b\nlearning_rate: much", ["learning_rate", "'much'"]),
     ],
 )
-def test_files_that_hold_no_recipe(tmp_path, capsys, content, message):
+def test_files_that_hold_no_recipe(tmp_path, capsys, content, named):
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content)
     assert cli.main(["doctor", str(tmp_path / "recipe.yaml")]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert [name for name in named if name not in error] == []
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -206,27 +220,26 @@ def test_a_launch_file_that_is_none(folder):
 @pytest.mark.parametrize(
     ("changes", "check", "level", "found", "change"),
     [
-        ({"scale_rewards": "group"}, "settings", ERROR, "`scale_rewards='group'`", "Change the setting"),
+        ({"scale_rewards": "group"}, "settings", ERROR, "`scale_rewards='group'`", "changed.yaml"),
         ({"max_cached_tokens": 500, "use_transformers_continuous_batching": True}, "settings", WARNING,
-         "`max_cached_tokens=500` has no effect", "generate with transformers"),
-        ({"gradient_accumulation_steps": 1}, "batch", WARNING, "sees 1 of a prompt's groups",
-         "Raise `gradient_accumulation_steps`"),
-        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "batch", WARNING, "in 1.5 optimiser steps",
-         "a multiple of `gradient_accumulation_steps`"),
-        ({"num_iterations": 5}, "batch", WARNING, "4 steps old", "`num_iterations`"),
+         "`max_cached_tokens=500`", "`use_transformers_continuous_batching: false`"),
+        ({"gradient_accumulation_steps": 1}, "batch", WARNING, ["1", "4"], "`gradient_accumulation_steps`"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "batch", WARNING, ["1.5"],
+         "`gradient_accumulation_steps`"),
+        ({"num_iterations": 5}, "batch", WARNING, ["5", "4", "1"], "`num_iterations`"),
     ],
 )  # fmt: skip
 def test_faults_of_settings(folder, changes, check, level, found, change):
     finding = look(folder, settings_only=True, **changes)
     assert finding.keys() == {check}
     assert finding[check].level == level
-    assert found in finding[check].message and change in finding[check].fix
+    assert mentions(finding[check].message, found) and change in finding[check].fix
 
 
 def test_batches_are_those_of_all_ranks(folder):
     assert look(folder, 2, settings_only=True, generation_batch_size=16) == {}
     found = look(folder, 3, settings_only=True, generation_batch_size=16)
-    assert found["settings"].message == "generation_batch_size (16) must be divisible by the global batch size (12)."
+    assert "generation_batch_size" in found["settings"].message and numbers(found["settings"].message) == ["16", "12"]
 
 
 def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
@@ -235,37 +248,35 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
     assert found.keys() == {"vllm"} and "pip install 'trl-anytime[vllm]'" in found["vllm"].fix
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)
     found = look(folder, 3, settings_only=True, use_vllm=True, vllm_tensor_parallel_size=2)
-    assert "which 3 cannot be divided into" in found["vllm"].message
+    assert "`vllm_tensor_parallel_size=2`" in found["vllm"].message and "3" in numbers(found["vllm"].message)
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://localhost:9"}
     found = look(folder, **server)
-    assert found.keys() == {"vllm"} and "at http://localhost:9 did not answer" in found["vllm"].message
+    assert found.keys() == {"vllm"} and "http://localhost:9" in found["vllm"].message
     found = look(folder, use_vllm=True, vllm_max_model_length=100)
-    assert "more than vLLM's context of 100" in found["context"].message
-    assert found["context"].fix.startswith("Raise `vllm_max_model_length`, or lower `budgets`")
+    assert "vLLM" in found["context"].message and "100" in numbers(found["context"].message)
+    assert "`vllm_max_model_length`" in found["context"].fix and "`budgets`" in found["context"].fix
 
 
 @pytest.mark.parametrize(
     ("changes", "check", "level", "found", "change"),
     [
-        ({"budgets": [64, 600]}, "context", ERROR, "more than the model's context of 512", "Lower `budgets`"),
-        ({"gradient_accumulation_steps": 32}, "batch", ERROR, "24 prompts and a generation batch takes 32",
-         "at most 96 traces"),
-        ({"problem_column": "question"}, "data", ERROR, "column 'question'", "`problem_column`"),
-        ({"max_prompt_length": 10}, "data", ERROR, "Nothing is left", "raise `max_prompt_length`"),
-        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "There is no file nowhere.jsonl", "`dataset_name`"),
-        ({"remove_unused_columns": True}, "gold answers", ERROR, "takes the column 'answer' away",
-         "Remove the setting"),
-        ({"truncation_bridge": "no end"}, "template", ERROR, "exactly once", "the setting that is named"),
-        ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING,
-         "every trace goes on to the last budget", "`vllm_mode: colocate`"),
-        ({"packing": "rows"}, "tree attention", WARNING, "rollouts are not packed", "`packing: auto`"),
+        ({"budgets": [64, 600]}, "context", ERROR, ["600", "512"], "`budgets`"),
+        ({"gradient_accumulation_steps": 32}, "batch", ERROR, ["24", "32"], " 96 "),
+        ({"problem_column": "question"}, "data", ERROR, "'question'", "`problem_column`"),
+        ({"max_prompt_length": 10}, "data", ERROR, ["24", "10"], "`max_prompt_length`"),
+        ({"dataset_name": "nowhere.jsonl"}, "data", ERROR, "nowhere.jsonl", "`dataset_name`"),
+        ({"remove_unused_columns": True}, "gold answers", ERROR, "'answer'", "`remove_unused_columns: false`"),
+        ({"truncation_bridge": "no end"}, "template", ERROR, "`truncation_bridge`", "`chat_template_kwargs`"),
+        ({"think_end": "END.", "use_transformers_continuous_batching": True}, "template", WARNING, "'END.'",
+         "`vllm_mode: colocate`"),
+        ({"packing": "rows"}, "tree attention", WARNING, "'rows'", "`packing: auto`"),
     ],
 )  # fmt: skip
 def test_faults_of_model_and_data(folder, changes, check, level, found, change):
     finding = look(folder, **changes)
     assert finding.keys() == {check}
     assert finding[check].level == level
-    assert found in finding[check].message and change in finding[check].fix
+    assert mentions(finding[check].message, found) and change in finding[check].fix
 
 
 def test_a_chat_model_that_was_not_taught_to_think(folder):
@@ -291,9 +302,11 @@ def test_a_chat_model_that_was_not_taught_to_think(folder):
 def test_gold_answers_that_are_none(folder):
     rows = [*PROBLEMS, {"problem": "What?", "answer": None}]
     name = save_rows(folder / "bad.jsonl", rows)
-    assert "Row 24: column 'answer' holds None" in look(folder, dataset_name=name)["data"].message
+    found = look(folder, dataset_name=name)["data"].message
+    assert "24" in numbers(found) and "'answer'" in found and "None" in found
     assert look(folder, dataset_name=name, on_bad_gold="skip") == {}
-    assert "is empty" in look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))["data"].message
+    found = look(folder, dataset_name=save_rows(folder / "empty.jsonl", []))
+    assert found.keys() == {"data"} and found["data"].level == ERROR and "empty.jsonl" in found["data"].message
 
 
 def test_gold_answers_that_are_texts(folder):
@@ -303,7 +316,8 @@ def test_gold_answers_that_are_texts(folder):
     for changes in ({"dataset_name": name}, {"eval_dataset_name": name, "eval_strategy": "steps"}):
         found = look(folder, **changes)
         assert found.keys() == {"gold answers"} and found["gold answers"].level == WARNING
-        assert "2 of 26 rows" in found["gold answers"].message and "'proof'" in found["gold answers"].message
+        said = found["gold answers"].message
+        assert [n for n in ("2", "26") if n not in numbers(said)] == [] and "'proof'" in said
     prose = save_rows(folder / "prose.jsonl", [*PROBLEMS, {"problem": "?", "answer": "It is 4, because 2 + 2 = 4."}])
     for changes in ({"dataset_name": prose}, {"eval_dataset_name": prose, "eval_strategy": "steps"}):
         found = look(folder, **changes)
@@ -356,7 +370,8 @@ def test_a_precision_that_this_machine_lacks(folder):
 def test_a_template_that_closes_the_thinking(folder, tmp_path):
     name = save_model(tmp_path, OPENED.replace("<think>\n", "<think>\n\n</think>\n"))
     found = look(folder, model_name_or_path=name)
-    assert found.keys() == {"template"} and "already closed the thinking" in found["template"].message
+    assert found.keys() == {"template"} and found["template"].level == ERROR
+    assert "</think>" in found["template"].message and "`chat_template_kwargs`" in found["template"].fix
 
 
 def test_a_template_that_closes_the_thinking_of_some_rows(folder, tmp_path):
@@ -380,7 +395,7 @@ def test_an_end_of_thinking_that_is_no_token(folder, tmp_path):
         findings = check_recipe(folder / "changed.yaml", {}, Launch(1)).findings
         found = [finding for finding in findings if finding.check == "template"]
         assert [finding.level for finding in found] == levels
-        assert "found in the text of the tokens" in found[0].message
+        assert "'</think>'" in found[0].message and "8" in numbers(found[0].message)  # a byte is a token
 
 
 def test_a_model_that_is_not_there(folder, tmp_path):
@@ -396,7 +411,7 @@ def test_a_model_that_is_not_there(folder, tmp_path):
 def test_a_model_that_cannot_be_packed(folder, tmp_path):
     name = save_model(tmp_path, model_type="mamba", state_size=4)
     found = look(folder, model_name_or_path=name)
-    assert found["tree attention"].level == WARNING and "Rollouts cannot be packed" in found["tree attention"].message
+    assert found["tree attention"].level == WARNING and "`packing: rows`" in found["tree attention"].fix
     found = look(folder, model_name_or_path=name, packing="tree")
     assert found["tree attention"].level == ERROR
 
@@ -404,14 +419,14 @@ def test_a_model_that_cannot_be_packed(folder, tmp_path):
 def test_too_little_memory(folder):
     found = look(folder, gpu_bytes=2**20)
     assert found.keys() == {"memory"} and found["memory"].level == WARNING
-    assert "The largest part: LM head." in found["memory"].message
-    assert "Lower `per_device_train_batch_size`" in found["memory"].fix
+    assert "LM head" in found["memory"].message
+    assert "`per_device_train_batch_size`" in found["memory"].fix
 
 
 def test_memory_of_a_mixture_of_experts(tmp_path):
     config = make_model("qwen3_moe").config
     finding, table = memory_finding(config, torch.float32, None, make_config(tmp_path), Launch(), 10, 3, 2**10)
-    assert finding.level == WARNING and finding.message.startswith("At least") and "not estimated" in finding.message
+    assert finding.level == WARNING and "without content" in finding.message
     assert "weights" in table and "activations" not in table
 
 
@@ -419,11 +434,11 @@ def test_splices_whose_text_says_something_else():
     tokenizer = byte_tokenizer(TEXTS, 400)
     markers = find_markers(tokenizer, "How", think_end="much", truncation_bridge=" How much", answer_bridge=" is")
     (melted,) = splice_findings(tokenizer, "How", "is 1 + 1", markers, [0], True)
-    assert melted.level == OK and "otherwise in the bridge" in melted.message
+    assert melted.level == OK and "bridge" in melted.message
     words = make_tokenizer()
     markers = find_markers(words, "<think>", truncation_bridge="so </think>", answer_bridge="answer")
     (lost,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=True)
-    assert lost.level == WARNING and "the reward finds no answer" in lost.message
+    assert lost.level == WARNING and r"\boxed{42}" in lost.message
     (fine,) = splice_findings(words, "user 1 <think>", "1 2 3 4", markers, [2], answers_in_boxes=False)
     assert fine.level == OK
 
@@ -435,7 +450,7 @@ def test_splices_of_a_tokenizer_that_refuses_other_words():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     markers = find_markers(tokenizer, "<think>", truncation_bridge="</think>", answer_bridge="answer")
     (lost,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=True)
-    assert lost.level == WARNING and "cannot write" in lost.message and "the reward finds no answer" in lost.message
+    assert lost.level == WARNING and r"\boxed{42}" in lost.message
     (fine,) = splice_findings(tokenizer, "user 1 <think>", "1 2", markers, [3], answers_in_boxes=False)
     assert fine.level == OK
 
@@ -553,9 +568,9 @@ def test_what_the_trainer_says(tmp_path, capsys, caplog):
 
 def test_what_the_trainer_refuses(tmp_path):
     short = Dataset.from_list([{"prompt": "1 2 <think>", "answer": "3"}])
-    with pytest.raises(ValueError, match="takes 2: .*Lower `generation_batch_size`"):
+    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b.*`generation_batch_size`"):
         tiny_trainer(tmp_path, train_dataset=short).train()
-    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+    with pytest.raises(ValueError, match="`train_dataset`"):
         tiny_trainer(tmp_path, train_dataset=short.select([]))
 
 

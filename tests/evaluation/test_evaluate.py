@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -239,28 +240,28 @@ def test_a_run_that_is_killed(folder):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--temperature", 0.5], "another protocol: sampling is"),
-        (["--samples", 5], "num_samples is 4 there and 5 here"),
-        (["--limit", 2], "problems is"),
-        (["--budgets", "2,4"], "budgets is"),
+        (["--temperature", 0.5], r"\bsampling\b.*'temperature': 0\.5"),
+        (["--samples", 5], r"\bnum_samples\b.*\b4\b.*\b5\b"),
+        (["--limit", 2], r"\bproblems\b"),
+        (["--budgets", "2,4"], r"\bbudgets\b.*\[2, 4\]"),
     ],
 )
 def test_results_of_another_protocol_are_refused(folder, finished, capsys, more, message):
     before = (finished / "samples.jsonl").read_bytes()
     assert run(folder, "finished", *more) == BAD_INPUT
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert (finished / "samples.jsonl").read_bytes() == before
 
 
 def test_damaged_journals(folder, finished, capsys):
     lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
     twice = b"".join([*lines, lines[1]])
-    for content, message in ((b"no json\n", "samples.jsonl, line 1 is not JSON"), (twice, "has samples twice")):
+    for content, message in ((b"no json\n", "samples.jsonl.*\\b1\\b.*JSON"), (twice, "samples.jsonl.*twice")):
         output = folder / "damaged"
         output.mkdir(exist_ok=True)
         (output / "samples.jsonl").write_bytes(content)
         assert run(folder, "damaged") == BAD_INPUT
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
 
 
 # Baselines and pictures
@@ -279,10 +280,10 @@ def test_a_baseline(folder, finished, capsys):
     assert f"anytime, minus {folder}" in capsys.readouterr().out
 
     assert run(folder, "other", *baseline, "--temperature", 0.5) == BAD_INPUT
-    assert "comes from another protocol: sampling is" in capsys.readouterr().err
+    assert re.search(r"results\.json.*\bsampling\b.*'temperature': 0\.5", capsys.readouterr().err)
     assert not (folder / "other").exists()  # said before anything is drawn
     assert run(folder, "other", "--baseline", folder / "config.json") == BAD_INPUT
-    assert "config.json: `format` is missing" in capsys.readouterr().err
+    assert re.search("config.json.*`format`", capsys.readouterr().err)
 
 
 def test_plots(folder, finished, tmp_path, capsys):
@@ -304,16 +305,16 @@ def test_plots(folder, finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dataset", "aime42"], "Did you mean aime"),
-        (["--dataset", "missing.jsonl"], "There is no file missing.jsonl"),
-        (["--answer-column", "truth"], "no column 'truth'"),
-        (["--budgets", "100,5000"], "largest budget that fits is"),
-        (["--temperature", 0], "At temperature 0 all samples are the same"),
+        (["--dataset", "aime42"], "aime24"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl"),
+        (["--answer-column", "truth"], "'truth'"),
+        (["--budgets", "100,5000"], " 5000 "),
+        (["--temperature", 0], "`num_samples`"),
         (["--temperature", -1], "`temperature`"),
-        (["--samples", 0], "`num_samples` must be at least 1"),
-        (["--reward", "missing.py:f"], "no such file: 'missing.py:f'"),
-        (["--think-end", "</think>"], "by which markers and bridges it was trained: remove think_end"),
-        (["--base-url", "localhost"], "begins with http"),
+        (["--samples", 0], "`num_samples`"),
+        (["--reward", "missing.py:f"], "'missing.py:f'"),
+        (["--think-end", "</think>"], "think_end"),
+        (["--base-url", "localhost"], "'localhost'"),
     ],
 )
 def test_bad_input(folder, capsys, more, message):
@@ -332,9 +333,9 @@ def test_models_that_cannot_be_evaluated(folder, tmp_path, capsys):
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     make_model().save_pretrained(tmp_path)
     assert main(["eval", str(tmp_path), *problems]) == BAD_INPUT
-    assert "`think_end`" in capsys.readouterr().err
+    assert "think_end" in capsys.readouterr().err
     assert main(["eval", str(folder)]) == BAD_INPUT
-    assert "set --dataset" in capsys.readouterr().err
+    assert "--dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,8 @@ def test_a_server_that_fails_for_good_and_is_back(folder, capsys):
     with serving(TinyServer(model, [None] * 5 + ["overloaded"] * 100)) as server:
         address = ["--base-url", server.url, "--patience", "0.1"]
         assert run(folder, "failed", *output, *address) == SERVER_FAILED
-    assert "gave no complete answer within 0.1 seconds" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert server.url in error and re.search(r"\b0\.1 s", error)
     assert not (folder / "failed" / "results.json").exists()
     before = (folder / "failed" / "samples.jsonl").read_bytes()
     assert before.count(b"\n") == 1 + 2  # two requests for each sample, so two samples are finished
@@ -416,7 +418,8 @@ def test_generate(folder, capsys):
     greedy = ["--temperature", "0", "--budgets", "2,8"]
     assert main(["generate", str(folder), "0 1 2", *greedy, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "--- answer after 2 thinking tokens (budget 2)" in printed
+    answers = [re.findall(r"\d+", line) for line in printed.splitlines() if line.startswith("---")]
+    assert answers[0] == ["2", "2"]  # thinking tokens, and the budget
     with serving(TinyServer(AutoModelForCausalLM.from_pretrained(folder))) as server:
         assert main(["generate", str(folder), "0 1 2", *greedy, "--base-url", server.url]) == 0
     assert capsys.readouterr().out == printed
@@ -432,8 +435,7 @@ def test_probe(folder, capsys):
         with serving(TinyServer(chat=chat, tokenizer=tokenizer)) as server:
             assert main(["probe", str(folder), "--base-url", server.url, "--budgets", "4,8"]) == code
         printed = capsys.readouterr().out
-        assert ("keeps to thinking budgets" in printed) == (code == 0)
-        assert ("ignores thinking budgets" in printed) == (code == FAILED)
+        assert (printed.count("enforced"), printed.count("ignored")) == ((2, 0) if code == 0 else (0, 2))
 
 
 def test_serve_command(folder, capsys):
@@ -471,9 +473,9 @@ def own_reward(tmp_path, body: str) -> str:
     [
         ("sys.exit(0)", "sys.exit"),
         ("return dict.fromkeys(range(len(prompts)), 1.0)", "dict"),
-        ("return [1.0] * (len(prompts) - 1)", "rewards for"),
-        ("return [float('nan')] * len(prompts)", "nan in row 0"),
-        ("return [None] * len(prompts)", "without a number"),
+        ("return [1.0] * (len(prompts) - 1)", " rewards "),
+        ("return [float('nan')] * len(prompts)", "nan"),
+        ("return [None] * len(prompts)", "--reward"),
     ],
 )
 def test_rewards_that_fail(folder, tmp_path, capsys, body, message):

@@ -1,5 +1,7 @@
 """Problems from benchmarks, the Hub and files, and what is said when there are none."""
 
+import re
+
 import pytest
 from datasets import Dataset
 
@@ -36,10 +38,10 @@ def test_names_columns_and_limits(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("aime42", r"no data set 'aime42'\. Did you mean .*aime24.* Known are aime24, aime25, amc"),
-        ("math-5000", "Did you mean math500"),
-        ("nothing_like_it", r"no data set 'nothing_like_it'\. Known are"),
-        ("missing/mine.jsonl", "There is no file missing/mine.jsonl"),
+        ("aime42", r"'aime42'.*\baime24\b.*\baime24, aime25, amc"),  # near names first, then all
+        ("math-5000", r"\bmath500\b.*\bmath500\b"),
+        ("nothing_like_it", "'nothing_like_it'.*aime24, aime25, amc"),
+        ("missing/mine.jsonl", "missing/mine.jsonl"),
     ],
 )
 def test_what_there_is_not(source, message):
@@ -49,17 +51,17 @@ def test_what_there_is_not(source, message):
 
 def test_a_file_with_a_near_name(tmp_path):
     write(tmp_path / "problems.jsonl")
-    with pytest.raises(ValueError, match="Did you mean .*problems.jsonl"):
+    with pytest.raises(ValueError, match="problem.jsonl.*problems.jsonl"):
         load_problems(str(tmp_path / "problem.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("rows", "arguments", "message"),
     [
-        (ROWS, {"answer_column": "answers"}, r"no column 'answers' for the answers.*mean answer\?.*`answer_column`"),
-        ([{"text": "?", "answer": "1"}], {}, "no column 'problem' or 'question' or 'prompt'.* are 'text', 'answer'"),
-        ([*ROWS, {"problem": "?", "answer": None}], {}, "Row 2: column 'answer' holds None.*`on_bad_gold`"),
-        ([*ROWS, {"problem": "", "answer": "1"}], {}, "row 2: column 'problem' holds ''"),
+        (ROWS, {"answer_column": "answers"}, r"'answers'.*\banswer\b.*`answer_column`"),
+        ([{"text": "?", "answer": "1"}], {}, "'problem'.*'question'.*'prompt'.*'text', 'answer'"),
+        ([*ROWS, {"problem": "?", "answer": None}], {}, "[Rr]ow 2.*'answer'.*None.*`on_bad_gold`"),
+        ([*ROWS, {"problem": "", "answer": "1"}], {}, "[Rr]ow 2.*'problem'.*''"),
     ],
 )  # fmt: skip
 def test_bad_rows_and_columns(tmp_path, rows, arguments, message):
@@ -70,7 +72,7 @@ def test_bad_rows_and_columns(tmp_path, rows, arguments, message):
 def test_bad_answers_can_be_left_out(tmp_path, caplog):
     path = write(tmp_path / "mine.jsonl", [*ROWS, {"problem": "?", "answer": None}])
     assert len(load_problems(path, on_bad_gold="skip").questions) == 2
-    assert "Left out 1 of 3 rows" in caplog.text
+    assert re.search(r"\b1 of 3\b.*mine.jsonl", caplog.text)
 
 
 def test_a_damaged_file(tmp_path):

@@ -1,6 +1,7 @@
 """The config beside a model: written by the trainer, read by everything that uses the model."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,7 @@ def test_it_is_read_from_beside_the_model(tmp_path, caplog):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert find_config(model, tokenizer).markers == trainer.markers
     assert not caplog.records
-    with pytest.raises(ValueError, match="by which markers and bridges it was trained: remove answer_bridge"):
+    with pytest.raises(ValueError, match="anytime_config.json.*answer_bridge"):
         AnytimeConfig.from_pretrained(str(tmp_path), tokenizer, answer_bridge="so")
 
 
@@ -48,7 +49,8 @@ def test_a_model_without_a_file_gets_detected_defaults_with_a_notice(tmp_path, c
     tokenizer = make_tokenizer(extra_words=(*bridges.split(), "**Final", "Answer**"))
     tokenizer.save_pretrained(tmp_path)
     config = AnytimeConfig.from_pretrained(str(tmp_path), AutoTokenizer.from_pretrained(tmp_path))
-    assert "has no anytime_config.json" in caplog.text and "Considering the limited time" in caplog.text
+    assert "anytime_config.json" in caplog.text and repr(config.markers.truncation_bridge) in caplog.text
+    assert "Considering the limited time" in config.markers.truncation_bridge
     assert config.markers.answer_bridge == "\n\n**Final Answer**\n"
     assert (config.budgets, config.max_summary_length) == ([2000, 4000, 6000, 8000], 118)
 
@@ -59,7 +61,7 @@ def test_a_model_without_thinking_markers_is_refused(tmp_path):
     plain = PreTrainedTokenizerFast(
         tokenizer_object=words.from_str(words.to_str().replace("think>", "other>")), eos_token="<|im_end|>"
     )
-    with pytest.raises(ValueError, match="'</think>'.*`think_end`"):
+    with pytest.raises(ValueError, match="`?think_end"):
         AnytimeConfig.from_pretrained(str(tmp_path), plain)
 
 
@@ -70,7 +72,7 @@ def test_another_tokenizer_is_refused(tmp_path):
     vocabulary = changed_over["model"]["vocab"]
     vocabulary["answer"], vocabulary["so"] = vocabulary["so"], vocabulary["answer"]
     other = PreTrainedTokenizerFast(tokenizer_object=words.from_str(json.dumps(changed_over)), eos_token="<|im_end|>")
-    with pytest.raises(ValueError, match=r"another tokenizer: .*answer_bridge 'answer' is \[8\] in the file.*\[9\]"):
+    with pytest.raises(ValueError, match=r"answer_bridge 'answer'.*\[8\].*\[9\]"):
         AnytimeConfig.from_pretrained(tmp_path, other)
 
 
@@ -78,8 +80,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     ("damage", "message"),
     [
         (lambda values: values.pop("markers"), "`markers`"),
-        (lambda values: values.update(format=99), "format 99.*upgrade"),
-        (lambda values: values.update(budgets=[4, 4]), "strictly increasing"),
+        (lambda values: values.update(format=99), "format 99.*trl-anytime"),
+        (lambda values: values.update(budgets=[4, 4]), r"`budgets`.*\[4, 4\]"),
         (lambda values: values["sampling"].update(temperature=-1), "`sampling.temperature`.*-1"),
     ],
 )
@@ -93,9 +95,9 @@ def test_a_damaged_file_says_what_is_wrong(tmp_path, damage, message):
 
 
 def test_a_folder_without_it_and_a_name_that_is_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no anytime_config.json in"):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"anytime_config.json in {tmp_path}")):
         AnytimeConfig.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="neither a folder nor a model on the Hub"):
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "missing"))):
         AnytimeConfig.from_pretrained(tmp_path / "missing")
 
 
@@ -107,6 +109,6 @@ def test_budgets_beyond_the_context(tmp_path):
     config = tiny_trainer(tmp_path)._anytime_config()
     # A prompt of 10, bridges of 2 + 1, a summary of 4: 17 besides the thinking
     config.check_context(10, 83, 100, "the model's")
-    with pytest.raises(ValueError, match="budget of 84 .* beyond the model's context of 100.*that fits is 83"):
+    with pytest.raises(ValueError, match=r"\b84\b.*\b100\b.*\b83\b"):
         config.check_context(10, 84, 100, "the model's")
     replace(config, max_summary_length=3).check_context(10, 84, 100, "the model's")

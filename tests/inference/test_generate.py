@@ -85,9 +85,9 @@ def test_a_model_without_tree_attention(model, tokenizer, config, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": "1 2"}, "pass a list of prompts"),
-        ({"budgets": [250]}, r"beyond the model's context of 256.*largest budget that fits is \d+"),
-        ({"budgets": [4, 4]}, "strictly increasing"),
+        ({"prompts": "1 2"}, "`prompts`"),
+        ({"budgets": [250]}, r"\b250\b.*\b256\b.*\b2\d\d\b"),  # the context, and the largest budget that fits
+        ({"budgets": [4, 4]}, r"`budgets`.*\[4, 4\]"),
     ],
 )
 def test_bad_arguments(model, tokenizer, config, arguments, message):

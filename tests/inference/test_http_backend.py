@@ -1,5 +1,7 @@
 """A server as a backend: the same answers as the model, whatever goes wrong on the way, or an error."""
 
+import re
+
 import pytest
 
 from tests.support.anytime import GREEDY, PROMPTS
@@ -50,20 +52,20 @@ def test_a_fault_is_never_a_shorter_result(model, tokenizer, config, fault):
 def test_patience_ends(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault] * 100)) as server:
         client = make_client(server, timeout=0.3, patience=0.4)
-        with pytest.raises(ConnectionError, match=r"/v1/\S+ .* 0\.4 seconds"):
+        with pytest.raises(ConnectionError, match=rf"{server.url}.*\b0\.4 s"):
             anytime_generate(client, tokenizer, PROMPTS[:1], config=config)
 
 
 def test_retry_after_is_kept(model, tokenizer, config, caplog):
     with serving(TinyServer(model, ["rate_limited"])) as server:
         anytime_generate(make_client(server), tokenizer, PROMPTS[:1], config=config)
-    assert "next attempt in 0.2 seconds: 429 too fast" in caplog.text
+    assert re.search(r"\b0\.2 s.*429 too fast", caplog.text)
 
 
 def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, config):
     for fault, message in (
-        ("refuses", r"refused the request \(400\): thinking budgets are not configured"),
-        ("keeps_its_ids", "serve-command.*`return_token_ids`"),
+        ("refuses", r"\(400\).*thinking budgets are not configured"),
+        ("keeps_its_ids", "serve-command"),
     ):
         with serving(TinyServer(model, [fault])) as server:
             with pytest.raises(ValueError, match=message):
@@ -74,17 +76,17 @@ def test_what_cannot_succeed_is_not_tried_again(model, tokenizer, config):
 def test_nobody_there(model):
     with serving(TinyServer(model)) as server:
         url = server.url
-    with pytest.raises(ConnectionError, match="0 seconds.*Refused"):
+    with pytest.raises(ConnectionError, match=rf"{url}.*\b0 s.*Refused"):
         CompletionClient(url, patience=0.0)
-    with pytest.raises(ValueError, match="begins with http"):
+    with pytest.raises(ValueError, match="'localhost:8000'"):
         CompletionClient("localhost:8000")
 
 
 def test_names_and_contexts(model, tokenizer, config):
     with serving(TinyServer(model, max_model_len=20)) as server:
-        with pytest.raises(ValueError, match="'other'.* tiny"):
+        with pytest.raises(ValueError, match="'other'.*tiny"):
             CompletionClient(server.url, "other")
-        with pytest.raises(ValueError, match="context of 20 tokens"):
+        with pytest.raises(ValueError, match=r"\b20 tokens"):
             anytime_generate(CompletionClient(f"{server.url}/v1/"), tokenizer, PROMPTS, config=config)
 
 
@@ -105,5 +107,5 @@ def test_streaming(model, tokenizer, config, capsys):
 def test_a_stream_that_breaks_off_is_an_error(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault])) as server:
         sample = streaming_sampler(make_client(server), tokenizer, GREEDY)
-        with pytest.raises((ConnectionError, ValueError), match="broke off|refused the request"):
+        with pytest.raises((ConnectionError, ValueError), match=server.url):
             stream_answers(sample, tokenizer, config, PROMPTS[0], 256)

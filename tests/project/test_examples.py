@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3
 
 import trl_anytime
 from tests.support import DATA, ROOT
+from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import byte_tokenizer, make_tokenizer
 from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
 from trl_anytime.rewards import MathReward
@@ -190,8 +191,8 @@ def test_quickstart_in_short(tmp_path):
     assert results["seconds"] > 0
     assert (tmp_path / "curves.png").stat().st_size > 0
     card = ModelCard.load(tmp_path / "model" / "README.md")
-    assert "| before training | after step 25 |" in card.text
-    assert f"| 10 | {before[10]:.3f} | {after[10]:.3f} |" in card.text
+    ((steps, rows),) = curve_tables(card)
+    assert steps == [[], [25]] and rows[10] == [f"{before[10]:.3f}", f"{after[10]:.3f}"]
     assert [result.metric_type for result in card.data.eval_results] == ["accuracy"] * len(before)
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert f"{after[10]:.3f}" in run.stdout
@@ -356,8 +357,8 @@ def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
     results = json.loads((tmp_path / "model" / "eval_results.json").read_text())
     assert {"eval_anytime/reward@4", "eval_anytime/reward@16", "eval_anytime/auc"} <= results.keys()
     card = ModelCard.load(tmp_path / "model" / "README.md")
-    assert "A LoRA adapter for a local qwen3 model" in card.text and "## Accuracy against" in card.text
-    assert "on held\\_out.jsonl (" in card.text and "| before training | after step 2 |" in card.text
+    assert "LoRA" in card.text and "qwen3" in card.text and metrics_of_headings(card) == {"accuracy"}
+    assert "held\\_out.jsonl (4 " in card.text and [steps for steps, _ in curve_tables(card)] == [[[], [2]]]
     assert str(tmp_path) not in card.content and tiny_model not in card.content
 
 

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from tests.support import ROOT
+from tests.support.cards import curve_tables
 from tests.support.fake_hub import USER, fake_hub
 from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.reporting.model_card import BUDGET_PICTURE, CARD, TRAINING_PICTURE
@@ -73,7 +74,7 @@ def test_the_last_card(pushed):
     assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
     assert {"brpo", "trl", "anytime-reasoning", "a tag"} <= set(data["tags"])
     assert f'model_id = "{USER}/tiny"' in card.text and f"vllm serve {USER}/tiny " in card.text
-    assert "| before training | after step 2 |" in card.text
+    assert [steps for steps, _ in curve_tables(card)] == [[[], [2]]]
 
     log = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "eval_anytime/reward@2" in entry] == [0]  # that before is kept

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import ROOT
+from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import graded_trainer, make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import AnytimeConfig
 from trl_anytime.inference.serving import deployment
@@ -187,11 +188,11 @@ def make_facts(**changes):
 
 def test_card_before_and_after():
     card = build_card(make_facts(), [BUDGET_PICTURE, TRAINING_PICTURE])
-    assert "## Accuracy against thinking budget" in card.text
-    assert "| thinking budget (tokens) | before training | after step 4 |" in card.text
-    assert "| 2 | 0.100 | 0.700 |\n| 4 | 0.200 | 0.800 |\n| 6 | 0.300 | 0.900 |" in card.text
-    assert "[owner/bench](https://huggingface.co/datasets/owner/bench) (30 problems, 1 thinking each)" in card.text
-    assert "A fine-tuned version of [owner/base](https://huggingface.co/owner/base)" in card.text
+    assert metrics_of_headings(card) == {"accuracy"}
+    rows = {2: ["0.100", "0.700"], 4: ["0.200", "0.800"], 6: ["0.300", "0.900"]}
+    assert curve_tables(card) == [([[], [4]], rows)]  # before training, and after step 4
+    assert "[owner/bench](https://huggingface.co/datasets/owner/bench) (30 " in card.text
+    assert "[owner/base](https://huggingface.co/owner/base)" in card.text
     assert "huggingface.co/papers/2505.13438" in card.text and "BRPO" in card.text
     assert f"]({BUDGET_PICTURE})" in card.text and f"]({TRAINING_PICTURE})" in card.text
     assert "max_new_tokens" not in card.text and "None" not in card.text
@@ -217,7 +218,7 @@ def test_eval_result_files():
     files = eval_result_files(make_facts())
     assert list(files) == [f".eval_results/anytime_owner-bench_{budget}.yaml" for budget in (2, 4, 6)]
     assert [entries[0].value for entries in files.values()] == [70.0, 80.0, 90.0]
-    assert all("thinking budget of " in entries[0].notes for entries in files.values())
+    assert [re.findall(r"\d+", entries[0].notes)[0] for entries in files.values()] == ["2", "4", "6"]
     assert eval_result_files(make_facts(metric="mean_reward")) == {}  # a reward is no result of a benchmark
     assert eval_result_files(make_facts(eval_datasets={"": DataSet("problems.jsonl")})) == {}
 
@@ -225,29 +226,31 @@ def test_eval_result_files():
 def test_an_evaluation_of_earlier_weights():
     """It is shown and said; what claims to be a result of these weights is left out."""
     card = build_card(make_facts(step=3))
-    assert "| before training | after step 2 |" in card.text
-    assert "The last evaluation was after step 2; the weights here are those of step 3." in card.text
+    ((steps, _),) = curve_tables(card)
+    assert steps == [[], [2]]
+    assert re.search(r"\bstep 2\b.*\bstep 3\b", card.text)
+    assert not re.search(r"\bstep 3\b", build_card(make_facts()).text)
     assert not card.data.eval_results and eval_result_files(make_facts(step=3)) == {}
 
 
 def test_a_single_evaluation():
     card = build_card(make_facts(log_history=LOG[:1], step=0))
-    assert "| thinking budget (tokens) | before training |\n" in card.text and len(card.data.eval_results) == 3
+    assert [steps for steps, _ in curve_tables(card)] == [[[]]] and len(card.data.eval_results) == 3
     card = build_card(make_facts(log_history=LOG[3:4], step=2))
-    assert "| thinking budget (tokens) | after step 2 |\n" in card.text
+    assert [steps for steps, _ in curve_tables(card)] == [[[2]]]
 
 
 def test_no_evaluation():
     logs = [log for log in LOG if "loss" in log]
     card = build_card(make_facts(log_history=logs), [BUDGET_PICTURE])
-    assert "There was no evaluation. These are mean rewards of the samples" in card.text
-    assert "## Mean reward against thinking budget" in card.text and "## Accuracy" not in card.text
-    assert "| thinking budget (tokens) | steps 1 to 2 | steps 3 to 4 |" in card.text
-    assert "| 6 | 0.400 | 1.000 |" in card.text
+    assert metrics_of_headings(card) == {"mean reward"}
+    ((steps, rows),) = curve_tables(card)
+    assert steps == [[1, 2], [3, 4]] and rows[6] == ["0.400", "1.000"]
     assert not card.data.eval_results and "model-index" not in card.content
 
     untrained = build_card(make_facts(log_history=[], step=0))
-    assert "against thinking budget" not in untrained.text and "## Use at any" in untrained.text
+    assert metrics_of_headings(untrained) == set() and curve_tables(untrained) == []
+    assert "anytime_generate" in untrained.text
 
 
 def test_several_evaluation_sets(tmp_path):
@@ -260,8 +263,9 @@ def test_several_evaluation_sets(tmp_path):
     facts = make_facts(log_history=log, eval_datasets=sets)
     write_card(facts, tmp_path)
     card = ModelCard.load(tmp_path / CARD)
-    assert card.text.count("| thinking budget (tokens) |") == 2
-    assert "| 2 | 0.000 | 0.400 |\n| 4 | 0.000 | 0.800 |\n\n" in card.text  # of b, which has no value at 6
+    (_, rows_of_a), (_, rows_of_b) = curve_tables(card)
+    assert rows_of_a.keys() == {2, 4, 6}
+    assert rows_of_b == {2: ["0.000", "0.400"], 4: ["0.000", "0.800"]}  # no value at 6
     assert [(r.dataset_name, r.metric_args["thinking_budget"]) for r in card.data.eval_results] == [
         *[("a", budget) for budget in (2, 4, 6)],
         *[("owner/b", budget) for budget in (2, 4)],
@@ -279,7 +283,9 @@ def test_a_dollar_is_no_formula_in_a_picture(tmp_path):
 
 def test_ungraded_answers_are_mentioned():
     log = [evaluation(4, 0.7, 0.8, 0.9, **{"eval_anytime/unscored_ratio": 0.125})]
-    assert "12.5% of the answers could not be graded" in build_card(make_facts(log_history=log)).text
+    assert "12.5%" in build_card(make_facts(log_history=log)).text
+    graded = [evaluation(4, 0.7, 0.8, 0.9, **{"eval_anytime/unscored_ratio": 0.0})]
+    assert "%" not in build_card(make_facts(log_history=graded)).text
 
 
 def structure(card):
@@ -444,10 +450,10 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"card_base_model": "./models/base"}, "`card_base_model`.*'./models/base'"),
+        ({"card_base_model": "./models/base"}, r"`card_base_model`.*'\./models/base'"),
         ({"card_base_model": "/models/base"}, "`card_base_model`.*'/models/base'"),
-        ({"card_base_model": "a/b/c"}, "got 'a/b/c'"),
-        ({"card_metric": "f1"}, "`card_metric` must be one of"),
+        ({"card_base_model": "a/b/c"}, "`card_base_model`.*'a/b/c'"),
+        ({"card_metric": "f1"}, "`card_metric`.*accuracy.*mean_reward.*'f1'"),
     ],
 )
 def test_bad_settings(tmp_path, settings, message):
@@ -485,8 +491,8 @@ def test_card_of_a_checkpoint(trained):
     trainer, folder = trained
     card = ModelCard.load(folder / CARD)
     assert card.content == ModelCard.load(Path(trainer.args.output_dir) / CARD).content
-    assert card.data["base_model"] == "tiny/base" and "| before training | after step 1 |" in card.text
-    assert "## Accuracy against" in card.text and str(folder.parent.parent) not in card.content
+    assert card.data["base_model"] == "tiny/base" and [steps for steps, _ in curve_tables(card)] == [[[], [1]]]
+    assert metrics_of_headings(card) == {"accuracy"} and str(folder.parent.parent) not in card.content
     assert {result.metric_type for result in card.data.eval_results} == {"accuracy"}
     logs = [log for log in trainer.state.log_history if "eval_anytime/reward@2" in log]
     assert [log["step"] for log in logs] == [0, 1]
@@ -496,7 +502,8 @@ def test_card_of_a_checkpoint(trained):
     assert {CARD, BUDGET_PICTURE, TRAINING_PICTURE} <= set(whole)
     is_lora = "adapter_config.json" in whole
     assert card.data.library_name == ("peft" if is_lora else "transformers")
-    assert ("A LoRA adapter for [tiny/base]" in card.text) == is_lora and ("lora" in card.data.tags) == is_lora
+    introduction = card.text.split("[tiny/base]")[0]
+    assert ("LoRA" in introduction) == is_lora and ("lora" in card.data.tags) == is_lora
 
 
 def blocks(card, language):
@@ -552,7 +559,7 @@ def test_a_local_model_without_a_name(tmp_path):
     trainer.create_model_card(dataset_name="owner/problems", tags="mine")
     card = ModelCard.load(tmp_path / "out" / CARD)
     assert card.data.base_model is None and str(tmp_path) not in card.content and "None" not in card.text
-    assert "A qwen3 model, trained on [owner/problems]" in card.text and card.data.datasets == ["owner/problems"]
+    assert "qwen3" in card.text.split("[owner/problems]")[0] and card.data.datasets == ["owner/problems"]
     assert card.data.model_name == "out" and "mine" in card.data.tags
     assert "parity\\_reward (1)" in card.text
 
@@ -565,7 +572,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_one_name_for_several_sets_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`card_eval_dataset` names one set"):
+    with pytest.raises(ValueError, match="`card_eval_dataset`"):
         graded_trainer(tmp_path, eval_dataset={"a": make_dataset(2)}, card_eval_dataset="owner/bench")
 
 
@@ -608,8 +615,8 @@ def test_streams_and_several_sets(tmp_path):
     trainer.create_model_card()
     assert len(opened) == before  # a stream may be far away
     card = ModelCard.load(tmp_path / CARD)
-    assert "| problems | a stream |" in card.text and "trained on unnamed data" in card.text
-    assert "Mean reward on one (2 problems" in card.text and "Mean reward on two (3 problems" in card.text
+    assert "| problems | a stream |" in card.text and card.data.datasets is None
+    assert re.search(r"\bone \(2\b", card.text) and re.search(r"\btwo \(3\b", card.text)
     assert {(r.dataset_name, r.metric_type) for r in card.data.eval_results} == {
         ("one", "mean_reward"),
         ("two", "mean_reward"),
@@ -653,6 +660,6 @@ def test_the_best_checkpoint(tmp_path):
     best = trainer.state.best_global_step
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / CARD)
-    assert f"The weights after step {best} of 2." in card.text
+    assert re.search(rf"\bstep {best} of 2\b", card.text)
     logged = {log["step"]: log for log in trainer.state.log_history if "eval_anytime/reward@2" in log}
     assert card.data.eval_results[0].metric_value == round(logged[best]["eval_anytime/reward@2"], 4)

@@ -122,7 +122,7 @@ def test_what_is_no_gold(value):
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match="2 answers but 1 gold"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
         grade_answers(["1", "2"], ["1"])
 
 

@@ -243,7 +243,7 @@ def test_the_nested_answers_of_verl(tmp_path, as_json, suffix):
     completions = [r"\boxed{0}", r"\boxed{2}", r"\boxed{5}"]
     reward = MathReward(end_of_thinking=None)
     assert reward([""] * 3, completions, reward_model=list(data["reward_model"])) == [1.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match="Row 0.*'reward_model.truth' holds None"):
+    with pytest.raises(ValueError, match="[Rr]ow 0.*'reward_model.truth'.*None"):
         load_problems(path, answer_column="reward_model.truth")
 
 

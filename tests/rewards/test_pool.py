@@ -220,7 +220,7 @@ def test_a_signal_to_all_processes_while_workers_start(signum):
 
 def test_a_pool_that_cannot_start_raises(monkeypatch):
     monkeypatch.setattr(pool, "_WORKER_MODULE", "trl_anytime.rewards.verifier.no_such_module")
-    with pytest.raises(RuntimeError, match="keep failing.*ended with code 1 while starting"):
+    with pytest.raises(RuntimeError, match=r"\bcode 1\b"):
         WorkerPool(SETTINGS).grade(ORDINARY)
 
 
@@ -230,7 +230,7 @@ def test_a_pool_that_fails_its_self_test_raises(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(pool, "_WORKER_MODULE", "wrong_worker")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RuntimeError, match="failed its self-test.*equal.*equal"):
+    with pytest.raises(RuntimeError, match="equal.*equal"):
         WorkerPool(SETTINGS).grade(ORDINARY)
 
 

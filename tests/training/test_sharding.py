@@ -1,5 +1,7 @@
 """FSDP2 on two ranks of a CPU, and the configurations of `accelerate launch` that cannot be run there."""
 
+import re
+
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -41,7 +43,7 @@ def test_a_sharded_model_is_measured(ranks, tmp_path):
     ended = ranks.run("sharded", tmp_path, wrong_attention=True, save_strategy="no", **SETTINGS)
     for rank in ended:
         assert rank.code == 1
-        assert "cannot train on packed rollouts: on a small example its log-probabilities differ by" in rank.output
+        assert re.search(r"packed rollouts.*log-probabilities.*\d", rank.output)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

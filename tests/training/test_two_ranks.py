@@ -1,5 +1,7 @@
 """Two processes with gloo: the same as one, groups that are split across ranks, uneven data, rewards that fail."""
 
+import re
+
 import pytest
 
 # 4 rollouts per rank and groups of 8: each group is split across both ranks
@@ -23,14 +25,14 @@ def test_both_ranks_end_with_the_same_model(ranks, tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("short", "`reward` failed: ValueError: it returned 23 rewards for 24 completions"),
-        ("nan", "`reward` failed: ValueError: it returned nan in row 3, for the prompt"),
-        ("raises", "`reward` failed: KeyError: 'no such column'"),
+        ("short", r"`reward`.*ValueError.*\b23\b.*\b24\b"),
+        ("nan", r"`reward`.*ValueError.*\bnan\b.*\b3\b"),
+        ("raises", "`reward`.*KeyError: 'no such column'"),
     ],
 )
 def test_a_reward_that_fails_on_one_rank_is_an_error_on_both(ranks, tmp_path, kind, message):
     for rank in ranks.run("rewards_on_rank_1", tmp_path, kind=kind, **SPLIT):
-        assert message in rank.result["error"], rank.output
+        assert re.search(message, rank.result["error"]), rank.output
 
 
 # Means over micro-batches, which are dealt out by length on each rank: the same only if there is one per step

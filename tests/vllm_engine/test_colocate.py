@@ -245,7 +245,7 @@ def test_both_phases_run_between_one_wake_and_one_sleep(vllm, monkeypatch):
     # An error does not leave it awake
     calls.clear()
     monkeypatch.setattr(llm.llm_engine, "step", fail_after(3, step))
-    with pytest.raises(RuntimeError, match="in step 4 of a generation batch"):
+    with pytest.raises(RuntimeError, match=r"\bstep 4\b"):
         generation.roll_out(PROMPTS, make_settings())
     assert calls == ["wake ['weights']", "loaded", "wake ['kv_cache']", "sleep 2"]
     assert not llm.llm_engine.has_unfinished_requests()
@@ -276,7 +276,7 @@ def test_an_engine_that_dies_in_mid_phase(trainer, vllm, monkeypatch, phase):
         steps = 10 if phase == "thinking" else generation.num_steps - 2
         with monkeypatch.context() as patch:
             patch.setattr(executor, "execute_model", fail_after(steps, executor.execute_model))
-            with pytest.raises(RuntimeError, match="The vLLM engine failed in step .* RuntimeError: device lost"):
+            with pytest.raises(RuntimeError, match=r"\bstep \d+.*RuntimeError: device lost"):
                 generation.roll_out(PROMPTS, settings)
         assert generation.times.seconds.keys() == {"thinking", phase}
         # Nothing of it is left in the engine: what follows is as if it had not been
@@ -293,7 +293,7 @@ def test_an_engine_without_room(vllm):
     try:
         with (
             sampling(vllm, ignore_eos=True, logit_bias={0: -100.0}),
-            pytest.raises(RuntimeError, match=r"sampled nothing in 1000 steps.*Raise `vllm_gpu_memory_utilization`"),
+            pytest.raises(RuntimeError, match=r"\b1000\b.*`vllm_gpu_memory_utilization`"),
         ):
             ColocateGeneration(vllm).roll_out(PROMPTS[:1], make_settings(think_end=(0,), eos=()))
     finally:
@@ -305,12 +305,10 @@ def test_a_prompt_longer_than_the_engines_context(trainer, vllm):
     assert trainer._engine_context == 512
     trainer._check_context([[4] * 400])
     # 9 thinking tokens, a bridge of 2 + 1, 4 of the summary
-    with pytest.raises(
-        ValueError, match=r"make 513 tokens, more than vLLM's context of 512\. Raise `vllm_max_model_l"
-    ):
+    with pytest.raises(ValueError, match=r"\b513\b.*\b512\b.*`vllm_max_model_length`"):
         trainer._check_context([[4] * 10, [4] * 497])
     # The backend by itself: 393 + 120 tokens. vLLM would break off a trace that no longer fits.
-    with pytest.raises(ValueError, match=r"393 tokens and 120 new .* 512\. Raise `vllm_max_model_length`"):
+    with pytest.raises(ValueError, match=r"\b393\b.*\b120\b.*\b512\b.*`vllm_max_model_length`"):
         ColocateGeneration(vllm).roll_out([[4] * 10, [4] * 393], make_settings())
     assert not vllm.llm.llm_engine.has_unfinished_requests()
 
@@ -324,5 +322,5 @@ def test_a_model_that_needs_more_room_than_the_engine_has(tmp_path):
 
 def test_an_engine_without_a_prefix_cache(vllm, monkeypatch):
     monkeypatch.setattr(vllm.llm.llm_engine.vllm_config.cache_config, "enable_prefix_caching", False)
-    with pytest.raises(ValueError, match="without a prefix cache"):
+    with pytest.raises(ValueError, match="prefix"):
         ColocateGeneration(vllm)

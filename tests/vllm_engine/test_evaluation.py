@@ -238,16 +238,16 @@ def question(model, tokenizer, config):
 def test_probe_of_a_server_that_keeps_to_budgets(server, folder, question, capsys):
     assert ask(folder, server, question) == 0
     printed = capsys.readouterr().out
-    assert printed.count("enforced") >= 2 and "keeps to thinking budgets" in printed
+    assert printed.count("enforced") >= 2 and "ignored" not in printed
 
 
 def test_probe_of_a_server_that_ignores_budgets(server, folder, capsys):
     """vLLM takes requests with fields of other servers, and does nothing about them."""
     assert ask(folder, server, "1 2", "--budget-field", "custom_params.thinking_budget") == FAILED
-    assert "The server ignores thinking budgets" in capsys.readouterr().out
+    assert "ignored" in capsys.readouterr().out
 
 
 def test_probe_of_a_server_with_other_bridges(server, folder, capsys):
     """vLLM's own budgets, which a reasoning parser brings with it: they close a trace by the bare marker."""
     assert ask(folder, server, "1 2", "--budget-field", "thinking_token_budget") == FAILED
-    assert "closed without 'so </think>'" in capsys.readouterr().out
+    assert "'so </think>'" in capsys.readouterr().out

@@ -5,6 +5,7 @@ The only thing left out is the transfer of weights, which needs NCCL and so a GP
 """
 
 import json
+import re
 
 import pytest
 
@@ -64,16 +65,17 @@ def test_training(ranks):
 
 def test_a_server_that_is_not_there_is_an_error_on_every_rank(ranks):
     for rank in ranks:
-        assert "ConnectionError: The vLLM server at http://127.0.0.1:9 did not answer" in rank["unreachable"]["error"]
+        assert re.search("ConnectionError: .*http://127.0.0.1:9", rank["unreachable"]["error"])
         assert rank["unreachable"]["seconds"] < 30
 
 
 def test_a_context_too_short_is_an_error_on_every_rank(ranks):
     for rank in ranks:
-        assert "vLLM's context of 128. Restart the vLLM server" in rank["too long"]["error"]
+        assert re.search(r"\b128\b.*`--max-model-len`", rank["too long"]["error"])
 
 
 def test_a_server_that_dies_in_mid_phase_is_an_error_on_every_rank(ranks):
     for rank in ranks:
-        assert rank["killed"]["error"].startswith("RuntimeError: The vLLM server failed: ConnectionError")
+        assert rank["killed"]["error"].startswith("RuntimeError: ")
+        assert "ConnectionError" in rank["killed"]["error"]
         assert rank["killed"]["seconds"] < 60

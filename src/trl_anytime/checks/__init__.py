@@ -1,1 +1,1 @@
-"""Whether a training run makes sense: checked by `trl-anytime doctor` before it, and by the trainer when it starts."""
+"""Checks of a training run. `trl-anytime doctor` makes them beforehand, and the trainer when it starts."""

@@ -1,4 +1,4 @@
-"""What a trainer is made with: arguments, columns of the data, gold answers, parameters, tokens."""
+"""Checks of what a trainer is made with: arguments, columns of the data, gold answers, parameters, tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -26,32 +26,33 @@ _REWARD_ARGUMENTS = (
 
 def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
     """
-    Refuse what the trainer cannot work with, by name.
+    Refuse arguments that the trainer cannot work with.
 
     Raises:
-        `ValueError`: With what to pass or to remove instead.
+        `ValueError`: Names the argument, and what to pass instead.
     """
     if not isinstance(args, BRPOConfig):
         if isinstance(args, GRPOConfig):
-            raise ValueError("`args` is a `GRPOConfig`: use `trl_anytime.BRPOConfig`, which takes the same settings.")
+            raise ValueError("`args` is a `GRPOConfig`. Use `trl_anytime.BRPOConfig`, which takes the same settings.")
         raise ValueError(
-            f"The second argument is `args`, a `BRPOConfig`, got {type(args).__name__}. Reward functions are passed "
+            f"The second argument must be `args`, a `BRPOConfig`, got {type(args).__name__}. Pass reward functions "
             "by keyword: `BRPOTrainer(model, args, train_dataset, reward_funcs=...)`."
         )
     for name in ("tools", "rollout_func", "environment_factory"):
         if kwargs.get(name):
-            raise ValueError(f"`{name}` is not supported: BRPO has its own rollout, a single thinking that is cut.")
+            raise ValueError(f"`{name}` is not supported, because BRPO has its own rollout. Remove it.")
     if args.card_eval_dataset is not None and isinstance(kwargs.get("eval_dataset"), dict):
         raise ValueError(
-            "`card_eval_dataset` names one set, and `eval_dataset` holds several, by names of their own: remove it."
+            "`card_eval_dataset` names one evaluation set, but `eval_dataset` has several with their own names. "
+            "Remove `card_eval_dataset`."
         )
     if getattr(kwargs.get("peft_config"), "is_prompt_learning", False):
         raise ValueError(
-            "Prompt learning (prefix, prompt and p-tuning) is not supported: its virtual tokens are not part of the "
-            "packed rows. Use LoRA."
+            "Prompt learning (prefix, prompt and p-tuning) is not supported, because packed rows cannot hold its "
+            "virtual tokens. Use LoRA in `peft_config`."
         )
     if train_dataset is None:
-        raise ValueError("`train_dataset` is required.")
+        raise ValueError("`train_dataset` is missing. Pass a `datasets.Dataset` or an `IterableDataset`.")
     check_dataset("train_dataset", train_dataset)
     eval_dataset = kwargs.get("eval_dataset")
     if isinstance(eval_dataset, dict):
@@ -63,53 +64,53 @@ def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> No
 
 def check_dataset(name: str, dataset: Any) -> None:
     """
-    Refuse a data set that training or evaluation would fail on, hours later.
+    Refuse a data set on which training or evaluation would fail hours later.
 
     Args:
         name (`str`):
-            What it is called in messages.
+            Name of the data set in messages.
         dataset:
-            The data. Of a stream only the columns are looked at.
+            The data. For a stream, only the columns are checked.
 
     Raises:
-        `ValueError`: With the column or row, and what to do.
+        `ValueError`: Names the column or row, and what to do.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}: pass a `datasets.Dataset`, which `Dataset.from_list` makes of a "
-            "list of rows, or an `IterableDataset`."
+            f"`{name}` is a {type(dataset).__name__}. Pass a `datasets.Dataset` (`Dataset.from_list` makes one from "
+            "a list of rows), or an `IterableDataset`."
         )
     columns = dataset.column_names
     if columns is None:  # a stream that has not been opened
-        columns = list(next(iter(dataset), {"prompt": None}))  # an empty one is found later
+        columns = list(next(iter(dataset), {"prompt": None}))  # an empty stream is refused later
     for column in ("image", "images"):
         if column in columns:
-            raise ValueError(f"`{name}` has a column '{column}': BRPO trains on text. Drop it with `remove_columns`.")
+            raise ValueError(f"`{name}` has a column '{column}', but BRPO needs text. Drop it with `remove_columns`.")
     if "prompt" not in columns:
-        raise ValueError(f"`{name}` needs a column 'prompt', it has {columns}.")
+        raise ValueError(f"`{name}` has no column 'prompt'. It has {columns}. Rename one with `rename_column`.")
     taken = sorted(set(columns) & set(_REWARD_ARGUMENTS))
     if taken:
         raise ValueError(
-            f"`{name}` has columns named {taken}: reward functions get arguments of these names, which are not the "
-            "data's. Rename them with `rename_column`, or drop them."
+            f"`{name}` has columns named {taken}, which are names of other arguments of reward functions. Rename "
+            "them with `rename_column`, or drop them."
         )
     if isinstance(dataset, Dataset):
         if not len(dataset):
-            raise ValueError(f"`{name}` is empty.")
+            raise ValueError(f"`{name}` is empty. Pass at least one row.")
         for row, prompt in enumerate(dataset["prompt"]):
             if not (prompt.strip() if isinstance(prompt, str) else prompt and is_conversational({"prompt": prompt})):
                 raise ValueError(
-                    f"Row {row} of `{name}` has the prompt {prompt!r}: it must be a text or a conversation, and not "
-                    "empty. Mend or drop such rows."
+                    f"Row {row} of `{name}` has the prompt {prompt!r}. A prompt must be a text or a conversation, "
+                    "and not empty. Fix or drop such rows."
                 )
 
 
 def check_trainable(model: PreTrainedModel) -> None:
     """
-    Refuse a model of which nothing would be trained.
+    Refuse a model without trainable parameters.
 
     Raises:
-        `ValueError`: With how to make its parameters trainable.
+        `ValueError`: Says how to make its parameters trainable.
     """
     adapters = set(getattr(model, "peft_config", ()))
     idle = adapters.difference(cast(Any, model).active_adapters) if adapters else adapters
@@ -122,7 +123,7 @@ def check_trainable(model: PreTrainedModel) -> None:
             f"No parameter of the active adapters {sorted(adapters - idle)} is trainable. Load them with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`, or make a trainable one active with `set_adapter`."
         )
-    raise ValueError("No parameter of the model is trainable. Set `requires_grad` on those that should be.")
+    raise ValueError("No parameter of the model is trainable. Set `requires_grad` on those that should be trained.")
 
 
 def check_tokens(
@@ -143,16 +144,16 @@ def check_tokens(
         eos_token_ids (`Sequence[int]`):
             Tokens that end a summary.
         markers ([`ThinkingMarkers`]):
-            What is spliced in.
+            Markers and bridges, which are spliced in.
         prompt_ids (`Sequence[Sequence[int]]`):
             Some prompts.
 
     Raises:
-        `ValueError`: Names what does not fit.
+        `ValueError`: Names the token that does not fit.
     """
     if None in eos_token_ids:
         raise ValueError(
-            "The tokenizer has no end-of-sequence token, so that no summary could end. Set "
+            "The tokenizer has no end-of-sequence token, so a summary could not end. Set "
             "`processing_class.eos_token` to the token that ends the model's answers."
         )
     for name, ids in (
@@ -171,13 +172,13 @@ def check_prompt_tokens(model: PreTrainedModel, prompt_ids: Iterable[Sequence[in
     Refuse prompts without tokens, or with tokens that the model does not have.
 
     Raises:
-        `ValueError`: Says which of both.
+        `ValueError`: Says which of the two is wrong.
     """
     for ids in prompt_ids:
         if not ids:
             raise ValueError(
-                "A prompt has no tokens once it is rendered. Drop empty prompts, or see what the chat template and "
-                "the tokenizer make of them."
+                "A rendered prompt has no tokens. Drop empty prompts, or check what the chat template and the "
+                "tokenizer turn them into."
             )
         _check_embedded(model, ids, "a prompt")
 
@@ -186,13 +187,13 @@ def _check_embedded(model: PreTrainedModel, token_ids: Iterable[Any], name: str)
     size, largest = model.config.get_text_config().vocab_size, max(token_ids)
     if largest >= size:
         raise ValueError(
-            f"The tokenizer does not fit the model: {name} has the token {largest}, and the model has {size} tokens. "
-            "Use the model's own tokenizer, or make room with `model.resize_token_embeddings(len(tokenizer))`."
+            f"The tokenizer does not fit the model: {name} has token {largest}, but the model has only {size} tokens. "
+            "Use the model's own tokenizer, or add embeddings with `model.resize_token_embeddings(len(tokenizer))`."
         )
 
 
 def check_answers(reward: AnswerReward, dataset: Any) -> Any:
-    """Leave bad gold answers out of a data set, or of several by name, see [`~trl_anytime.rewards.AnswerReward`]."""
+    """Check the gold answers of a data set or of several, as [`~trl_anytime.rewards.AnswerReward`] does."""
     if isinstance(dataset, dict):
         return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
     return None if dataset is None else reward.check_dataset(dataset)

@@ -1,4 +1,4 @@
-"""How many prompts, traces, summaries and tokens a run makes of its settings, and how often it steps on them."""
+"""Batch sizes of a run, in prompts, traces, summaries and tokens, and its numbers of optimiser steps."""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from ..outside.tables import aligned
 from ..training.checkpoint import generate_every
 from .finding import ERROR, WARNING, Finding
 
-# Optimiser steps on one generation batch beyond which it is worth a word: twice as many as in the paper's recipes
+# Warn above this number of optimiser steps on one generation batch. The paper's recipes take half as many.
 _MOST_UPDATES = 4
 
 
 def most_tokens(args: BRPOConfig, max_bridge_length: int) -> tuple[int, int]:
     """
-    Tokens after the prompt that one rollout can come to.
+    Return the most tokens that one rollout can have after the prompt.
 
     Returns:
-        `tuple`: packed into one row, b_m + m · A · (bridge + summary); and as separate rows padded to the longest.
+        `tuple`: tokens when packed into one row, b_m + m · A · (bridge + summary), and as separate rows that are
+            padded to the longest.
     """
     branch = max_bridge_length + args.max_summary_length
     thinking, num_branches = args.budgets[-1], len(args.budgets) * args.num_summaries
@@ -27,7 +28,7 @@ def most_tokens(args: BRPOConfig, max_bridge_length: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class BatchArithmetic:
     """
-    The sizes of a run's batches, on all ranks together unless it says otherwise.
+    Sizes of a run's batches. They count all ranks together, unless it says otherwise.
 
     Args:
         num_processes (`int`):
@@ -43,15 +44,15 @@ class BatchArithmetic:
         summaries_per_thinking (`int`):
             Summaries m · A of one trace.
         tokens_per_row (`int`, *optional*):
-            Most tokens of a packed row, with its prompt. `None` if it is not known.
+            Most tokens of a packed row, with its prompt. `None` if not known.
         updates_per_generation (`float`):
-            Optimiser steps on one generation batch; not whole where these are not aligned.
+            Optimiser steps on one generation batch. Not a whole number if the two are not aligned.
         num_prompts (`int`, *optional*):
-            Rows of the training data. `None` for a stream, or if it is not known.
+            Rows of the training data. `None` for a stream, or if not known.
         epochs (`float`, *optional*):
-            How often they are gone through; `None` if the optimiser steps are given instead.
+            Passes over the training data. `None` if `max_steps` is given instead.
         max_steps (`int`, *optional*):
-            Optimiser steps of the run, where they are given.
+            Optimiser steps of the run, if they are given.
     """
 
     num_processes: int
@@ -68,7 +69,15 @@ class BatchArithmetic:
 
     @classmethod
     def from_settings(cls, args: BRPOConfig, num_prompts: int | None, tokens_per_row: int | None) -> "BatchArithmetic":
-        """The arithmetic of settings, for `num_prompts` rows of data and packed rows of `tokens_per_row` tokens."""
+        """
+        Calculate the sizes from settings.
+
+        Args:
+            args ([`BRPOConfig`]):
+                Settings.
+            num_prompts, tokens_per_row (`int`, *optional*):
+                See the class.
+        """
         assert args.steps_per_generation is not None and args.num_generations is not None  # filled in by TRL
         given_steps = args.max_steps > 0
         return cls(
@@ -87,34 +96,34 @@ class BatchArithmetic:
 
     @property
     def prompts_per_generation(self) -> int:
-        """Prompts of one generation batch; TRL makes sure that it is whole."""
+        """Return the prompts of one generation batch. TRL ensures that it is a whole number."""
         return self.thinkings_per_rank * self.num_processes // self.num_generations
 
     @property
     def prompts_per_step(self) -> float:
-        """Prompts of one optimiser step."""
+        """Return the prompts of one optimiser step."""
         return self.thinkings_per_step * self.num_processes / self.num_generations
 
     @property
     def generations_per_epoch(self) -> int | None:
-        """Generation batches of one epoch; prompts that do not fill one are left out."""
+        """Return the generation batches of one epoch. Prompts that do not fill one are left out."""
         return None if self.num_prompts is None else self.num_prompts // self.prompts_per_generation
 
     @property
     def updates_per_epoch(self) -> int | None:
-        """Optimiser steps of one epoch."""
+        """Return the optimiser steps of one epoch."""
         generations = self.generations_per_epoch
         return None if generations is None else math.ceil(generations * self.updates_per_generation)
 
     @property
     def num_updates(self) -> int | None:
-        """Optimiser steps of the run."""
+        """Return the optimiser steps of the run."""
         if self.epochs is None or self.updates_per_epoch is None:
             return self.max_steps
         return math.ceil(self.epochs * self.updates_per_epoch)
 
     def table(self) -> str:
-        """Two tables: the sizes of the batches, and the numbers of steps."""
+        """Return two tables as text: the sizes of the batches, and the numbers of steps."""
         ranks = self.num_processes
         columns = {
             "generation batch": self.thinkings_per_rank * ranks,
@@ -148,17 +157,18 @@ class BatchArithmetic:
         return f"{aligned(rows)}\n\n{aligned(steps)}"
 
     def findings(self) -> list[Finding]:
-        """What is odd about these numbers."""
+        """Find sizes that would fail, or that are unusual."""
         found = []
         if self.num_prompts is not None and self.num_prompts < self.prompts_per_generation:
             found.append(
                 Finding(
                     "batch",
                     ERROR,
-                    f"The data has {self.num_prompts} prompts and a generation batch takes "
-                    f"{self.prompts_per_generation}: batches that are not full are left out, so nothing is trained.",
-                    "Lower `generation_batch_size` (or `steps_per_generation`, `per_device_train_batch_size`) to at "
-                    f"most {self.num_prompts * self.num_generations} traces on all ranks together.",
+                    f"The data has {self.num_prompts} prompts, but a generation batch needs "
+                    f"{self.prompts_per_generation}. Batches that are not full are left out, so nothing would be "
+                    "trained.",
+                    "Lower `generation_batch_size` (or `steps_per_generation` and `per_device_train_batch_size`) to "
+                    f"at most {self.num_prompts * self.num_generations} traces on all ranks together.",
                 )
             )
         if self.prompts_per_step <= 1:
@@ -166,9 +176,9 @@ class BatchArithmetic:
                 Finding(
                     "batch",
                     WARNING,
-                    f"An optimiser step sees {self.prompts_per_step:g} of a prompt's groups of "
-                    f"{self.num_generations} traces: its gradient is that of one problem.",
-                    "Raise `gradient_accumulation_steps` (the paper has 32 prompts in a step).",
+                    f"Prompts per optimiser step: {self.prompts_per_step:g}, with {self.num_generations} traces "
+                    "each. The gradient reflects a single problem.",
+                    "Raise `gradient_accumulation_steps`. The paper uses 32 prompts per step.",
                 )
             )
         updates = self.updates_per_generation
@@ -177,8 +187,7 @@ class BatchArithmetic:
                 Finding(
                     "batch",
                     WARNING,
-                    f"A generation batch is trained on in {updates:g} optimiser steps: some steps mix traces of "
-                    "two policies.",
+                    f"A generation batch takes {updates:g} optimiser steps, so some steps mix traces of two policies.",
                     "Make `steps_per_generation` × `num_iterations` a multiple of `gradient_accumulation_steps`, or "
                     "the other way round.",
                 )
@@ -188,8 +197,8 @@ class BatchArithmetic:
                 Finding(
                     "batch",
                     WARNING,
-                    f"A generation batch is trained on in {updates:g} optimiser steps, so the last of them learns "
-                    f"from a policy that is {updates - 1:g} steps old (the paper's recipes: 1).",
+                    f"A generation batch takes {updates:g} optimiser steps. The last one learns from traces of a "
+                    f"policy that is {updates - 1:g} steps old. In the paper's recipes it is 1 step old.",
                     "Raise `gradient_accumulation_steps`, or lower `generation_batch_size`, `steps_per_generation` or "
                     "`num_iterations`.",
                 )

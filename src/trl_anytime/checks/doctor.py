@@ -1,4 +1,4 @@
-"""`trl-anytime doctor`: a training recipe is checked before it runs."""
+"""`trl-anytime doctor`, which checks a training recipe before it runs."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -46,22 +46,22 @@ from .start_checks import (
 )
 from .unused_settings import unused_recipe_settings, unused_settings
 
-# Weights up to which a model is loaded to be measured without being asked for: 2 GB in float32, seconds
+# Models up to this number of weights are loaded and measured unasked. It takes seconds, and 2 GB in float32.
 _SMALL = 500_000_000
-# Share of the problems whose prompts may be too long before it is worth a word
+# Warn if a larger share of the problems than this has too long prompts
 _MOST_LONG_PROMPTS = 0.05
 
 
 @dataclass
 class Report:
     """
-    What the checks of a recipe have found.
+    Results of the checks of a recipe.
 
     Args:
         findings (`list[Finding]`):
-            One or more of each check.
+            One or more findings of each check.
         tables (`list[str]`):
-            Arithmetic of the batches, and the memory of a GPU.
+            Tables of the batch sizes, and of the memory of a GPU.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found that would fail."""
+        """Return whether no finding is an error."""
         return all(finding.level != ERROR for finding in self.findings)
 
 
@@ -84,15 +84,15 @@ _LAUNCH = fields(
 
 def read_launch(accelerate_config: Path | None, num_processes: int | None, sharding: str | None) -> Launch:
     """
-    How a run is spread over GPUs.
+    Read how a run is distributed over GPUs.
 
     Args:
         accelerate_config (`Path`, *optional*):
-            File that `accelerate launch --config_file` takes, or the name of one that comes with this package.
+            File for `accelerate launch --config_file`, or the name of one that comes with this package.
         num_processes (`int`, *optional*):
-            GPUs, instead of what the file says. Defaults to those of this machine, at least 1.
+            Number of GPUs. Defaults to that of the file, or to the GPUs of this machine, at least 1.
         sharding (`str`, *optional*):
-            As in [`Launch`], instead of what the file says.
+            See [`Launch`]. Defaults to that of the file.
 
     Raises:
         `ValueError`: If the file cannot be read.
@@ -103,7 +103,7 @@ def read_launch(accelerate_config: Path | None, num_processes: int | None, shard
             config = read_yaml(packaged_file("accelerate_configs", accelerate_config))
             _LAUNCH(config, "")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{accelerate_config} is not a configuration of accelerate: {error}") from error
+            raise ValueError(f"{accelerate_config} is not a configuration file of accelerate: {error}") from error
     stage = (config.get("deepspeed_config") or {}).get("zero_stage")
     found = "fsdp" if config.get("distributed_type") == "FSDP" else f"zero{stage}" if stage in (2, 3) else "none"
     count = num_processes or config.get("num_processes") or max(torch.cuda.device_count(), 1)
@@ -123,20 +123,20 @@ def check_recipe(
 
     Args:
         path (`Path`):
-            The recipe that `trl-anytime train --config` takes: a file, or a name.
+            File or name of a recipe, as for `trl-anytime train --config`.
         changes (`Mapping[str, str]`):
             Settings that override those of the file.
         launch ([`Launch`]):
-            How the run is going to be spread.
+            Planned distribution over GPUs.
         gpu_bytes (`int`, *optional*):
-            Memory of one GPU. Defaults to that of this machine's, if it has one.
+            Memory of one GPU. Defaults to that of this machine's GPU, if it has one.
         settings_only (`bool`, *optional*, defaults to `False`):
-            Leave out what needs the model's files or the data.
+            Whether to skip checks that need the model's files or the data.
         load_model (`bool`, *optional*, defaults to `False`):
-            Load the weights to measure tree attention, also of a large model.
+            Whether to load the weights of a large model, too, to measure tree attention.
 
     Raises:
-        `ValueError`: If the file holds no settings.
+        `ValueError`: If the file does not contain settings.
     """
     found = Report()
     try:
@@ -153,7 +153,7 @@ def check_recipe(
     name = str(model_args.model_name_or_path)
     found.findings += _settings(data_args, args, model_args)
     if not found.findings:
-        found.findings.append(Finding("settings", OK, "Every setting that is given has an effect."))
+        found.findings.append(Finding("settings", OK, "All given settings have an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only)
     found.findings += engine_findings
     reward = MathReward(on_bad_gold=data_args.on_bad_gold)
@@ -170,7 +170,7 @@ def check_recipe(
         dataset = datasets.get(str(data_args.sources[0]))
     prompt_length = data_args.max_prompt_length
     if tokenizer is not None:
-        # Without data, what follows every problem stands for a prompt, and the limit for the longest
+        # Without data, the instruction serves as the prompt, and `max_prompt_length` as the longest length
         instruction = [{"role": "user", "content": data_args.instruction}]
         markers = _prompts(found, tokenizer, instruction if dataset is None else dataset[0]["prompt"], args)
     if tokenizer is not None and markers is not None:
@@ -185,7 +185,7 @@ def check_recipe(
         row = prompt_length + most_tokens(args, markers.max_bridge_length)[0]
     batch = BatchArithmetic.from_settings(args, None if dataset is None else len(dataset), row)
     found.findings += batch.findings() or [
-        Finding("batch", OK, f"{batch.prompts_per_step:g} prompts in an optimiser step; see the table.")
+        Finding("batch", OK, f"Each optimiser step uses {batch.prompts_per_step:g} prompts. See the table.")
     ]
     found.tables.append(batch.table())
     if config is None:
@@ -195,7 +195,7 @@ def check_recipe(
         in_model = getattr(config.get_text_config(), "max_position_embeddings", None)
         found.findings += context_findings(prompt_length, args, markers, in_model, engine_context)
         if model_args.load_in_4bit or model_args.load_in_8bit:
-            found.findings.append(Finding("memory", OK, "Not estimated for quantized weights."))
+            found.findings.append(Finding("memory", OK, "Memory is not estimated for quantized weights."))
         else:
             finding, table = memory_finding(
                 config,
@@ -216,7 +216,7 @@ def check_recipe(
 def _read_settings(
     found: Report, path: Path, changes: Mapping[str, str], launch: Launch, is_elsewhere: bool
 ) -> tuple[DataArguments, BRPOConfig, ModelConfig]:
-    """The settings of a recipe. Those that only this machine refuses, such as bf16 without a GPU, are a finding."""
+    """Read the settings of a recipe. A setting that only this machine refuses, such as bf16, is a finding."""
     try:
         return read_recipe(path, changes, launch.num_processes)
     except UnreadableRecipe:
@@ -229,9 +229,9 @@ def _read_settings(
             Finding(
                 "settings",
                 WARNING if is_elsewhere else ERROR,
-                f"Training on this machine is refused: {_first_line(error)}",
-                "Train on a GPU that has it (`--gpu-memory` says that the run is for another machine), or set "
-                "`bf16: false`.",
+                f"This machine cannot train with these settings: {_first_line(error)}",
+                "Train on a GPU that can, or set `bf16: false`. `--gpu-memory` says that the run is for another "
+                "machine.",
             )
         )
         return settings
@@ -246,7 +246,7 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
             Finding(
                 "settings",
                 ERROR,
-                f"`eval_strategy={strategy!r}` evaluates during training, and there is nothing to evaluate on.",
+                f"`eval_strategy={strategy!r}` evaluates during training, but there is no evaluation set.",
                 "Set `eval_dataset_name`, or remove `eval_strategy`.",
             )
         )
@@ -254,43 +254,43 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
 
 
 def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool) -> tuple[list[Finding], int | None]:
-    """What generation with vLLM needs, and the context that its engine is going to have, where it is known."""
+    """Check generation with vLLM. Returns findings, and the context length of its engine if that is known."""
     if not args.use_vllm:
-        return [Finding("vllm", OK, "Not used: transformers generate.")], None
+        return [Finding("vllm", OK, "vLLM is not used. transformers generates.")], None
     context = args.vllm_max_model_length if args.vllm_mode == "colocate" else None
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         available = is_vllm_available()
     if not available:
-        message = "`use_vllm` is set, and vLLM is not installed here."
+        message = "`use_vllm` is set, but vLLM is not installed here."
         return [
             Finding("vllm", ERROR, message, "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`.")
         ], context
     findings = []
     if raised:
-        findings.append(Finding("vllm", WARNING, str(raised[0].message), "Install a version in that range."))
+        findings.append(Finding("vllm", WARNING, str(raised[0].message), "Install a vLLM version in that range."))
     if args.vllm_mode == "colocate" and launch.num_processes % args.vllm_tensor_parallel_size:
         findings.append(
             Finding(
                 "vllm",
                 ERROR,
-                f"An engine takes `vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` GPUs, which "
-                f"{launch.num_processes} cannot be divided into.",
-                "Lower it, or train on another number of GPUs.",
+                f"{launch.num_processes} GPUs cannot be divided into engines of "
+                f"`vllm_tensor_parallel_size={args.vllm_tensor_parallel_size}` GPUs.",
+                "Lower `vllm_tensor_parallel_size`, or train on another number of GPUs.",
             )
         )
     if args.vllm_mode == "server" and not settings_only:
         try:
             context = check_server(server_url(args), 1.0, model_name)
         except (ConnectionError, ValueError) as error:
-            advice = "Start the server as the message says, before training."
+            advice = "Start the server before training, as the message says."
             findings.append(Finding("vllm", ERROR, str(error), advice))
     assert args.steps_per_generation is not None  # filled in by TRL
     requests = args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size
     message = f"vLLM {_installed_version()}, {args.vllm_mode} mode"
     if args.vllm_mode == "colocate":
         message += (
-            f", at most {requests} continuations at a time in an engine, "
+            f", at most {requests} continuations at a time per engine, "
             f"{args.vllm_gpu_memory_utilization:.0%} of a GPU's memory"
         )
     return findings or [Finding("vllm", OK, f"{message}.")], context
@@ -313,16 +313,16 @@ def _first_line(error: Exception) -> str:
 def _model_files(
     found: Report, name: str, init_kwargs: Mapping[str, Any]
 ) -> tuple[PreTrainedTokenizerBase | None, PretrainedConfig | None]:
-    """The model's tokenizer and configuration, or why they are not there."""
+    """Load the model's tokenizer and configuration. A failure is a finding."""
     if Path(name, "adapter_config.json").is_file():
         found.findings.append(
             Finding(
                 "model",
                 ERROR,
-                f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. What needs it "
-                "is not checked.",
-                "Merge it into its base model (`merge_and_unload`) and set `model_name_or_path` to the result. Or "
-                "give the trainer `PeftModel.from_pretrained(..., is_trainable=True)` in a script of your own.",
+                f"{name!r} is a PEFT adapter. Loaded as a model, none of its parameters is trainable. Checks that "
+                "need the model are skipped.",
+                "Merge the adapter into its base model (`merge_and_unload`) and set `model_name_or_path` to the "
+                "result. Or pass `PeftModel.from_pretrained(..., is_trainable=True)` to the trainer in a script.",
             )
         )
         return None, None
@@ -335,8 +335,8 @@ def _model_files(
             Finding(
                 "model",
                 ERROR,
-                f"{name!r} cannot be loaded: {_first_line(error)} What needs it is not checked.",
-                "Set `model_name_or_path` to a folder, or to a model of the Hub that can be reached.",
+                f"{name!r} cannot be loaded: {_first_line(error)} Checks that need the model are skipped.",
+                "Set `model_name_or_path` to a folder, or to a model on the Hub that you can access.",
             )
         )
         return None, None
@@ -349,7 +349,7 @@ def _model_files(
 def _data(
     found: Report, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
 ) -> dict[str, Dataset]:
-    """The problems to train and to evaluate on, as the training script reads them; why there are none is a finding."""
+    """Read the problems to train and to evaluate on, as the training script does. A failure is a finding."""
     datasets = {}
     for source in data_args.sources:
         try:
@@ -362,8 +362,8 @@ def _data(
                 Finding(
                     "data",
                     ERROR,
-                    f"{source.name!r} cannot be used: {_first_line(error)} What needs it is not checked.",
-                    "Mend the data, or set `dataset_name`, `problem_column`, `answer_column` or `on_bad_gold: skip`.",
+                    f"{source.name!r} cannot be used: {_first_line(error)} Checks that need it are skipped.",
+                    "Fix the data, or set `dataset_name`, `problem_column`, `answer_column` or `on_bad_gold: skip`.",
                 )
             )
             continue
@@ -379,20 +379,20 @@ def _of_problems(
     source: str, num_rows: int, prompts: Dataset, kept: Dataset, data_args: DataArguments, raised: Sequence[str]
 ) -> Finding:
     long = len(prompts) - len(kept)
-    message = " ".join([f"{source}: {len(kept):,} of {num_rows:,} rows are problems.", *raised])
+    message = " ".join([f"{source}: {len(kept):,} of {num_rows:,} rows are used.", *raised])
     if long:
-        message += f" {long:,} prompts have more than {data_args.max_prompt_length} tokens and are left out."
+        message += f" {long:,} prompts are left out, because they have more than {data_args.max_prompt_length} tokens."
     if not len(kept):
-        return Finding("data", ERROR, f"{message} Nothing is left.", "Give problems, or raise `max_prompt_length`.")
+        return Finding("data", ERROR, f"{message} No row is left.", "Add problems, or raise `max_prompt_length`.")
     if long > _MOST_LONG_PROMPTS * num_rows:
-        return Finding("data", WARNING, message, "Raise `max_prompt_length`, and `vllm_max_model_length` with it.")
+        return Finding("data", WARNING, message, "Raise `max_prompt_length`, and with it `vllm_max_model_length`.")
     return Finding("data", OK, message)
 
 
 def _prompts(
     found: Report, tokenizer: PreTrainedTokenizerBase, prompt: Any, args: BRPOConfig
 ) -> ThinkingMarkers | None:
-    """Markers of a prompt, with what template and splices make of them."""
+    """Find the markers of a prompt, and check template and splices."""
     try:
         rendered, generation_prompt = render_prompt(tokenizer, prompt, _template_kwargs(args))
         markers = find_markers(
@@ -406,7 +406,7 @@ def _prompts(
             chat_template_kwargs=_template_kwargs(args),
         )
     except ValueError as error:
-        advice = "Change the chat template or `chat_template_kwargs`, or the setting that is named."
+        advice = "Change the chat template, `chat_template_kwargs`, or the setting that is named."
         found.findings.append(Finding("template", ERROR, str(error), advice))
         return None
     found.findings += template_findings(tokenizer, rendered, generation_prompt, args, markers)
@@ -416,7 +416,7 @@ def _prompts(
 
 
 def _longest_prompt(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: BRPOConfig) -> int:
-    """Tokens of the longest prompt, of those with the longest texts."""
+    """Return the tokens of the longest prompt, among those with the longest texts."""
     _, prompts = shortest_and_longest(dataset)
     texts = [render_prompt(tokenizer, prompt, _template_kwargs(args))[0] for prompt in prompts]
     return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
@@ -427,7 +427,7 @@ def _template_kwargs(args: BRPOConfig) -> dict[str, Any]:
 
 
 def _dtype(config: PretrainedConfig, init_kwargs: Mapping[str, Any]) -> torch.dtype:
-    """Precision that TRL loads the weights in."""
+    """Return the precision in which TRL loads the weights."""
     wanted = init_kwargs["dtype"]
     if wanted in (None, "auto"):
         wanted = config.get_text_config().dtype or torch.float32
@@ -437,9 +437,13 @@ def _dtype(config: PretrainedConfig, init_kwargs: Mapping[str, Any]) -> torch.dt
 def _tree_attention(
     config: PretrainedConfig, name: str, args: BRPOConfig, init_kwargs: Mapping[str, Any], load_model: bool
 ) -> list[Finding]:
-    """Whether rollouts can be packed: by the model's structure, and by its weights if it is small or loaded."""
+    """
+    Check whether rollouts can be packed.
+
+    This looks at the model's structure, and at its weights if the model is small or `load_model` is set.
+    """
     if args.packing == "rows":
-        message = "`packing` is 'rows': rollouts are not packed, at several times the cost."
+        message = "`packing` is 'rows', so rollouts are not packed. Training costs several times as much."
         return [Finding("tree attention", WARNING, message, "Set `packing: auto`.")]
     with without_memory():
         planned = planned_model(config, torch.float32)
@@ -454,7 +458,7 @@ def _tree_attention(
                     "tree attention",
                     ERROR,
                     f"The weights of {name!r} cannot be loaded: {_first_line(error)}",
-                    "Download them, or set `model_name_or_path` to a folder that has them.",
+                    "Download the weights, or set `model_name_or_path` to a folder that has them.",
                 )
             ]
         add_fused_lm_head(model)
@@ -465,8 +469,8 @@ def _tree_attention(
                 Finding(
                     "tree attention",
                     WARNING,
-                    f"Rollouts can be packed, but summaries cannot be decoded on the thinking's cache: {decoding}. "
-                    "Each computes its thinking anew.",
+                    f"Rollouts can be packed, but summaries cannot reuse the cache of their trace: {decoding}. Each "
+                    "summary computes its trace again.",
                     "Set `use_vllm: true`.",
                 )
             ]
@@ -477,13 +481,13 @@ def _tree_attention(
                 "tree attention",
                 level,
                 f"Rollouts cannot be packed: {reason}. Separate rows cost several times as much.",
-                "Train a model with plain attention layers, or set `packing: rows` if that is accepted.",
+                "Train a model with plain attention layers, or set `packing: rows` to accept the cost.",
             )
         ]
     message = (
         "Packed rollouts agree with separate rows on these weights."
         if measured
-        else "The model's structure allows it. The trainer measures it on the weights when it starts, `--load-model` "
-        "does so here."
+        else "The model's structure allows packed rollouts. The trainer measures them on the weights when it starts. "
+        "`--load-model` does so here."
     )
     return [Finding("tree attention", OK, message)]

@@ -1,4 +1,4 @@
-"""What a check of a training run says."""
+"""Findings of the checks of a training run, as text or JSON."""
 
 import json
 import textwrap
@@ -13,17 +13,17 @@ OK, WARNING, ERROR = "OK", "WARNING", "ERROR"
 @dataclass(frozen=True)
 class Finding:
     """
-    One thing that a check has found.
+    Result of one check.
 
     Args:
         check (`str`):
             Name of the check.
         level (`str`):
-            `"OK"`; `"WARNING"`, the run works but perhaps not as meant; `"ERROR"`, it would fail.
+            `"OK"`, `"WARNING"` (the run works, but perhaps not as intended) or `"ERROR"` (it would fail).
         message (`str`):
             What was found.
         fix (`str`, *optional*):
-            What to change; every warning and error says it.
+            What to change. Every warning and error has it.
     """
 
     check: str
@@ -32,14 +32,14 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        assert bool(self.fix) == (self.level != OK), "what is wrong comes with what to change"
+        assert bool(self.fix) == (self.level != OK), "every warning and error says what to change"
 
     def __str__(self) -> str:
         return f"{self.check}: {self.message} {self.fix}".strip()
 
 
 def as_text(findings: Sequence[Finding], tables: Sequence[str]) -> str:
-    """Findings and tables as text for a terminal."""
+    """Return findings and tables as text for a terminal."""
     room = 119 - sum(max(map(len, column)) + 2 for column in zip(*((f.level, f.check) for f in findings), strict=True))
     rows = []
     for finding in findings:
@@ -54,5 +54,5 @@ def as_text(findings: Sequence[Finding], tables: Sequence[str]) -> str:
 
 
 def as_json(findings: Sequence[Finding], tables: Sequence[str]) -> str:
-    """The same as JSON."""
+    """Return findings and tables as JSON."""
     return json.dumps({"findings": [asdict(finding) for finding in findings], "tables": list(tables)}, indent=1)

@@ -1,8 +1,8 @@
 """
-How much memory one GPU needs for the shape of a run.
+Estimate of the memory that one GPU needs for a run.
 
-Weights, gradients and optimiser states are counted. What forward and backward hold besides is found by running the
-model's layers on the largest micro-batch with tensors that have a shape and no content, and by noting what is alive.
+Weights, gradients and optimiser states are counted. To find what forward and backward hold besides, the model's layers
+run on the largest micro-batch. Their tensors have a shape and no content, and those alive are counted.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ from .batch_sizes import most_tokens
 from .finding import OK, WARNING, Finding
 
 _GIB = 2**30
-# Logits are computed in tiles of at most so many tokens, and so many words (TRL's fused LM head)
+# Logits are computed in tiles of at most this many tokens and words (TRL's fused LM head)
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768
-# Bytes of state for each weight in training, by `optim`: two moments in its own precision, or as said here
+# Bytes of state for each trained weight, by `optim`. Others keep two moments in the precision of the weight.
 _ADAM = ("adamw_torch", "adamw_torch_fused")
 _BYTES_OF_OPTIMIZER = {"sgd": 0, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 _FULL_SHARD = ("fsdp", "zero3")
@@ -39,11 +39,11 @@ _FULL_SHARD = ("fsdp", "zero3")
 @dataclass(frozen=True)
 class Launch:
     """
-    How a run is spread over GPUs.
+    Distribution of a run over GPUs.
 
     Args:
         num_processes (`int`, *optional*, defaults to `1`):
-            GPUs.
+            Number of GPUs.
         sharding (`str`, *optional*, defaults to `"none"`):
             `"none"` (the whole model on each), `"fsdp"`, `"zero2"` or `"zero3"`.
     """
@@ -59,13 +59,13 @@ class MemoryEstimate:
 
     Args:
         always (`dict[str, int]`):
-            What stays: weights, gradients, optimiser states.
+            Bytes that are held throughout: weights, gradients, optimiser states.
         training (`dict[str, int]`):
-            What an update needs besides, at most.
+            Further bytes that an update needs at most.
         generating (`dict[str, int]`):
-            What generation needs besides, at most.
+            Further bytes that generation needs at most.
         missing (`str`, *optional*):
-            Why the last two are not known, if they are not.
+            Why `training` and `generating` are not known, if they are not.
     """
 
     always: dict[str, int]
@@ -75,11 +75,11 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The larger of the two phases."""
+        """Return the bytes of the larger of the two phases."""
         return sum(self.always.values()) + max(sum(self.training.values()), sum(self.generating.values()))
 
     def table(self) -> str:
-        """The parts, in GiB."""
+        """Return the parts in GiB as a table."""
         rows = [["memory per GPU", "GiB"]]
         for parts, note in (
             (self.always, ""),
@@ -90,19 +90,21 @@ class MemoryEstimate:
         return aligned([*rows, ["at least" if self.missing else "at most at a time", _gib(self.peak)]])
 
     def finding(self, available: int | None) -> Finding:
-        """Whether it fits into the `available` bytes of a GPU."""
-        said = f"About {_gib(self.peak)} GiB per GPU at most."
+        """Report whether the run fits into the `available` bytes of a GPU."""
+        said = f"The run needs about {_gib(self.peak)} GiB per GPU."
         if self.missing is not None:
-            said = f"At least {_gib(self.peak)} GiB per GPU; the rest is not estimated, because {self.missing}."
+            said = (
+                f"The run needs at least {_gib(self.peak)} GiB per GPU. The rest is unknown, because {self.missing}."
+            )
         if available is None:
-            return Finding("memory", OK, f"{said} Give `--gpu-memory` to compare it with a GPU.")
-        said += f" It has {_gib(available)} GiB."
+            return Finding("memory", OK, f"{said} Pass `--gpu-memory` to compare this with a GPU.")
+        said += f" The GPU has {_gib(available)} GiB."
         if self.peak <= available:
             return Finding("memory", OK, said)
         updating = sum(self.training.values()) >= sum(self.generating.values())
         parts = {**self.always, **(self.training if updating else self.generating)}
         largest = max(parts, key=lambda name: parts[name])
-        return Finding("memory", WARNING, f"{said} The largest part: {largest}.", _ADVICE[largest])
+        return Finding("memory", WARNING, f"{said} The largest part is: {largest}.", _ADVICE[largest])
 
 
 _SHARDING_ADVICE = (
@@ -115,10 +117,10 @@ _ADVICE = {
     "reference model": "Set `beta: 0`, or train LoRA adapters, which need no second model.",
     "gathered weights": "Train with more GPUs, or a smaller model.",
     "activations": (
-        "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much; set "
-        "`gradient_checkpointing: true`; or lower the last budget or `num_summaries`."
+        "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` by the same factor. Or set "
+        "`gradient_checkpointing: true`. Or lower the last of `budgets`, or `num_summaries`."
     ),
-    "LM head": "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` as much.",
+    "LM head": "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` to match.",
     "keys and values": "Set `max_cached_tokens`, or `use_vllm: true`.",
     "vLLM": "Lower `vllm_gpu_memory_utilization`, or set `vllm_enable_sleep_mode: true`.",
 }
@@ -130,14 +132,18 @@ def _gib(size: int) -> str:
 
 @contextmanager
 def without_memory() -> Iterator[FakeTensorMode]:
-    """Tensors that are made inside have a shape and no content."""
+    """Give tensors that are made inside a shape, but no content."""
     with FakeTensorMode() as mode:
         yield mode
 
 
 def planned_model(config: PretrainedConfig, dtype: torch.dtype, peft_config: Any = None) -> PreTrainedModel:
-    """The model that `config` describes, within [`without_memory`]; with adapters if `peft_config` is given."""
-    # PEFT cannot move adapters without content, and so they are made on the device that has none either
+    """
+    Build the model that `config` describes, inside [`without_memory`].
+
+    It has adapters if `peft_config` is given.
+    """
+    # PEFT cannot move adapters without content, so they are made on the meta device, which has no content either
     with unset_fake_temporarily(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if peft_config is not None:
@@ -167,21 +173,21 @@ def memory_finding(
     available: int | None,
 ) -> tuple[Finding, str]:
     """
-    The estimate of [`estimate_memory`] for a report, in a few seconds.
+    Report the estimate of [`estimate_memory`], within a few seconds.
 
     Args:
         config ([`~transformers.PretrainedConfig`]):
-            The model's.
+            Config of the model.
         dtype (`torch.dtype`):
-            Precision of its weights.
+            Precision of the weights.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters that are trained.
         args, launch, prompt_length, max_bridge_length, available:
-            As there.
+            See [`estimate_memory`].
 
     Returns:
-        `tuple`: what is to be said, and the parts as a table. Where layers cannot be run without content, only what is
-            held always.
+        `tuple`: the finding, and the parts as a table. If the layers do not run without content, both have only what
+            is held throughout.
     """
     with without_memory() as mode:
         model = planned_model(config, dtype, peft_config)
@@ -189,7 +195,7 @@ def memory_finding(
         if reason is None:
             try:
                 estimate = estimate_memory(model, args, launch, prompt_length, max_bridge_length, mode, available)
-            except Exception as error:  # whatever layers that need the content of tensors come to, such as experts
+            except Exception as error:  # layers that need the content of tensors, such as experts, raise anything
                 reason = f"the model's layers do not run without content ({type(error).__name__})"
         if reason is not None:
             estimate = MemoryEstimate(static_memory(model, args, launch), {}, {}, missing=reason)
@@ -202,8 +208,9 @@ def _size(tensors: Any) -> int:
 
 def static_memory(model: torch.nn.Module, args: BRPOConfig, launch: Launch) -> dict[str, int]:
     """
-    Bytes of weights, gradients and optimiser states on one GPU: those of the tensors, divided by the GPUs where they
-    are sharded.
+    Return the bytes of weights, gradients and optimiser states on one GPU.
+
+    What is sharded is divided by the number of GPUs.
 
     Args:
         model (`torch.nn.Module`):
@@ -211,14 +218,14 @@ def static_memory(model: torch.nn.Module, args: BRPOConfig, launch: Launch) -> d
         args ([`BRPOConfig`]):
             Settings.
         launch ([`Launch`]):
-            How the run is spread.
+            Distribution over GPUs.
     """
     weights = [*model.parameters(), *model.buffers()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in _BYTES_OF_OPTIMIZER:
         states = _BYTES_OF_OPTIMIZER[optim] * sum(parameter.numel() for parameter in trained)
-    else:  # Adam's two moments, and the number of steps of each tensor; others come to about as much or less
+    else:  # Adam's two moments, and a step count per tensor. Other optimisers take about as much, or less.
         states = 2 * _size(trained) + (4 * len(trained) if optim in _ADAM else 0)
     weight_shards = launch.num_processes if launch.sharding in _FULL_SHARD else 1
     by_state = launch.num_processes if launch.sharding != "none" else 1
@@ -242,15 +249,15 @@ def estimate_memory(
     available: int | None = None,
 ) -> MemoryEstimate:
     """
-    Estimate what one GPU holds at the most, within [`without_memory`].
+    Estimate the most bytes that one GPU holds. Call this inside [`without_memory`].
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            The model without content, from [`planned_model`]. It is given tree attention.
+            The model without content, from [`planned_model`]. Tree attention is enabled on it.
         args ([`BRPOConfig`]):
             Settings.
         launch ([`Launch`]):
-            How the run is spread.
+            Distribution over GPUs.
         prompt_length (`int`):
             Tokens of the longest prompt.
         max_bridge_length (`int`):
@@ -258,7 +265,7 @@ def estimate_memory(
         mode (`FakeTensorMode`):
             The mode in which the model was made, from [`without_memory`].
         available (`int`, *optional*):
-            Bytes of the GPU, of which vLLM takes a share in colocate mode.
+            Bytes of the GPU. vLLM takes a share of them in colocate mode.
     """
     always = static_memory(model, args, launch)
     config = model.config.get_text_config()
@@ -294,7 +301,11 @@ def estimate_memory(
 
 
 def _cached_tokens(args: BRPOConfig, prompt_length: int, max_bridge_length: int) -> int:
-    """Tokens whose keys and values a rank holds while transformers generate: traces, and summaries at all cuts."""
+    """
+    Return how many tokens have keys and values on a rank while transformers generates.
+
+    They are those of the traces, and of the summaries at all cuts.
+    """
     assert args.steps_per_generation is not None  # filled in by TRL
     per_rollout = prompt_length + most_tokens(args, max_bridge_length)[0]
     tokens = args.per_device_train_batch_size * args.steps_per_generation * per_rollout
@@ -305,15 +316,16 @@ def run_layers(
     model: PreTrainedModel, args: BRPOConfig, prompt_length: int, max_bridge_length: int, mode: FakeTensorMode
 ) -> tuple[int, int, torch.Tensor]:
     """
-    Run the model's layers forward and backward on a micro-batch that reaches every budget. Arguments as for
-    [`estimate_memory`].
+    Run the model's layers forward and backward on a micro-batch that reaches every budget.
+
+    The arguments are those of [`estimate_memory`].
 
     Returns:
-        `tuple`: bytes that are alive after the forward pass, and at the peak of both, weights and gradients left out;
-            and the last hidden states.
+        `tuple`: bytes that are alive after the forward pass, bytes at the peak of both passes, and the last hidden
+            states. Weights and gradients are not counted.
     """
     batch, budgets, num_summaries = args.per_device_train_batch_size, args.budgets, args.num_summaries
-    with unset_fake_temporarily():  # the layout's sizes are read off
+    with unset_fake_temporarily():  # the layout reads sizes from the content of tensors
         packed = PackedRollouts.pack(
             [[0] * budgets[-1]] * batch,
             [budgets] * batch,
@@ -328,7 +340,7 @@ def run_layers(
     enable_tree_attention(base_model)
     model.train()
     if args.gradient_checkpointing:
-        # The states of random generators have content
+        # Saving the state of random generators would need content
         given = cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
         kwargs = {"use_reentrant": False, **given, "preserve_rng_state": False}
         if is_peft_model(model):
@@ -356,7 +368,7 @@ def run_layers(
 
 
 def _emptied(layout: TreeLayout, mode: FakeTensorMode) -> TreeLayout:
-    """The same layout without content."""
+    """Return the same layout without content."""
 
     def emptied(value: Any) -> Any:
         return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
@@ -370,13 +382,13 @@ def _emptied(layout: TreeLayout, mode: FakeTensorMode) -> TreeLayout:
 
 class PeakMemory(TorchDispatchMode):
     """
-    Notes the bytes of tensors that are made inside, with or without content.
+    Counter of the bytes of tensors that are made inside, with or without content.
 
     Attributes:
         live (`int`):
-            Bytes that are alive now.
+            Bytes of the tensors that are alive.
         peak (`int`):
-            The most that were alive at a time.
+            The largest value of `live` so far.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a trainer reads off its prompts before it is built: the markers, and how long prompts are."""
+"""Markers and lengths that the trainer reads off its prompts before it is built."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +18,14 @@ logger = get_logger(__name__)
 
 def first_prompt(dataset: Any) -> Any:
     """
-    Return the first prompt of a dataset, or of a stream, which has to be opened for it.
+    Return the first prompt of a dataset. A stream is opened for it.
 
     Raises:
-        `ValueError`: If there is none.
+        `ValueError`: If the dataset is empty.
     """
     example = next(iter(dataset), None)
     if example is None:
-        raise ValueError("`train_dataset` is empty.")
+        raise ValueError("`train_dataset` is empty. Pass at least one row.")
     return example["prompt"]
 
 
@@ -37,7 +37,9 @@ def checked_markers(
     chat_template_kwargs: dict[str, Any],
 ) -> ThinkingMarkers:
     """
-    Find markers and bridges from the first prompt, and warn of other prompts that the template treats otherwise.
+    Find markers and bridges from the first prompt.
+
+    Warns if the template treats other prompts differently.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -74,13 +76,15 @@ def checked_markers(
 
 def shortest_and_longest(dataset: Any, count: int = 16) -> tuple[list[Any], list[Any]]:
     """
-    Return the prompts with the shortest and with the longest texts; of a stream, the first for both.
+    Return the prompts with the shortest and with the longest texts.
+
+    For a stream, both are its first prompt.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The data.
         count (`int`, *optional*, defaults to `16`):
-            Prompts of each kind: how long a text is does not say exactly how many tokens it has.
+            Prompts of each kind. There are several, because text length predicts token count only roughly.
     """
     if isinstance(dataset, IterableDataset):
         prompts = [example["prompt"] for example in dataset.take(1)]

@@ -1,4 +1,4 @@
-"""What the trainer says when training begins: what the run is going to be, and what is odd about it."""
+"""Report of the trainer when training begins: batch sizes, and findings of the checks."""
 
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 
 
 class ReadyTrainer(Protocol):
-    """What the checks read off a [`BRPOTrainer`]."""
+    """Attributes of a [`BRPOTrainer`] that the checks read."""
 
     args: BRPOConfig
     model: PreTrainedModel
@@ -39,7 +39,7 @@ class ReadyTrainer(Protocol):
 
 class StartReport(TrainerCallback):
     """
-    Print what the run is going to be, and check it, when training begins. See [`report_start`].
+    Callback that prints and checks the run when training begins. See [`report_start`].
 
     Args:
         trainer ([`BRPOTrainer`]):
@@ -52,14 +52,16 @@ class StartReport(TrainerCallback):
         self._trainer, self._prompt_length = trainer, prompt_length
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report from the main process."""
+        """Print the report on the main process."""
         if state.is_world_process_zero:
             report_start(self._trainer, self._prompt_length)
 
 
 def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     """
-    The checks of `trl-anytime doctor` that are left once a trainer has been built, in seconds. For the main process.
+    Run the checks of `trl-anytime doctor` that remain once a trainer is built. They take seconds.
+
+    Call this on the main process only.
 
     Args:
         trainer ([`BRPOTrainer`]):
@@ -103,7 +105,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
 
 
 def _evaluated(eval_dataset: Any) -> dict[str, Dataset]:
-    """The sets to evaluate on, by name; streams are left out."""
+    """Return the evaluation sets by name, without streams."""
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     return {
         f"eval_dataset[{name!r}]" if name else "eval_dataset": part
@@ -113,7 +115,7 @@ def _evaluated(eval_dataset: Any) -> dict[str, Dataset]:
 
 
 def _memory(trainer: ReadyTrainer, prompt_length: int) -> list[Finding]:
-    """The estimate for this GPU; none for quantized weights."""
+    """Return the memory estimate for this GPU, or nothing for quantized weights."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     if getattr(model.config, "quantization_config", None) is not None:
         return []

@@ -1,4 +1,4 @@
-"""Checks that the trainer makes when it starts and `trl-anytime doctor` before: prompts, splices, context, rewards."""
+"""Checks of prompts, splices, context and rewards, shared by the trainer's start and `trl-anytime doctor`."""
 
 import random
 import re
@@ -26,26 +26,26 @@ from ..rollout.templates import (
 from ..rollout.types import Rollout, Thinking
 from .finding import ERROR, OK, WARNING, Finding
 
-# Needs sympy, so it is graded by a worker process and not at once
+# Grading this pair needs sympy, so it tests the worker processes too
 _GOLD, _RIGHT, _WRONG = r"\sqrt{8}", r"2\sqrt{2}", r"3\sqrt{2}"
 _SAMPLES = 8
-# Share of the rows that one word may be the answer of before it is worth a word
+# Warn if one word is the answer of a larger share of the rows than this
 _SHARED = 0.01
 _ANSWERING_WORDS = frozenset(["yes", "no", "true", "false"])
 _MANY_WORDS = 5
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
 _LETTERS = re.compile(r"[^\W\d_][^\W\d_ /'-]*(?:[ /'-]+[^\W\d_ /'-]+)*")
-_SKIP_BAD_GOLDS = "`on_bad_gold`, of the reward or in a recipe, set to 'skip' leaves out what is not an answer."
+_SKIP_BAD_GOLDS = "Or set `on_bad_gold` to 'skip', in the reward or the recipe, to drop rows without a usable answer."
 
 
 def sampled_rows(dataset: Dataset) -> list[dict[str, Any]]:
-    """A few rows, always the same ones."""
+    """Return a few rows, always the same ones."""
     indices = sorted(random.Random(0).sample(range(len(dataset)), min(_SAMPLES, len(dataset))))
     return [dataset[i] for i in indices]
 
 
 def text_of(prompt: Any) -> str:
-    """The text of a prompt, or of the last message of a conversation."""
+    """Return the text of a prompt, or of the last message of a conversation."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
@@ -60,7 +60,7 @@ def template_findings(
     markers: ThinkingMarkers,
 ) -> list[Finding]:
     """
-    What the chat template does with the thinking, and what its markers are made of.
+    Report how the chat template starts the thinking, and which tokens the markers have.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -68,23 +68,23 @@ def template_findings(
         rendered (`str`):
             A prompt as the model will see it.
         generation_prompt (`str`, *optional*):
-            Its end, that the chat template added for the answer; `None` for a prompt without a template.
+            The end of the prompt, which the chat template added for the answer. `None` without a template.
         args ([`BRPOConfig`]):
             Settings.
         markers ([`ThinkingMarkers`]):
-            What was found from the same prompt; a template that closes the thinking has none.
+            Markers that were found in the same prompt. A template that closes the thinking has none.
     """
     end = markers.think_end
     start = find_think_start(end, rendered, template_of(tokenizer))
     opened = thinking_state(rendered, generation_prompt, start, end) == "opened"
-    opening = f"opens the thinking with {start!r}" if opened else "leaves it to the model to start thinking"
+    opening = f"opens the thinking with {start!r}" if opened else "lets the model decide whether to think"
     size = len(markers.think_end_ids)
     message = (
-        f"The prompt ends in {rendered[-30:]!r} and {opening}; {end!r} is "
+        f"The prompt ends in {rendered[-30:]!r} and {opening}. {end!r} is "
         f"{'one token' if size == 1 else f'{size} tokens'}, found "
-        f"{'in the text of the tokens' if markers.in_text else 'by its id'}. A cut trace is closed by "
-        f"{markers.truncation_bridge!r} ({len(markers.truncation_bridge_ids)} tokens), a summary opened by "
-        f"{markers.answer_bridge!r} ({len(markers.answer_bridge_ids)} tokens)."
+        f"{'in the text of the tokens' if markers.in_text else 'by its id'}. "
+        f"{markers.truncation_bridge!r} ({len(markers.truncation_bridge_ids)} tokens) closes a cut trace. "
+        f"{markers.answer_bridge!r} ({len(markers.answer_bridge_ids)} tokens) opens a summary."
     )
     findings = [Finding("template", OK, message)]
 
@@ -93,25 +93,24 @@ def template_findings(
 
     if markers.in_text and not opened:
         warn(
-            f"The prompt does not open the thinking, and {end!r} is not one token of the tokenizer. A model that was "
-            "not taught to write it never ends a trace.",
-            "Set `chat_template_path` to a template that opens the thinking, after a warm start by SFT "
-            "(docs/data.md), or train a model that was taught to think.",
+            f"The prompt does not open the thinking, and {end!r} is several tokens. A model that was not taught to "
+            "write it never ends a trace.",
+            "Warm-start the model by SFT, and set `chat_template_path` to a template that opens the thinking "
+            "(docs/data.md). Or train a model that was taught to think.",
         )
     if markers.in_text and (
         (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching
     ):
         warn(
-            f"Sampling cannot stop at {end!r} in the text here: every trace goes on to the last budget.",
+            f"This backend cannot stop at {end!r} in the text, so every trace continues to the last budget.",
             "Set `vllm_mode: colocate`, or `use_vllm: false`.",
         )
     kwargs = cast(dict[str, Any], args.chat_template_kwargs or {})
     switch = None if opened or generation_prompt is None else find_unset_switch(tokenizer, kwargs)
     if switch is not None:
         warn(
-            f"The chat template writes another prompt with `{switch}`, which is not set: the model may not think "
-            "without it.",
-            f"Set `chat_template_kwargs: {{{switch}: true}}`, or false if it is meant to be off.",
+            f"The chat template has the switch `{switch}`, which is not set. The model may not think without it.",
+            f"Set `chat_template_kwargs: {{{switch}: true}}`, or false if it should be off.",
         )
     return findings
 
@@ -123,20 +122,20 @@ def prompt_findings(
     markers: ThinkingMarkers,
 ) -> list[Finding]:
     """
-    Check that the prompts of all rows leave the thinking open, and alike.
+    Check that all prompts leave the thinking open, and in the same way.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         datasets (`Mapping[str, Dataset]`):
-            Data sets by name. Those without prompts, and streams, are left out.
+            Data sets by name. Streams and data sets without prompts are left out.
         chat_template_kwargs (`Mapping[str, Any]`):
             Arguments of the chat template.
         markers ([`ThinkingMarkers`]):
             Markers of the model.
 
     Returns:
-        `list[Finding]`: An error for a closed thinking, a warning for prompts of several kinds, or nothing.
+        `list[Finding]`: an error for closed thinking, a warning for prompts of several kinds, or nothing.
     """
     prompts = {
         name: dataset["prompt"][:]
@@ -159,9 +158,9 @@ def prompt_findings(
             Finding(
                 "template",
                 ERROR,
-                f"{len(closed)} of {num_seen} prompts that were looked at have already closed the thinking with "
-                f"{end!r}, so there is nothing to cut: {_names_of(closed)}.",
-                f"{advice} Or leave such rows out.",
+                f"{len(closed)} of {num_seen} checked prompts already close the thinking with {end!r}, so there is "
+                f"no trace to cut: {_names_of(closed)}.",
+                f"{advice} Or drop such rows.",
             )
         ]
     if len(rows) > 1:
@@ -170,9 +169,9 @@ def prompt_findings(
             Finding(
                 "template",
                 WARNING,
-                f"{len(opened)} of {num_seen} prompts that were looked at open the thinking with {start!r} "
-                f"({_names_of(opened)}), and {len(left)} leave it to the model ({_names_of(left)}).",
-                "Give all rows the same kind of prompt, with the same system message.",
+                f"{len(opened)} of {num_seen} checked prompts open the thinking with {start!r} "
+                f"({_names_of(opened)}). The other {len(left)} let the model decide ({_names_of(left)}).",
+                "Use the same kind of prompt in all rows, with the same system message.",
             )
         ]
     return []
@@ -193,8 +192,8 @@ def _no_box(what_the_tokenizer_does: str) -> Finding:
     return Finding(
         "splice",
         WARNING,
-        f"The tokenizer {what_the_tokenizer_does}, so the reward finds no answer.",
-        r"Use a tokenizer that can write `\boxed{}`, or another reward.",
+        f"The tokenizer {what_the_tokenizer_does}, so the reward cannot find an answer.",
+        r"Use a tokenizer that can write `\boxed{}`, or a reward that does not need it.",
     )
 
 
@@ -207,7 +206,7 @@ def splice_findings(
     answers_in_boxes: bool,
 ) -> list[Finding]:
     r"""
-    Put a rollout together from token ids, as in training, and see what its text makes of it.
+    Assemble a rollout from token ids, as training does, and check it against its text.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -215,9 +214,9 @@ def splice_findings(
         rendered (`str`):
             A prompt as the model will see it.
         thinking (`str`):
-            Text that stands for a trace, which is cut in the middle.
+            Text that is used as a trace and cut in the middle.
         markers ([`ThinkingMarkers`]):
-            What is spliced in.
+            Markers and bridges to splice in.
         eos_token_ids (`Container[int]`):
             Tokens that end a summary.
         answers_in_boxes (`bool`):
@@ -231,7 +230,7 @@ def splice_findings(
     if answers_in_boxes:
         try:
             summary = encode(r"\boxed{42}")
-        except Exception as error:  # nothing narrower comes from a vocabulary without [UNK] that lacks a word
+        except Exception as error:  # what a vocabulary without [UNK] raises has no narrower type
             return [_no_box(f"cannot write '\\boxed{{42}}' ({error})")]
     cut = max(len(thinking_ids) // 2, 1)
     rollout = Rollout.from_budgets(
@@ -248,9 +247,9 @@ def splice_findings(
             Finding(
                 "splice",
                 ERROR,
-                f"Cut, bridge and summary do not hold {markers.think_end!r} exactly once, so no summary could earn a "
-                "reward.",
-                "Choose another `truncation_bridge`, with the end of the thinking once.",
+                f"Trace, bridge and summary do not contain {markers.think_end!r} exactly once. No summary could earn "
+                "a reward.",
+                f"Set `truncation_bridge` to a text with {markers.think_end!r} exactly once.",
             )
         ]
     findings = []
@@ -263,18 +262,18 @@ def splice_findings(
     kept = spliced[len(parts["prompt"]) :]
     if not findings:
         differs = _first_difference(parts, again)
-        message = f"{len(kept)} tokens of thinking, bridge and summary come back from their text as they are."
+        message = f"The {len(kept)} tokens of trace, bridge and summary survive decoding and encoding."
         if differs is not None:
             message = (
-                f"From their text, tokens come back otherwise {differs}. That does not matter: rollouts, training and "
-                "`trl-anytime` splice token ids; only a server that is sent text sees it."
+                f"Decoding and encoding gives different tokens {differs}. This is harmless, because the package "
+                "splices token ids. It only affects servers that are sent text."
             )
         findings.append(Finding("splice", OK, message))
     return findings
 
 
 def _first_difference(parts: dict[str, list[int]], again: Sequence[int]) -> str | None:
-    """Where the tokens of `parts` and `again` part, or `None`."""
+    """Describe where the tokens of `parts` and `again` first differ. Returns `None` if they do not."""
     start, names = 0, list(parts)
     for number, name in enumerate(names):
         ids = parts[name]
@@ -283,7 +282,7 @@ def _first_difference(parts: dict[str, list[int]], again: Sequence[int]) -> str 
                 joins = i == len(ids) - 1 and number + 1 < len(names)
                 return f"where {name} and {names[number + 1]} meet" if joins else f"in the {name}"
         start += len(ids)
-    return None if len(again) == start else "behind the summary"
+    return None if len(again) == start else "after the summary"
 
 
 # Context
@@ -293,7 +292,7 @@ def context_overflow(
     prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
 ) -> tuple[str, str] | None:
     """
-    Why the longest rollout does not fit and what to change, or `None`.
+    Say why the longest rollout does not fit into a context, and what to change.
 
     Args:
         prompt_length (`int`):
@@ -305,7 +304,10 @@ def context_overflow(
         in_model (`int`, *optional*):
             Tokens of the model's context.
         in_engine (`int`, *optional*):
-            Tokens of vLLM's.
+            Tokens of vLLM's context.
+
+    Returns:
+        `tuple[str, str]`, *optional*: reason and remedy, or `None` if it fits.
     """
     thinking, needed = _longest_context(prompt_length, args, markers)
     raise_it = (
@@ -319,9 +321,9 @@ def context_overflow(
     ):
         if context is not None and needed > context:
             return (
-                f"A prompt of {prompt_length} tokens, {thinking} thinking tokens, bridges of "
-                f"{markers.max_bridge_length} and a summary of {args.max_summary_length} make {needed} "
-                f"tokens, more than {whose} context of {context}.",
+                f"The longest rollout needs {needed} tokens, more than {whose} context of {context}: a prompt of "
+                f"{prompt_length}, {thinking} of thinking, {markers.max_bridge_length} of bridges and a summary of "
+                f"{args.max_summary_length}.",
                 f"{remedy} `budgets`, `eval_budgets` or `max_summary_length`, or drop the longest prompts.",
             )
     return None
@@ -335,7 +337,7 @@ def _longest_context(prompt_length: int, args: BRPOConfig, markers: ThinkingMark
 def context_findings(
     prompt_length: int, args: BRPOConfig, markers: ThinkingMarkers, in_model: int | None, in_engine: int | None
 ) -> list[Finding]:
-    """The sum of [`context_overflow`], for a report."""
+    """Report whether the longest rollout fits into the contexts. Arguments as in [`context_overflow`]."""
     reason = context_overflow(prompt_length, args, markers, in_model, in_engine)
     if reason is not None:
         return [Finding("context", ERROR, *reason)]
@@ -351,7 +353,9 @@ def context_findings(
     )
     return [
         Finding(
-            "context", OK, f"{message}, within {' and '.join(limits)}." if limits else f"{message}; no limit known."
+            "context",
+            OK,
+            f"{message}, within {' and '.join(limits)}." if limits else f"{message}. No limit is known.",
         )
     ]
 
@@ -366,17 +370,19 @@ def reward_findings(
     datasets: Mapping[str, Dataset] | None = None,
 ) -> list[Finding]:
     """
-    Self-test of the rewards with gold answers, and gold answers: samples graded against themselves, and all read.
+    Test the rewards that use gold answers, and check the gold answers.
+
+    Sampled gold answers are graded against themselves. All gold answers are read in search of texts.
 
     Args:
         args ([`BRPOConfig`]):
             Settings.
         reward_funcs (`Sequence`):
-            The rewards; those without gold answers are left out.
+            The rewards. Those without gold answers are left out.
         rows (`Sequence[dict]`):
-            Sampled rows of the data; none if there is no data to look at.
+            Sampled rows of the data. Empty if there is no data.
         datasets (`Mapping[str, Dataset]`, *optional*):
-            Data of which all gold answers are read, by what they are called in the findings.
+            Data whose gold answers are all read, by its name in the findings.
     """
     findings = []
     for reward in reward_funcs:
@@ -397,32 +403,32 @@ def _grade(reward: AnswerReward, answers: Sequence[str], gold_answers: Sequence[
 
 
 def _self_test(reward: AnswerReward) -> list[Finding]:
-    if not isinstance(reward, MathReward):  # what is right for the others depends on their data
+    if not isinstance(reward, MathReward):  # for other rewards, the right answer depends on their data
         return []
     start = time.perf_counter()
     try:
         scores = _grade(reward, [_RIGHT, _WRONG], [_GOLD, _GOLD])
-    except RuntimeError as error:  # the workers do not start, and their pool says why
+    except RuntimeError as error:  # the workers do not start, and the error says why
         return [
-            Finding("verifier", ERROR, str(error), "Try `python -m pip check`; a worker needs math-verify and sympy.")
+            Finding("verifier", ERROR, str(error), "Run `python -m pip check`. Workers need math-verify and sympy.")
         ]
     if scores != [1.0, 0.0]:
         return [
             Finding(
                 "verifier",
                 ERROR,
-                f"For the answer {_GOLD}, it grades {_RIGHT} as {scores[0]} and {_WRONG} as {scores[1]}, instead of 1 "
-                f"and 0, within its limits of {reward.cpu_limit:g} s for one answer and {reward.batch_limit:g} s for "
-                "all.",
-                "Raise `cpu_limit` and `batch_limit` of `MathReward`, or free the machine.",
+                f"For the gold answer {_GOLD}, the verifier scores {_RIGHT} as {scores[0]} and {_WRONG} as "
+                f"{scores[1]}, instead of 1 and 0. Its limits are {reward.cpu_limit:g} s per answer and "
+                f"{reward.batch_limit:g} s per batch.",
+                "Raise `cpu_limit` and `batch_limit` of `MathReward`, or stop other programs on this machine.",
             )
         ]
     seconds = time.perf_counter() - start
-    return [Finding("verifier", OK, f"It tells right from wrong, in {seconds:.1f} s with the start of its workers.")]
+    return [Finding("verifier", OK, f"It tells right from wrong answers. Start and test took {seconds:.1f} s.")]
 
 
 def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Sampled gold answers, graded against themselves."""
+    """Check that sampled gold answers are right when graded against themselves."""
     if not rows:
         return []
     columns = [next((name for name in reward.answer_columns if has_column(list(row), name)), None) for row in rows]
@@ -431,9 +437,9 @@ def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[st
             Finding(
                 "gold answers",
                 ERROR,
-                f"None of the columns {list(reward.answer_columns)} is in the data, which has "
+                f"The data has none of the columns {list(reward.answer_columns)}. It has "
                 f"{sorted(rows[columns.index(None)])}.",
-                "Rename the column, or pass `answer_columns=` to the reward.",
+                "Rename the column with the gold answers, or pass `answer_columns=` to the reward.",
             )
         ]
     if args.remove_unused_columns:
@@ -441,8 +447,8 @@ def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[st
             Finding(
                 "gold answers",
                 ERROR,
-                f"`remove_unused_columns` takes the column {columns[0]!r} away before the reward sees it.",
-                "Remove the setting.",
+                f"`remove_unused_columns` removes the column {columns[0]!r} before the reward sees it.",
+                "Set `remove_unused_columns: false`.",
             )
         ]
     values = [gold_of(row, column) for row, column in zip(rows, columns, strict=True) if column is not None]
@@ -455,34 +461,33 @@ def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[st
             Finding(
                 "gold answers",
                 WARNING,
-                f"{len(bad)} of {len(rows)} sampled answers are not gold answers, or not equal to themselves for the "
-                f"verifier: {', '.join(bad[:3])[:300]}. No summary can be right there.",
-                f"Mend or drop such rows. {_SKIP_BAD_GOLDS}",
+                f"{len(bad)} of {len(rows)} sampled gold answers cannot be graded, because the verifier does not "
+                f"accept them as equal to themselves: {', '.join(bad[:3])[:300]}. No answer to these problems can "
+                "earn a reward.",
+                f"Fix or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         ]
-    return [
-        Finding("gold answers", OK, f"{len(gold_answers)} sampled answers are right when graded against themselves.")
-    ]
+    return [Finding("gold answers", OK, f"{len(gold_answers)} sampled gold answers are right against themselves.")]
 
 
 def gold_of(row: dict[str, Any], column: str) -> Any:
-    """Return the gold answer of a row; `a.b` is the key `b` of column `a`."""
+    """Return the gold answer of a row. `a.b` is the key `b` of column `a`."""
     (value,) = column_values({name: [value] for name, value in row.items()}, column, list(row))
     return value
 
 
 def text_gold_answers(reward: Any, name: str, dataset: Dataset) -> list[Finding]:
     """
-    Look for gold answers that are texts rather than answers, in all rows.
+    Find gold answers that are texts rather than formulas, in all rows.
 
     A word that many rows share, beside formulas, often says that there is no answer (`proof`). Such rows cannot be
     solved, or are solved by writing the word.
 
     Args:
         reward (`Any`):
-            A reward; only [`~trl_anytime.rewards.MathReward`] expects formulas.
+            A reward. Only [`~trl_anytime.rewards.MathReward`] expects formulas.
         name (`str`):
-            What the data set is called in the findings.
+            Name of the data set in the findings.
         dataset (`Dataset`):
             The data.
     """
@@ -511,9 +516,9 @@ def text_gold_answers(reward: Any, name: str, dataset: Dataset) -> list[Finding]
             Finding(
                 "gold answers",
                 WARNING,
-                f"{name}: {count:,} of {len(gold_answers):,} rows have the gold answer {word[:80]!r}. If it says that "
-                "there is no answer, a policy learns to write it.",
-                "Drop these rows with `dataset.filter`, or give their answers. Leave them if the word is the answer.",
+                f"{name}: {count:,} of {len(gold_answers):,} rows have the gold answer {word[:80]!r}. If this word "
+                "means that there is no answer, the policy learns to write it.",
+                "Drop these rows with `dataset.filter`, or add their answers. Keep them if the word is the answer.",
             )
         )
     long = [alternatives[0] for alternatives in gold_answers if min(map(count_words, alternatives)) > _MANY_WORDS]
@@ -523,14 +528,18 @@ def text_gold_answers(reward: Any, name: str, dataset: Dataset) -> list[Finding]
                 "gold answers",
                 WARNING,
                 f"{name}: {len(long):,} of {len(gold_answers):,} gold answers have more than {_MANY_WORDS} words, "
-                f"such as {long[0][:100]!r}. Only the same text is equal to them.",
-                f"Give the answer alone, or drop such rows. {_SKIP_BAD_GOLDS}",
+                f"such as {long[0][:100]!r}. Only an identical text counts as right.",
+                f"Keep only the answer itself, or drop such rows. {_SKIP_BAD_GOLDS}",
             )
         )
     return findings
 
 
 def _word(gold: str) -> str:
-    """A gold answer of letters alone, in lower case; `""` for any other, and for a single letter: a choice."""
+    """
+    Return a gold answer of letters alone, in lower case.
+
+    Returns `""` for any other, and for a single letter, which is a choice.
+    """
     text = " ".join(_TEXT_COMMAND.sub(r" \1 ", gold).strip(" $.,:;!?()[]*").split()).casefold()
     return text if len(text) > 1 and _LETTERS.fullmatch(text) else ""

@@ -1,8 +1,8 @@
 """
-Settings that were given and have no effect, each with what would give it one.
+Settings that were given but have no effect, each with the change that would give it one.
 
-Only those that this package defines or leaves without effect, and those of data and adapters. What TRL and
-transformers do with their own settings changes with their releases.
+Only some settings are checked: those that this package defines or leaves without effect, and those of data and
+adapters. What TRL and transformers do with their own settings changes between releases.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ class _Unused:
         names (`tuple[str, ...]`):
             The settings.
         when (`Callable`):
-            Whether they have none, from all settings.
+            Decides from all settings whether these have no effect.
         reason (`str`):
-            Why.
+            Why they have no effect.
         instead (`str`, *optional*, defaults to `"Remove it."`):
-            What would give them one.
+            What to change.
     """
 
     names: tuple[str, ...]
@@ -43,41 +43,43 @@ _TRAINING = (
     _Unused(
         ("max_completion_length",),
         lambda args: args.loss_type != "dr_grpo",
-        "only the `dr_grpo` loss divides by it, and it limits no generation",
-        "Remove it; `budgets` and `max_summary_length` limit what is generated.",
+        "only the `dr_grpo` loss divides by it, and it does not limit generation",
+        "Remove it. `budgets` and `max_summary_length` limit generation.",
     ),
     _Unused(
         ("progress_decay",),
         lambda args: args.baseline in ("v2", "none"),
-        "the baseline does not look at earlier rewards",
+        "this baseline does not use earlier rewards",
         "Remove it, or set `baseline` to 'brpo' or 'v1'.",
     ),
     _Unused(
         ("max_cached_tokens",),
         lambda args: args.use_vllm or args.use_transformers_continuous_batching,
-        "it is transformers' plain generation that is split into parts",
-        "Remove it, or generate with transformers (`use_vllm: false`).",
+        "it only splits plain generation with transformers",
+        "Remove it, or set `use_vllm: false` and `use_transformers_continuous_batching: false`.",
     ),
     _Unused(
         ("vllm_overlap",),
         lambda args: not args.use_vllm or args.vllm_mode == "server",
-        "no engine of vLLM runs in this process",
+        "vLLM does not run in this process",
         "Remove it, or set `use_vllm: true` and `vllm_mode: colocate`.",
     ),
-    _Unused(("max_tool_calling_iterations", "log_multimodal"), lambda args: True, "BRPO has neither tools nor images"),
+    _Unused(("max_tool_calling_iterations", "log_multimodal"), lambda args: True, "BRPO does not use tools or images"),
 )
 _EVALUATION = _Unused(
     ("eval_budgets",),
     lambda args: True,
-    "there is no data to evaluate on",
-    "Remove it, or give an evaluation set (`eval_dataset_name`).",
+    "there is no evaluation set",
+    "Remove it, or set `eval_dataset_name`.",
 )
 _DATA = (
-    _Unused(("dataset_config", "dataset_train_split"), lambda data: is_file(data.dataset_name), "a file is one split"),
+    _Unused(
+        ("dataset_config", "dataset_train_split"), lambda data: is_file(data.dataset_name), "a file has one split"
+    ),
     _Unused(
         ("dataset_test_split",),
         lambda data: data.eval_dataset_name is None or is_file(data.eval_dataset_name),
-        "there is no evaluation set on the Hub",
+        "no evaluation set is loaded from the Hub",
         "Remove it, or set `eval_dataset_name`.",
     ),
 )
@@ -85,7 +87,7 @@ _MODEL = (
     _Unused(
         tuple(f.name for f in fields(ModelConfig) if f.name.startswith("lora_")),
         lambda model: not model.use_peft,
-        "there are no adapters, all weights are trained",
+        "all weights are trained, without adapters",
         "Set `use_peft: true`, or remove it.",
     ),
 )
@@ -93,7 +95,7 @@ _MODEL = (
 
 def unused_settings(args: BRPOConfig, has_eval_data: bool) -> list[Finding]:
     """
-    Find settings of a training that differ from their default and have no effect beside the others.
+    Find training settings that differ from their default, but have no effect given the others.
 
     Args:
         args ([`BRPOConfig`]):
@@ -102,13 +104,13 @@ def unused_settings(args: BRPOConfig, has_eval_data: bool) -> list[Finding]:
             Whether there is an evaluation set.
 
     Returns:
-        `list[Finding]`: a warning for each reason.
+        `list[Finding]`: one warning for each reason.
     """
     return _unused(args, _TRAINING if has_eval_data else (*_TRAINING, _EVALUATION))
 
 
 def unused_recipe_settings(data_args: DataArguments, model_args: ModelConfig) -> list[Finding]:
-    """Find the same among the settings of data and adapters."""
+    """Find settings of data and adapters that have no effect, as [`unused_settings`] does."""
     return _unused(data_args, _DATA) + _unused(model_args, _MODEL)
 
 
@@ -126,7 +128,7 @@ def _unused(settings: Any, rows: Sequence[_Unused]) -> list[Finding]:
 
 
 def _changed(settings: Any) -> set[str]:
-    """Names of the settings that differ from their default."""
+    """Return the names of the settings that differ from their default."""
     changed = set()
     for f in fields(settings):
         default = f.default if f.default_factory is MISSING else f.default_factory()

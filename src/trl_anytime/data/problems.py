@@ -24,19 +24,19 @@ _ANSWER_COLUMNS = (*ANSWER_COLUMNS, "final_answer")
 @dataclass(frozen=True)
 class Benchmark:
     """
-    Where a benchmark is.
+    Location of a benchmark on the Hub.
 
     Args:
         hub_id (`str`):
-            Data set of the Hub.
+            Id of the data set.
         split (`str`):
-            Its split.
+            Split of the data set.
         problem (`str`):
             Column of the problems.
         answer (`str`):
             Column of the answers.
         num_problems (`int`):
-            How many there are.
+            Number of problems.
         config (`str`, *optional*):
             Configuration of the data set.
     """
@@ -74,15 +74,15 @@ def as_flag(name: str) -> str:
 @dataclass(frozen=True)
 class ProblemRows:
     """
-    A data set as it is stored, and where its problems and answers are.
+    Data set as it is stored, with the names of its columns.
 
     Args:
         source (`str`):
-            What the data set is called in messages.
+            Name of the data set in messages.
         rows (`Dataset`):
             The rows.
         problem_column, answer_column (`str`):
-            Columns. `a.b` is the key `b` of column `a`.
+            Columns of the problems and of the answers. `a.b` is the key `b` of column `a`.
     """
 
     source: str
@@ -99,35 +99,43 @@ class ProblemRows:
         Check that each row has a problem.
 
         Raises:
-            `ValueError`: If a row has none; the message names the row and the value.
+            `ValueError`: If a row has none. The message names the row and the value.
         """
         for row, value in enumerate(self.values(self.problem_column)):
             if problem_text(value) is None:
                 raise ValueError(
-                    f"{self.source}, row {row}: column {self.problem_column!r} holds {value!r} instead of a problem. "
-                    "Give its text, or remove the row."
+                    f"{self.source}, row {row}: column {self.problem_column!r} has {value!r} instead of a problem. "
+                    "Add its text, or remove the row."
                 )
 
 
 def problem_text(value: Any) -> str | None:
-    """Return a problem: a text, or a conversation of one message as in verl's data; `None` for anything else."""
+    """
+    Return the text of a problem.
+
+    A problem is a text, or a conversation of one message as in verl's data. For anything else, `None` is returned.
+    """
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         value = value[0].get("content")
     return value if isinstance(value, str) and value.strip() else None
 
 
 def is_file(source: str) -> bool:
-    """Whether a data set is given as a local file."""
+    """Return whether a data set is given as a local file."""
     return Path(source).suffix in _FILE_TYPES
 
 
 def find_benchmark(source: str) -> Benchmark | None:
-    """Return the benchmark of a name, in any spelling, or `None`."""
+    """Return the benchmark with a name, in any spelling, or `None`."""
     return BENCHMARKS.get(_key(source))
 
 
 def set_name(source: str) -> str:
-    """Return a short name of a data set: of a benchmark its own, of a file that without folders and ending."""
+    """
+    Return a short name of a data set.
+
+    It is the name of a benchmark, or that of a file without folders and ending.
+    """
     return Path(source).stem if is_file(source) else _key(source) if find_benchmark(source) else source
 
 
@@ -148,19 +156,19 @@ def read_rows(
 
     Args:
         source (`str`):
-            Name of a benchmark, a file (json, jsonl, parquet or csv), or a Hub id, with a configuration behind a colon
-            if it has several.
+            Name of a benchmark, a file (json, jsonl, parquet or csv), or a Hub id. A Hub id with several
+            configurations needs one after a colon.
         config (`str`, *optional*):
-            Configuration of a Hub data set, instead of behind a colon.
+            Configuration of a Hub data set, if `source` does not name one.
         split (`str`, *optional*):
             Split of a Hub data set. Defaults to that of the benchmark, or to `"test"`, then `"train"`.
         problem_column, answer_column (`str`, *optional*):
             Columns. Default to the usual names. `a.b` is the key `b` of column `a`.
         spell (`Callable`, *optional*):
-            How a message names a setting: [`as_setting`] or [`as_flag`].
+            Spells the name of a setting in messages: [`as_setting`] or [`as_flag`].
 
     Raises:
-        `ValueError`: If there is no such set, file, split, column or row; the message says what there is instead.
+        `ValueError`: If there is no such set, file, split, column or row. The message says what there is instead.
         `ConnectionError`: If the Hub does not answer.
     """
     benchmark = find_benchmark(source)
@@ -173,12 +181,12 @@ def read_rows(
     elif "/" in source or Path(source).is_dir():
         hub_id, _, behind = source.partition(":")
         if behind and config and behind != config:
-            raise ValueError(f"{source!r} names another configuration than {spell('dataset_config')}. Remove one.")
+            raise ValueError(f"{source!r} and {spell('dataset_config')} name different configurations. Remove one.")
         rows = _load_hub(hub_id, config or behind or None, split)
     else:
         raise ValueError(_unknown(source))
     if not len(rows):
-        raise ValueError(f"{source} has no rows.")
+        raise ValueError(f"{source} has no rows. Choose another data set or split.")
     columns = list(rows.column_names)
     problem_column = _find_column(problem_column, _PROBLEM_COLUMNS, columns, source, "problem", spell)
     answer_column = _find_column(answer_column, _ANSWER_COLUMNS, columns, source, "answer", spell)
@@ -193,7 +201,7 @@ def _find_column(
         if has_column(columns, column):
             return column
     raise ValueError(
-        f"{source} has no column {' or '.join(map(repr, wanted))} for the {what}s; its columns are "
+        f"{source} has no column {' or '.join(map(repr, wanted))} for the {what}s. Its columns are "
         f"{', '.join(map(repr, columns))}.{did_you_mean(wanted[0], columns)} Set {spell(f'{what}_column')}."
     )
 
@@ -201,9 +209,8 @@ def _find_column(
 def _unknown(source: str) -> str:
     files = [str(path) for path in Path(".").glob("*") if path.suffix in _FILE_TYPES]
     return (
-        f"There is no data set {source!r}.{did_you_mean(source.lower(), [*BENCHMARKS, *files])} Known are "
-        f"{', '.join(BENCHMARKS)}; others are given by their Hub id (owner/name) or as a file that ends in .json, "
-        ".jsonl, .parquet or .csv."
+        f"There is no data set {source!r}.{did_you_mean(source.lower(), [*BENCHMARKS, *files])} Give one of "
+        f"{', '.join(BENCHMARKS)}, a Hub id (owner/name), or a file that ends in .json, .jsonl, .parquet or .csv."
     )
 
 
@@ -213,35 +220,35 @@ def _load_file(path: Path) -> "Dataset":
 
     if not path.exists():
         there = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise ValueError(f"There is no file {path}.{did_you_mean(str(path), there)}")
+        raise ValueError(f"There is no file {path}.{did_you_mean(str(path), there)} Give the path of a file.")
     check_rows(path)
     try:
         return load_dataset(_FILE_TYPES[path.suffix], data_files=glob.escape(str(path)), split="train")
-    except (DatasetGenerationError, ValueError) as error:  # by version of datasets
+    except (DatasetGenerationError, ValueError) as error:  # depends on the version of datasets
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
 
 
 def check_rows(path: Path) -> None:
     """
-    Refuse a file that `datasets` could not read, or whose reader would end the process.
+    Refuse a file that `datasets` cannot read, or that would crash its reader.
 
     Args:
         path (`Path`):
             A json, jsonl, parquet or csv file.
 
     Raises:
-        `ValueError`: If it is not a regular file, empty or too large; for JSON, if a row is not an object, nested too
-            deep, or holds text that cannot be written. The message names the row and the field.
+        `ValueError`: If it is not a regular file, empty or too large. For JSON, also if a row is not an object, is
+            nested too deep, or has text that cannot be written. The message names the row and the field.
     """
     check_file(path, _MOST_BYTES)
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty.")
+        raise ValueError(f"{path} is empty. Give a file with at least one row.")
     if _FILE_TYPES[path.suffix] != "json":
         return
     # Arrow, which reads JSON for `datasets`, crashes on null and on deep nesting
     content = read_text(path, _MOST_BYTES_OF_JSON).strip()
     row = mapping_of(free_form, least=1)
-    if not _is_json(content.partition("\n")[0]) or content.startswith("["):  # one document, not one in each line
+    if not _is_json(content.partition("\n")[0]) or content.startswith("["):  # one document, not one per line
         parse_json(content, path, list_of(row, least=1) if content.startswith("[") else row)
         return
     for i, line in enumerate(content.split("\n")):

@@ -1,4 +1,4 @@
-"""Read a training recipe: its settings, and problems that become prompts."""
+"""Training recipes: their settings, and the problems that become prompts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +19,7 @@ from .problems import ProblemRows, find_benchmark, is_file, problem_text, read_r
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """Where the problems come from, and how they become prompts: TRL's arguments of scripts, and ours."""
+    """Arguments that say where the problems are, and how they become prompts. Some are TRL's `ScriptArguments`."""
 
     dataset_name: str | None = field(
         default=None,
@@ -34,11 +34,12 @@ class DataArguments(ScriptArguments):
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split of a Hub data set to evaluate on."})
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Not supported: all gold answers are read before training."}
+        default=False, metadata={"help": "Not supported, because all gold answers are read before training."}
     )
     ignore_bias_buffers: bool = field(default=False, metadata={"help": "Not supported."})
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Problems to evaluate on, given as `dataset_name` is. None: no evaluation."}
+        default=None,
+        metadata={"help": "Problems to evaluate on, as for `dataset_name`. If not set, there is no evaluation."},
     )
     problem_column: str | None = field(
         default=None,
@@ -53,29 +54,32 @@ class DataArguments(ScriptArguments):
     )
     on_bad_gold: str = field(
         default="raise",
-        metadata={"help": "What to do about problems without a usable gold answer.", "choices": ["raise", "skip"]},
+        metadata={
+            "help": "'raise' an error for a problem without a usable gold answer, or 'skip' such problems.",
+            "choices": ["raise", "skip"],
+        },
     )
     system_prompt: str | None = field(
-        default=None, metadata={"help": "System message before each problem. None: what the chat template writes."}
+        default=None, metadata={"help": "System message before each problem. If not set, the chat template decides."}
     )
     instruction: str = field(
         default=r"Let's think step by step and output the final answer within \boxed{}.",
-        metadata={"help": "Follows the problem in the prompt; the default is the paper's."},
+        metadata={"help": "Text after the problem in the prompt. Defaults to the paper's."},
     )
     max_prompt_length: int | None = field(
-        default=1024, metadata={"help": "Problems with longer prompts, in tokens, are left out."}
+        default=1024, metadata={"help": "Most tokens of a prompt. Problems with longer prompts are left out."}
     )
     chat_template_path: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template instead of the model's own: a Jinja file, or `chatml_think`, which comes with this "
-            "package and opens <think> for ChatML models. It is saved with the model."
+            "help": "Chat template to use instead of the model's own. Give a Jinja file, or `chatml_think`, which "
+            "opens <think> for ChatML models. It is saved with the model."
         },
     )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None:
-            raise ValueError("`dataset_name` is missing. Set it to a file, or to a data set of the Hub.")
+            raise ValueError("`dataset_name` is missing. Set it to a file, or to a data set on the Hub.")
         check_on_bad_gold(self.on_bad_gold, "`on_bad_gold`")
         if self.dataset_streaming:
             raise ValueError(
@@ -86,12 +90,12 @@ class DataArguments(ScriptArguments):
 
     @property
     def sources(self) -> "list[Source]":
-        """Where the training problems are, and the problems to evaluate on if there are any."""
+        """Return the source of the training problems, and that of the evaluation problems if there are any."""
         assert self.dataset_name is not None
         sources = [Source(self.dataset_name, self.dataset_config, self.dataset_train_split)]
         if self.eval_dataset_name:
             sources.append(Source(self.eval_dataset_name, None, self.dataset_test_split))
-        # A benchmark has a split of its own
+        # Benchmarks define their own split
         return [
             replace(source, split=None) if find_benchmark(source.name) and source.split == default else source
             for source, default in zip(
@@ -103,13 +107,13 @@ class DataArguments(ScriptArguments):
 @dataclass(frozen=True)
 class Source:
     """
-    Where problems are; see [`~trl_anytime.data.problems.read_rows`].
+    Location of problems, see [`~trl_anytime.data.problems.read_rows`].
 
     Args:
         name (`str`):
-            A benchmark, a file or a data set of the Hub.
+            A benchmark, a file or a data set on the Hub.
         config, split (`str`, *optional*):
-            Configuration and split of a data set of the Hub.
+            Configuration and split of a data set on the Hub.
     """
 
     name: str
@@ -125,13 +129,13 @@ class Source:
 
 
 def name_in_card(dataset_name: str) -> str:
-    """A dataset's name for the model card: of a local file without its folders, which are nobody's business."""
+    """Return a data set's name for the model card. A local file loses its folders, which are private."""
     return Path(dataset_name).name if is_file(dataset_name) else dataset_name
 
 
 def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathReward) -> Dataset:
     """
-    Make prompts of problems.
+    Turn problems into prompts.
 
     Args:
         problems ([`ProblemRows`]):
@@ -139,7 +143,7 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathRewa
         data_args ([`DataArguments`]):
             System prompt and instruction.
         reward ([`MathReward`]):
-            Checks the gold answers, and says what becomes of those that cannot be used.
+            Checks the gold answers, and decides what happens to those that cannot be used.
 
     Returns:
         `Dataset`: rows with the columns `prompt`, a conversation, and `answer`.
@@ -148,7 +152,7 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathRewa
         `ValueError`: If a row has no problem, or a gold answer cannot be used.
     """
     problems.check_problems()
-    # Before anything is renamed, so that an error names row and column as the data has them
+    # Before columns are renamed, so that an error names row and column as the data has them
     problems = replace(
         problems, rows=replace(reward, answer_columns=(problems.answer_column,)).check_dataset(problems.rows)
     )
@@ -166,7 +170,7 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathRewa
 
 
 def drop_long_prompts(dataset: Dataset, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The rows whose prompts have at most `max_prompt_length` tokens."""
+    """Return the rows whose prompts have at most `max_prompt_length` tokens."""
     limit = data_args.max_prompt_length
     if limit is None:
         return dataset
@@ -180,12 +184,12 @@ def drop_long_prompts(dataset: Dataset, data_args: DataArguments, tokenizer: Pre
 def load_prompts(
     source: Source, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, reward: MathReward
 ) -> Dataset:
-    """Read a data set; returns the rows of [`to_prompts`] without those that are too long."""
+    """Read a data set as prompts, without those that are too long. See [`to_prompts`]."""
     return drop_long_prompts(to_prompts(source.read(data_args), data_args, reward), data_args, tokenizer)
 
 
 def model_init_kwargs(training_args: BRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """How the model is loaded."""
+    """Return the arguments with which the model is loaded."""
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -203,18 +207,18 @@ def packaged_file(folder: str, name: str | Path) -> Path:
         folder (`str`):
             Folder of the package: `"recipes"`, `"accelerate_configs"` or `"chat_templates"`.
         name (`str` or `Path`):
-            A path, or the name of a file of that folder, without its ending.
+            A path, or the name of a file in that folder, without its ending.
 
     Raises:
-        `ValueError`: If there is neither; the message names the files of the folder.
+        `ValueError`: If there is neither. The message names the files in the folder.
     """
     files = {path.stem: path for path in sorted((Path(__file__).parents[1] / folder).iterdir())}
     if str(name) in files:
         return files[str(name)]
     if not Path(name).exists():
         raise ValueError(
-            f"There is no file {name}.{did_you_mean(str(name), [*files])} Give the path of a file, or one of these "
-            f"names: {', '.join(files)}."
+            f"There is no file {name}.{did_you_mean(str(name), [*files])} Give the path of a file, or one of the "
+            f"names {', '.join(files)}."
         )
     return Path(name)
 
@@ -227,10 +231,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> N
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model, which is changed.
         path (`str`, *optional*):
-            A Jinja file, or the name of one of this package's chat templates. `None` leaves the model's own.
+            A Jinja file, or the name of one of this package's chat templates. `None` keeps the model's own.
 
     Raises:
-        `ValueError`: If there is no such file, or a folder in its place.
+        `ValueError`: If there is no such file, or if it is a folder.
     """
     if path is None:
         return
@@ -239,8 +243,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> N
         tokenizer.chat_template = read_text(file, MEBIBYTE)
     except ValueError as error:
         raise ValueError(
-            f"`chat_template_path` must be a Jinja file: {error} To take the template of another model, with its "
-            "tokens, use TRL's `clone_chat_template` before."
+            f"`chat_template_path` must be a Jinja file: {error} To use another model's template and tokens, call "
+            "TRL's `clone_chat_template` first."
         ) from error
 
 
@@ -250,13 +254,13 @@ def parse_recipe(words: Sequence[str]) -> tuple[DataArguments, BRPOConfig, Model
 
     Args:
         words (`Sequence[str]`):
-            `--name value` for each setting; `--config` takes a YAML file, or the name of a recipe of this package.
+            `--name value` for each setting. `--config` takes a YAML file, or the name of a recipe of this package.
 
     Returns:
         `tuple`: the settings of the data, of the training and of the model.
 
     Raises:
-        `ValueError`: If there is no such file or setting, or a setting does not fit; the message says what to set.
+        `ValueError`: If there is no such file or setting, or if a setting does not fit. The message says what to set.
     """
     recipe, others = _recipe_and_others(words)
     if recipe:
@@ -264,21 +268,21 @@ def parse_recipe(words: Sequence[str]) -> tuple[DataArguments, BRPOConfig, Model
     _, unknown = recipe_parser().parse_known_args(others)
     if unknown:
         _check_names([unknown[0].partition("=")[0].lstrip("-").replace("-", "_")], "command line")
-        raise ValueError(f"{unknown[0]!r} does not belong to a setting. Write `--name value` for each.")
+        raise ValueError(f"{unknown[0]!r} does not belong to a setting. Write each setting as `--name value`.")
     settings = recipe_parser().parse_args_and_config([*recipe, *others])
     if settings[2].model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing. Set it to a folder, or to a model of the Hub.")
+        raise ValueError("`model_name_or_path` is missing. Set it to a folder, or to a model on the Hub.")
     return settings  # type: ignore[return-value]
 
 
 def _recipe_and_others(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into `--config` with the path of the recipe, if it is there, and the other words."""
+    """Split a command line into `--config` with the path of its recipe, if given, and the other words."""
     others = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in others:
         return [], others
     place = others.index("--config")
     if place + 1 == len(others):
-        raise ValueError("--config is not followed by anything. Give a file, or the name of a recipe.")
+        raise ValueError("--config has no value. Give a file, or the name of a recipe.")
     path = packaged_file("recipes", others[place + 1])
     return ["--config", str(path)], others[:place] + others[place + 2 :]
 
@@ -289,8 +293,8 @@ def launch_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Args:
         words (`Sequence[str]`):
-            Settings, and options of `accelerate launch`. `--accelerate_config` is its `--config_file`, and takes the
-            name of a file of this package, too.
+            Settings, and options of `accelerate launch`. `--accelerate_config` stands for its `--config_file`, and
+            also takes the name of a file of this package.
 
     Returns:
         `tuple[list[str], list[str]]`: the words for `accelerate launch`, and those for the training.
@@ -314,7 +318,11 @@ def launch_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def recipe_parser() -> TrlParser:
-    """Return a parser of all settings. `--config` changes a parser's defaults for good, so each use needs its own."""
+    """
+    Return a parser of all settings.
+
+    Make a new one for each use, because `--config` changes a parser's defaults for good.
+    """
     return TrlParser(cast(Any, (DataArguments, BRPOConfig, ModelConfig)))
 
 
@@ -322,7 +330,7 @@ def read_recipe(
     path: Path, changes: Mapping[str, str], num_processes: int
 ) -> tuple[DataArguments, BRPOConfig, ModelConfig]:
     """
-    The settings in a file, as `trl-anytime train --config` takes it.
+    Read the settings in a file, as `trl-anytime train --config` does.
 
     Args:
         path (`Path`):
@@ -330,14 +338,14 @@ def read_recipe(
         changes (`Mapping[str, str]`):
             Settings that override those of the file, as on the command line.
         num_processes (`int`):
-            Ranks that the run is going to have; batches are dealt out to so many.
+            Planned number of ranks, over which batches are distributed.
 
     Returns:
         `tuple`: the settings of the data, of the training and of the model.
 
     Raises:
-        `UnreadableRecipe`: If there is no such file, or if what is in it is no setting at all.
-        `ValueError`: If a setting does not fit the method or another setting; the message says what to set.
+        `UnreadableRecipe`: If there is no such file, or if it does not contain settings.
+        `ValueError`: If a setting does not fit the method or another setting. The message says what to set.
     """
     try:
         path = packaged_file("recipes", path)
@@ -346,14 +354,14 @@ def read_recipe(
     content = _read_content(path)
     _check_names(changes, str(path))
 
-    # BRPOConfig as it comes out on that many ranks
+    # BRPOConfig as it would be on that many ranks
     planned = type(
         "BRPOConfig", (BRPOConfig,), {"__doc__": BRPOConfig.__doc__, "world_size": property(lambda _: num_processes)}
     )
     classes = (DataArguments, planned, ModelConfig)
     for name in ("dataset_name", "model_name_or_path"):
         if name not in content and name not in changes:
-            raise UnreadableRecipe(f"{path}: `{name}` is missing.")
+            raise UnreadableRecipe(f"{path}: `{name}` is missing. Set it.")
 
     parser = TrlParser(cast(Any, classes))
     parser.error = _refuse  # type: ignore[method-assign]  # argparse would print hundreds of options and exit
@@ -362,7 +370,7 @@ def read_recipe(
 
 
 def _read_content(path: Path) -> dict[str, Any]:
-    """Return the settings in a file as it has them, with names that all exist."""
+    """Return the settings in a file as written. All their names exist."""
     try:
         content = read_yaml(path)
     except OSError as error:
@@ -371,7 +379,7 @@ def _read_content(path: Path) -> dict[str, Any]:
         raise UnreadableRecipe(str(error)) from error
     if not isinstance(content, dict):
         raise UnreadableRecipe(
-            f"{path} holds {type(content).__name__} instead of settings: write one `name: value` in each line."
+            f"{path} has a {type(content).__name__} instead of settings. Write one `name: value` per line."
         )
     _check_names([name for name in content if name != "env"], str(path))
     return content
@@ -387,7 +395,7 @@ def _check_names(names: Iterable[str], where: str) -> None:
 
 
 class UnreadableRecipe(ValueError):
-    """A file of settings that says nothing a check could look at."""
+    """Error of a file of settings that has nothing to check."""
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,1 +1,1 @@
-"""Measuring a model: problems, accuracy-versus-budget curves, statistics."""
+"""Evaluation of a model: problems, accuracy-versus-budget curves, statistics."""

@@ -1,8 +1,8 @@
 """
-A whole accuracy-versus-budget curve for about the cost of one evaluation.
+Measurement of a whole accuracy-versus-budget curve, for about the cost of one evaluation.
 
-There is one trace per sample, which is cut at every budget. Every finished sample is written to a journal at once;
-a run that is started again goes on from there.
+Each sample has one trace, which is cut at every budget. Every finished sample is written to a journal at once. A run
+that is started again continues from there.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ from .statistics import Estimate, compare, estimates
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
 _RESULTS_FORMAT = 1
-_MOST_SETS = 64  # each is a panel of the picture
+_MOST_SETS = 64  # the picture has a panel for each
 _MOST_BYTES_OF_RESULTS = 256 * MEBIBYTE
 _MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE = 16 * 1024 * MEBIBYTE, 256 * MEBIBYTE
 
-_REWARD = number(-1e30, 1e30)  # whose means and differences are finite
+_REWARD = number(-1e30, 1e30)  # so that means and differences are finite
 _ESTIMATE = fields(mean=_REWARD, low=_REWARD, high=_REWARD)
 _RESULTS = fields(
     protocol=fields(
@@ -66,24 +66,24 @@ _RESULTS = fields(
     curves=mapping_of(fields(accuracy=list_of(_ESTIMATE), anytime_average=_ESTIMATE), least=1, most=_MOST_SETS + 1),
     questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
 )
-# Counters of a reward with gold answers: of answers that score 0 because of its limits
+# Counters of a reward with gold answers. They count answers that score 0 because of a limit.
 _LIMITS = ("timeouts", "dead_workers", "too_long")
 
 
 @dataclass(frozen=True)
 class Protocol:
     """
-    All that decides what an evaluation measures.
+    Description of what an evaluation measures.
 
     Args:
         model (`str`):
             Name of the model.
         config ([`AnytimeConfig`]):
-            Markers and bridges; budgets, summary length and sampling of this evaluation.
+            Markers and bridges, and the budgets, summary length and sampling of this evaluation.
         problems (`dict[str, tuple[str, int]]`):
             Fingerprint and number of problems, by data set.
         instruction (`str`):
-            Text behind each question.
+            Text after each question.
         num_samples (`int`):
             Traces for each question.
         num_summaries (`int`):
@@ -107,20 +107,20 @@ class Protocol:
     system_prompt: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the protocol in plain types, for a file."""
         config = asdict(self.config)
-        # By what library a checkpoint was written, and for which objective, makes no difference here
+        # Neither the libraries that wrote a checkpoint nor its training objective change a measurement
         values = {key: value for key, value in config.items() if key not in ("versions", "prior")}
         values |= {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "config"}
         return json.loads(json.dumps(values))
 
 
-# What may differ between two results that are compared: it is what the comparison is about, or chance
+# May differ between two results that are compared. The comparison is about these, or they are chance.
 NOT_COMPARED = ("model", "markers", "eos_token_ids", "chat_template_kwargs", "seed")
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
-    """What two protocols, as `Protocol.as_dict` gives them, do not share."""
+    """List the differences of two protocols, which are given as `Protocol.as_dict` returns them."""
     return [
         f"{name} is {_in_short(theirs.get(name))} there and {_in_short(ours.get(name))} here"
         for name in sorted(ours.keys() | theirs.keys())
@@ -135,17 +135,17 @@ def _in_short(value: Any) -> str:
 
 class Journal:
     """
-    The finished samples of an evaluation, one JSON line each behind a line with the protocol.
+    File of the finished samples of an evaluation, one JSON line each after a line with the protocol.
 
     Args:
         path (`Path`):
-            The file; made if it is not there.
+            Path of the file. It is created if it does not exist.
         protocol ([`Protocol`]):
-            What is evaluated.
+            Protocol of the evaluation.
 
     Attributes:
         records (`list[dict]`):
-            The samples that are finished.
+            Finished samples.
 
     Raises:
         `ValueError`: If the file belongs to another protocol, or is damaged elsewhere than at its end. The message
@@ -155,7 +155,7 @@ class Journal:
     def __init__(self, path: Path, protocol: Protocol):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
-        complete = 0  # bytes; a crash may have left part of a line behind them
+        complete = 0  # bytes of whole lines. A crash may have left part of a line after them.
         if path.exists():
             check = fields(protocol=mapping_of(free_form))
             for i, line in enumerate(read_lines(path, _MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE)):
@@ -171,11 +171,11 @@ class Journal:
                 if found:
                     raise ValueError(
                         f"{path} belongs to another protocol: {'; '.join(found)}. Set another --output, or repeat "
-                        "the command with which it was made."
+                        "the command that created it."
                     )
                 check = _sample_of(protocol)
             if len({sample_key(values) for values in self.records}) != len(self.records):
-                raise ValueError(f"{path} has samples twice: two runs have written to it. Set another --output.")
+                raise ValueError(f"{path} has samples twice, because two runs wrote to it. Set another --output.")
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(complete)
         self._file.seek(0, os.SEEK_END)
@@ -183,7 +183,7 @@ class Journal:
             self._append({"protocol": protocol.as_dict()})
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add a finished sample; it is on the disk when this returns."""
+        """Add a finished sample. It is on the disk when this returns."""
         self._append(record)
         self.records.append(record)
 
@@ -198,7 +198,7 @@ class Journal:
 
 
 def _sample_of(protocol: Protocol) -> Check:
-    """Check for a finished sample under a protocol."""
+    """Return a check for finished samples of a protocol."""
     per_summary = {"least": protocol.num_summaries, "most": protocol.num_summaries}
     sample = fields(
         dataset=string(),
@@ -227,7 +227,7 @@ def _sample_of(protocol: Protocol) -> Check:
         sample(value, name)
         _, count = protocol.problems.get(value["dataset"], ("", 0))
         if value["question"] >= count:
-            raise Unfit(f"`dataset` and `question` name a problem that is not evaluated, {sample_key(value)[:2]!r}.")
+            raise Unfit(f"`dataset` and `question` name a problem that is not evaluated: {sample_key(value)[:2]!r}.")
         if sorted(budget for cut in value["cuts"] for budget in cut["budgets"]) != protocol.config.budgets:
             raise Unfit(f"`cuts` must have each of the budgets {protocol.config.budgets} once.")
         return value
@@ -236,24 +236,24 @@ def _sample_of(protocol: Protocol) -> Check:
 
 
 def sample_key(record: dict[str, Any]) -> tuple[str, int, int]:
-    """Data set, question and number of a sample."""
+    """Return data set, question and number of a sample."""
     return record["dataset"], record["question"], record["sample"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """
-    An evaluation of one model.
+    Evaluation of one model.
 
     Args:
         model ([`~transformers.PreTrainedModel`], `vllm.LLM` or [`CompletionClient`]):
             The model, an engine, or a server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+            Tokenizer of the model.
         config ([`AnytimeConfig`]):
-            Markers and bridges; budgets, summary length and sampling of this evaluation.
+            Markers and bridges, and the budgets, summary length and sampling of this evaluation.
         problem_sets (`list[ProblemSet]`):
-            The problems.
+            Problems to evaluate on.
         name (`str`):
             Name of the model.
         num_samples (`int`, *optional*, defaults to `1`):
@@ -261,14 +261,14 @@ class Evaluation:
         num_summaries (`int`, *optional*, defaults to `1`):
             Summaries for each trace and cut.
         instruction (`str`, *optional*):
-            Text behind each question. Defaults to the paper's.
+            Text after each question. Defaults to the paper's.
         system_prompt (`str`, *optional*):
             System message before each question.
         reward (`Callable`, *optional*):
-            A reward function as TRL's. Defaults to [`~trl_anytime.rewards.MathReward`].
+            Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.MathReward`].
         batch_size (`int`, *optional*):
-            Samples that are computed together. Defaults to 1 for a server, which batches by itself, else to 16 for a
-            model and 256 for an engine.
+            Samples that are computed together. Defaults to 16 for a model, to 256 for an engine, and to 1 for a
+            server, which batches by itself.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
         max_cached_tokens (`int`, *optional*):
@@ -297,14 +297,19 @@ class Evaluation:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.config.sampling.temperature == 0 and self.num_samples * self.num_summaries > 1:
-            raise ValueError("At temperature 0 all samples are the same: set one sample, or a temperature.")
+            raise ValueError(
+                "At temperature 0 all samples are the same. Set `num_samples` and `num_summaries` to 1, or raise "
+                "`temperature`."
+            )
         names = [problems.name for problems in self.problem_sets]
         if len(set(names)) < len(names) or not names or AVERAGE in names:
-            raise ValueError(f"Data sets need names of their own, other than {AVERAGE!r}, got {names}.")
+            raise ValueError(
+                f"Data sets need different names, other than {AVERAGE!r}, got {names}. Write NAME=SOURCE."
+            )
 
     @property
     def protocol(self) -> Protocol:
-        """What decides what is measured."""
+        """Return the description of what is measured."""
         return Protocol(
             self.name,
             self.config,
@@ -353,7 +358,7 @@ class Evaluation:
         journal = Journal(journal_path, self.protocol)
         try:
             done = {sample_key(record) for record in journal.records}
-            # All questions once before any of them twice
+            # Take all questions once before any question twice
             samples = [
                 (problems, question, sample)
                 for sample in range(self.num_samples)
@@ -377,7 +382,7 @@ class Evaluation:
         return sorted(journal.records, key=sample_key)
 
     def _batches(self, samples: list[tuple[ProblemSet, int, int]]) -> Iterator[list[dict[str, Any]]]:
-        """The records of batches as they are completed."""
+        """Yield the records of batches as they are completed."""
         if isinstance(self.model, CompletionClient):
             default, num_threads = 1, self.model.concurrency
         else:
@@ -400,10 +405,10 @@ class Evaluation:
         return self._grade(batch, *self._draw(batch))
 
     def _draw(self, batch: list[tuple[ProblemSet, int, int]]) -> tuple[list[Rollout], float]:
-        """The rollouts of a batch, and the seconds that they took."""
+        """Return the rollouts of a batch, and the seconds that they took."""
         start = time.perf_counter()
         prompt_ids = [self._prompt_ids[problems.name][question] for problems, question, _ in batch]
-        # Of the first sample, so that a run that goes on after a crash does not draw the same numbers again
+        # The seed depends on the first sample, so a run that continues after a crash draws other numbers
         problems, question, sample = batch[0]
         text = f"{self.seed} {problems.name} {question} {sample}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
@@ -455,15 +460,15 @@ class Evaluation:
                 }
             )
         limited = self._score(summaries)
-        if limited:  # a reward counts for all its answers: the batch's numbers stand with its first sample
+        if limited:  # a reward counts over all its answers, so the batch's counts go to its first sample
             records[0]["limited"] = limited
         return records
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
-        """Score summaries, each given with its problem; the rewards go to the lists at their ends.
+        """Score summaries, each given with its problem. The rewards are added to the list in each tuple.
 
         Returns:
-            `dict[str, int]`: how many answers hit a limit of the verifier, by its counter, without zeros.
+            `dict[str, int]`: number of answers that hit a limit of the verifier, by counter, without zeros.
         """
         conversational = self.tokenizer.chat_template is not None
         questions = [problems.questions[question] for problems, question, *_ in summaries]
@@ -490,9 +495,9 @@ class Evaluation:
         missing = rewards.count(None)
         if missing:
             raise ValueError(
-                f"The reward `{self.protocol.reward}` left {missing} of {len(rewards)} answers without a number: they "
-                "were not looked at in time, or it does not apply to them. What is finished is kept: repeat the "
-                "command when the machine is free, or set another --reward."
+                f"The reward `{self.protocol.reward}` returned no number for {missing} of {len(rewards)} answers. It "
+                "ran out of time, or does not apply to them. Finished samples are kept. Repeat the command when the "
+                "machine is idle, or set another --reward."
             )
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
             assert reward is not None
@@ -505,7 +510,7 @@ class Evaluation:
 
 
 def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[str, np.ndarray]:
-    """The mean reward of each question at each budget, shape (Q, M), by data set."""
+    """Return the mean reward of each question at each budget, shape (Q, M), by data set."""
     sums: dict[str, dict[int, list[np.ndarray]]] = {}
     for record in records:
         at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
@@ -519,11 +524,11 @@ def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[st
 
 def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, Any]:
     """
-    The results of an evaluation, for a file.
+    Return the results of an evaluation, for a file.
 
     Args:
         protocol ([`Protocol`]):
-            What was evaluated.
+            Protocol of the evaluation.
         records (`list[dict]`):
             All samples.
     """
@@ -564,18 +569,18 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
 
 
 def limited_answers(results: dict[str, Any]) -> str:
-    """Say how many answers count as wrong because they hit a limit of the verifier; `""` if none did."""
+    """Say how many answers count as wrong because they hit a limit of the verifier, or return `""`."""
     counts = {name: results["limited"][name] for name in _LIMITS if results["limited"][name]}
     answers = results["limited"]["answers"]
     if not counts:
         return ""
     message = ", ".join(f"{count} {name}" for name, count in counts.items())
     share = sum(counts.values()) / answers
-    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {message}."
+    return f"{share:.2%} of {answers} answers count as wrong, because they hit a limit of the verifier: {message}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Tokens computed, and how many an evaluation at the last budget alone would have."""
+    """Count the computed tokens, and those that an evaluation at the last budget alone would compute."""
     thinking = sum(record["thinking_tokens"] for record in records)
     prompts = sum(record["prompt_tokens"] for record in records)
 
@@ -595,17 +600,17 @@ def _cost(records: list[dict[str, Any]]) -> dict[str, float]:
 
 def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """
-    A paired comparison of results with those of a baseline.
+    Compare results with those of a baseline, question by question.
 
     Returns:
-        `dict`: by data set, the difference at each budget and of the anytime average.
+        `dict`: by data set, the differences at each budget and of the anytime average.
 
     Raises:
         `ValueError`: If the two come from different protocols.
     """
     found = differences(ours["protocol"], theirs["protocol"], NOT_COMPARED)
     if found:
-        raise ValueError(f"The baseline comes from another protocol: {'; '.join(found)}.")
+        raise ValueError(f"The baseline has another protocol: {'; '.join(found)}. Use the same settings.")
     compared = {}
     for group in ours["curves"]:
         names = list(ours["protocol"]["problems"]) if group == AVERAGE else [group]
@@ -617,17 +622,19 @@ def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 def load_results(path: Path) -> dict[str, Any]:
     """
-    Results from a file.
+    Load results from a file.
 
     Raises:
-        `ValueError`: If it holds none that this version knows; the message names the file and the field.
+        `ValueError`: If this version cannot read them. The message names the file and the field.
     """
     try:
         results = read_json(path, fields(format=integer(1)), _MOST_BYTES_OF_RESULTS)
     except FileNotFoundError:
-        raise ValueError(f"There is no file {path}.") from None
+        raise ValueError(f"There is no file {path}. Give a results.json of `trl-anytime eval`.") from None
     if results["format"] != _RESULTS_FORMAT:
-        raise Unfit(f"{path} has format {results['format']}, and this version knows {_RESULTS_FORMAT}.")
+        raise Unfit(
+            f"{path} has format {results['format']}, but this version reads {_RESULTS_FORMAT}. Repeat the evaluation."
+        )
     try:
         _RESULTS(results, "")
         free_form(results["protocol"], "protocol")
@@ -638,7 +645,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def _check_shapes(results: dict[str, Any]) -> None:
-    """Refuse results whose numbers are not as many as there are questions and budgets."""
+    """Refuse results without one number for each question and budget."""
     protocol, num_budgets = results["protocol"], len(results["protocol"]["budgets"])
     if results["questions"].keys() != protocol["problems"].keys():
         raise Unfit("`questions` and `protocol.problems` must have the same data sets.")
@@ -669,7 +676,11 @@ def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
 
 
 def table(results: dict[str, Any]) -> str:
-    """The curves as text: budgets down, data sets across, percent with the ends of the confidence interval."""
+    """
+    Return the curves as text.
+
+    Rows are budgets and columns are data sets. Cells are in percent, with the ends of the confidence interval.
+    """
     curves = results["curves"]
     budgets = results["protocol"]["budgets"]
 

@@ -1,4 +1,4 @@
-"""The problems of an evaluation."""
+"""Problems of an evaluation."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class ProblemSet:
     """
-    Questions with their answers.
+    Set of questions with their answers.
 
     Args:
         name (`str`):
@@ -35,7 +35,7 @@ class ProblemSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Differs for other questions or answers."""
+        """Return a hash of the questions and answers."""
         text = json.dumps([self.questions, self.answers], ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -55,21 +55,21 @@ def load_problems(
 
     Args:
         source (`str`):
-            As in [`read_rows`]; `name=source` gives the set another name.
+            See [`read_rows`]. `name=source` gives the set another name.
         problem_column, answer_column, split (`str`, *optional*):
             See [`read_rows`].
         limit (`int`, *optional*):
-            Only the first so many problems.
+            Number of problems to take, from the first.
         on_bad_gold (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` an error for a row without a usable gold answer, or `"skip"` such rows, with a notice.
+            `"raise"` an error for a row without a usable gold answer, or `"skip"` such rows with a warning.
         any_text (`bool`, *optional*, defaults to `False`):
-            Whether a sentence is an answer too, for other rewards than the maths verifier.
+            Whether a sentence is an answer, too. Set it for other rewards than the maths verifier.
         spell (`Callable`, *optional*):
             See [`read_rows`].
 
     Raises:
-        `ValueError`: If there is no such set, file, split or column, or a gold answer cannot be used; the message says
-            what there is instead.
+        `ValueError`: If there is no such set, file, split or column, or a gold answer cannot be used. The message
+            says what there is instead.
         `ConnectionError`: If the Hub does not answer.
     """
     if limit is not None and limit < 1:
@@ -91,7 +91,7 @@ def load_problems(
             message = bad_gold_message(row, found.answer_column, answer, f"set {spell('on_bad_gold')} to 'skip'")
             raise ValueError(f"{where}: {message}")
     if skipped := len(found.rows) - len(questions):
-        logger.warning(f"Left out {skipped} of {len(found.rows)} rows of {where}, which have no answer.")
+        logger.warning(f"Skipped {skipped} of {len(found.rows)} rows of {where}, which have no usable gold answer.")
     if not questions:
-        raise ValueError(f"{where} has no problems.")
+        raise ValueError(f"{where} has no problem with a usable gold answer. Check {spell('answer_column')}.")
     return ProblemSet(name or set_name(where), questions, answers)

@@ -1,8 +1,8 @@
 """
-Accuracy-versus-budget curves with their uncertainty, and the comparison of two. Questions are what is resampled.
+Accuracy-versus-budget curves with their uncertainty, and the comparison of two curves.
 
-Where all questions are wrong, or all are right, there is nothing to resample: Wilson's interval takes the place of the
-bootstrap's.
+The bootstrap resamples questions. Where all questions are wrong, or all are right, it has nothing to resample. There,
+Wilson's interval is used.
 
 Dimensions: Q questions, M budgets, B bootstrap samples.
 """
@@ -21,11 +21,11 @@ _Z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
 @dataclass(frozen=True)
 class Estimate:
     """
-    A mean over questions with its 95 % confidence interval.
+    Mean over questions with its 95 % confidence interval.
 
     Args:
         mean, low, high (`float`):
-            The mean, and both ends of the interval.
+            The mean, and the ends of the interval.
     """
 
     mean: float
@@ -36,14 +36,14 @@ class Estimate:
 @dataclass(frozen=True)
 class Comparison:
     """
-    The difference of two curves over the same questions.
+    Difference of two curves over the same questions.
 
     Args:
         difference ([`Estimate`]):
             Mean difference.
         p_value (`float`):
-            Probability of a difference at least as large if both were the same, two-sided, by exchanging the two at
-            random within each question.
+            Two-sided probability of a difference at least as large if both were the same. It is computed by
+            exchanging the two at random within each question.
     """
 
     difference: Estimate
@@ -52,7 +52,7 @@ class Comparison:
 
 def resampled_means(values_QM: np.ndarray, seed: int = 0) -> np.ndarray:
     """
-    Means over questions that are drawn with replacement.
+    Return means over questions that are drawn with replacement.
 
     Args:
         values_QM (`np.ndarray`):
@@ -78,17 +78,18 @@ def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Es
     """
     Estimate a curve and its average over budgets.
 
-    Of several sets of questions it is the mean of the sets, each resampled by itself. If each set's questions are all
-    at 0 or all at 1, the interval is the mean of the sets' Wilson intervals, which is a little too wide.
+    For several sets of questions, the estimate is the mean over the sets. Each set is resampled by itself. If each
+    set's questions are all at 0 or all at 1, the interval is the mean of the sets' Wilson intervals. It is then a
+    little too wide.
 
     Args:
         sets (`list[np.ndarray]`):
-            Accuracies of shape (Q, M), the mean over samples for each question and budget.
+            Accuracies of shape (Q, M). Each is the mean over the samples of a question at a budget.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
 
     Returns:
-        `tuple`: M estimates, and the estimate of their mean (the anytime average).
+        `tuple`: M estimates, and the estimate of their mean, which is the anytime average.
     """
     curve, average = _bootstrapped(sets, seed)
     curve = [_widened(estimate, [values_QM[:, j] for values_QM in sets]) for j, estimate in enumerate(curve)]
@@ -104,7 +105,7 @@ def _bootstrapped(sets: list[np.ndarray], seed: int) -> tuple[list[Estimate], Es
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> tuple[list[Comparison], Comparison]:
     """
-    The difference of two curves, by budget and of their average.
+    Estimate the difference of two curves, at each budget and on average.
 
     Args:
         ours, theirs (`list[np.ndarray]`):
@@ -123,7 +124,7 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
     flipped_BM = np.concatenate(flipped)
 
     def p_value(observed: float, under_exchange_B: np.ndarray) -> float:
-        # The exchange that was observed counts; rounding must not make equal differences unequal
+        # The observed exchange counts, too. The tolerance keeps equal differences equal despite rounding.
         as_large = (np.abs(under_exchange_B) >= abs(observed) - 1e-12).sum()
         return float((as_large + 1) / (len(under_exchange_B) + 1))
 
@@ -134,7 +135,7 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
 
 
 def _widened(estimate: Estimate, sets: list[np.ndarray]) -> Estimate:
-    """Return Wilson's interval if each set's values, (Q,), are all 0 or all 1, and else the estimate as it is."""
+    """Return Wilson's interval if each set's values, (Q,), are all 0 or all 1, else the estimate."""
     if not all((values_Q == values_Q[0]).all() and values_Q[0] in (0, 1) for values_Q in sets):
         return estimate
     # At 0 of n Wilson's interval is [0, z² / (n + z²)], and at n of n its mirror image

@@ -1,1 +1,1 @@
-"""Using a model at any thinking budget."""
+"""Use of a model at any thinking budget."""

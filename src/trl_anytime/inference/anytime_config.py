@@ -1,4 +1,4 @@
-"""The file beside a model's weights that says how to use it at any budget as it was trained."""
+"""The file beside a model's weights that describes how to use it at any budget."""
 
 import inspect
 import json
@@ -61,7 +61,7 @@ _FIELDS = fields(
     chat_template_kwargs=mapping_of(free_form, most=100),
     versions=mapping_of(string(1000), most=100),
 )
-# What `apply_chat_template` takes and a template does not know: such arguments would change what it returns
+# Arguments of `apply_chat_template` that are not for the template. They would change what it returns.
 _NOT_FOR_TEMPLATES = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {
     "chat_template",
     "tools",
@@ -74,25 +74,25 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class AnytimeConfig:
     """
-    Holds what is needed to use a model at any budget as it was trained. It is saved as `anytime_config.json`.
+    Settings that are needed to use a model at any budget as it was trained. Saved as `anytime_config.json`.
 
     Args:
         markers ([`ThinkingMarkers`]):
-            What ends a thinking trace and what is spliced in after it, as text and as token ids.
+            End marker of a thinking trace and the bridges after it, as text and as token ids.
         budgets (`list[int]`):
             Budgets b_1 < … < b_m in thinking tokens.
         prior (`list[float]`):
-            Weight of each budget in the objective; sums to 1.
+            Weight of each budget in the objective. The weights sum to 1.
         max_summary_length (`int`):
             Most tokens sampled for one summary.
         sampling ([`Sampling`]):
-            How tokens were drawn.
+            Sampling settings of the training.
         eos_token_ids (`list[int]`):
             Tokens that end a summary, or a trace without its end marker.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Arguments of the chat template.
         versions (`dict[str, str]`, *optional*):
-            Versions of the libraries that wrote it. Defaults to those installed.
+            Versions of the libraries that wrote the file. Defaults to those installed.
     """
 
     markers: ThinkingMarkers
@@ -124,8 +124,8 @@ class AnytimeConfig:
         Raises:
             `FileNotFoundError`: If there is no file, and no tokenizer is given.
             `OSError`: If the Hub does not answer, or knows no such model.
-            `ValueError`: If the file is damaged, newer than this package, does not fit the tokenizer or has the
-            markers that are given; or if there is no file and no markers are found.
+            `ValueError`: If the file is damaged, newer than this package, or does not fit the tokenizer. Also if
+                markers are given although there is a file, or if there is no file and no markers are found.
         """
         given = {name: text for name, text in markers.items() if text is not None}
         try:
@@ -135,14 +135,15 @@ class AnytimeConfig:
                 raise
             config = cls.from_tokenizer(tokenizer, generation_eos_token_ids(model), **given)
             logger.warning(
-                f"{model} has no {ANYTIME_CONFIG_NAME}: it was not trained by trl_anytime, or was copied without it. "
-                f"Using {config.markers.truncation_bridge!r} to close a thinking trace that is cut and "
-                f"{config.markers.answer_bridge!r} to ask for the answer."
+                f"{model} has no {ANYTIME_CONFIG_NAME}. It was not trained by trl_anytime, or was copied without it. "
+                f"{config.markers.truncation_bridge!r} will close a cut trace, and {config.markers.answer_bridge!r} "
+                "will ask for the answer. If the model was trained with others, set `truncation_bridge` and "
+                "`answer_bridge`."
             )
             return config
         if given:
             raise ValueError(
-                f"{model} says in its {ANYTIME_CONFIG_NAME} by which markers and bridges it was trained: remove "
+                f"The {ANYTIME_CONFIG_NAME} of {model} already sets its markers and bridges. Remove "
                 f"{', '.join(sorted(given))}."
             )
         config = cls._from_file(file)
@@ -151,7 +152,7 @@ class AnytimeConfig:
                 return config
             try:
                 tokenizer = AutoTokenizer.from_pretrained(file.parent if Path(model).exists() else str(model))
-            except (OSError, ValueError):  # a config by itself is of use, too
+            except (OSError, ValueError):  # a config without a tokenizer is useful, too
                 return config
         config.check_tokenizer(tokenizer)
         return config.with_tokenizer(tokenizer)
@@ -161,7 +162,7 @@ class AnytimeConfig:
         values = read_json(file, fields(format=integer(1)), MEBIBYTE)
         if values["format"] > _FORMAT:
             raise Unfit(
-                f"{file} has format {values['format']}, and this version knows up to {_FORMAT}: upgrade trl-anytime."
+                f"{file} has format {values['format']}, but this version reads up to {_FORMAT}. Upgrade trl-anytime."
             )
         try:
             _FIELDS(values, "")
@@ -194,7 +195,9 @@ class AnytimeConfig:
         answer_bridge: str | None = None,
     ) -> "AnytimeConfig":
         """
-        Make the config of a model without a file: markers and bridges as training finds them, the paper's settings.
+        Make the config of a model without a file.
+
+        Markers and bridges are found as in training. The other settings are the paper's.
 
         Args:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -240,7 +243,7 @@ class AnytimeConfig:
         eos_token_ids: list[int],
         chat_template_kwargs: dict[str, Any],
     ) -> "AnytimeConfig":
-        """Make the config of a model that is trained with `args`. The other arguments are those of the class."""
+        """Make the config of a model that is trained with `args`. See the class for the other arguments."""
         return cls(
             markers=markers,
             budgets=args.budgets,
@@ -252,7 +255,7 @@ class AnytimeConfig:
         )
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `anytime_config.json` into a folder, which is made if need be, and return its path."""
+        """Write `anytime_config.json` into a folder and return its path. The folder is created if needed."""
         markers: dict[str, Any] = {
             name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
             for name in _MARKERS
@@ -270,10 +273,10 @@ class AnytimeConfig:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """
-        Check that a tokenizer makes the same tokens of the markers.
+        Check that a tokenizer encodes the markers as the file does.
 
         Raises:
-            `ValueError`: If not; the message says which differ.
+            `ValueError`: If not. The message says which differ.
         """
         markers = self.markers
         found = find_markers(
@@ -291,8 +294,8 @@ class AnytimeConfig:
         ]
         if differing:
             raise ValueError(
-                f"The {ANYTIME_CONFIG_NAME} belongs to another tokenizer: {'; '.join(differing)}. Use the tokenizer "
-                "that was saved with the model."
+                f"The {ANYTIME_CONFIG_NAME} was saved with another tokenizer: {'; '.join(differing)}. Use the "
+                "tokenizer that was saved with the model."
             )
 
     def check_context(self, longest_prompt: int, budget: int, context: int | None, whose: str) -> None:
@@ -305,23 +308,23 @@ class AnytimeConfig:
             budget (`int`):
                 The largest budget in tokens.
             context (`int`, *optional*):
-                Tokens that the model can hold; `None` if not known.
+                Tokens that the model can hold. `None` if not known.
             whose (`str`):
-                Whose context it is, for the error.
+                Owner of the context, for the error.
 
         Raises:
-            `ValueError`: If it does not fit; the message says which budget would.
+            `ValueError`: If the budget does not fit. The message says which would.
         """
         around = longest_prompt + self.markers.max_bridge_length + self.max_summary_length
         if context is not None and around + budget > context:
             raise ValueError(
-                f"A budget of {budget} thinking tokens is beyond {whose} context of {context} tokens: the longest "
-                f"prompt has {longest_prompt}, the bridges {self.markers.max_bridge_length}, a summary up to "
-                f"{self.max_summary_length}. The largest budget that fits is {max(context - around, 0)}."
+                f"A budget of {budget} thinking tokens does not fit into {whose} context of {context} tokens. The "
+                f"longest prompt has {longest_prompt}, the bridges {self.markers.max_bridge_length}, and a summary "
+                f"up to {self.max_summary_length}. Lower the budget to at most {max(context - around, 0)}."
             )
 
     def rollout_settings(self, num_summaries: int) -> RolloutSettings:
-        """Return the settings of rollouts in which budgets that share a cut share its summaries."""
+        """Return rollout settings with which budgets that share a cut share its summaries."""
         return RolloutSettings(
             self.budgets,
             num_summaries,
@@ -339,7 +342,7 @@ class AnytimeConfig:
             tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
                 Tokenizer of the model.
             prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-                Texts, which are taken as they are, or conversations.
+                Texts, which are used unchanged, or conversations.
 
         Raises:
             `ValueError`: See [`~trl_anytime.rollout.encoding.encode_prompt`].
@@ -348,25 +351,29 @@ class AnytimeConfig:
 
     def question(self, tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None = None) -> Any:
         """
-        Return a question as a prompt: a conversation, or the text itself for a model without a chat template.
+        Return a question as a prompt.
+
+        It is a conversation, or the text itself for a model without a chat template.
 
         Raises:
             `ValueError`: If a model without a chat template is given a system prompt.
         """
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         if system and not tokenizer.chat_template:
-            raise ValueError("The tokenizer has no chat template for a system prompt. Leave the system prompt out.")
+            raise ValueError("The tokenizer has no chat template for a system prompt. Remove the system prompt.")
         return [*system, {"role": "user", "content": text}] if tokenizer.chat_template else text
 
 
 def _check_fields(values: dict[str, Any]) -> None:
-    """Refuse a config whose fields do not fit each other."""
+    """Refuse a config with fields that do not fit each other."""
     further = values["sampling"].keys() - SAMPLING.keys()
     if further:
-        raise Unfit(f"`sampling` has fields that are not known: {', '.join(map(repr, sorted(further)))}.")
+        raise Unfit(f"`sampling` has unknown fields: {', '.join(map(repr, sorted(further)))}. Remove them.")
     taken = values["chat_template_kwargs"].keys() & _NOT_FOR_TEMPLATES
     if taken:
-        raise Unfit(f"`chat_template_kwargs` has fields that are not for a template: {', '.join(sorted(taken))}.")
+        raise Unfit(
+            f"`chat_template_kwargs` has fields that are not for a template: {', '.join(sorted(taken))}. Remove them."
+        )
     end, bridge = (values["markers"][name]["text"] for name in ("think_end", "truncation_bridge"))
     if bridge.count(end) != 1:
         raise Unfit("`markers.truncation_bridge.text` must contain `markers.think_end.text` exactly once.")
@@ -384,30 +391,32 @@ def find_file(path: str | Path, name: str) -> Path:
     if found.exists():
         file = found / name if found.is_dir() else found
         if not file.exists():
-            raise FileNotFoundError(f"There is no {name} in {path}.")
+            raise FileNotFoundError(f"There is no {name} in {path}. Give a folder or a model that has it.")
         return file
     try:
         return Path(hf_hub_download(str(path), name))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise OSError(f"{path} is neither a folder nor a model on the Hub that can be read.") from error
+        raise OSError(f"{path} is neither a folder nor a model that you can read on the Hub. Check it.") from error
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError) and not HF_HUB_OFFLINE:
-            raise OSError(f"The Hub did not answer when asked for {path}/{name}: {error}") from error
-        raise FileNotFoundError(f"There is no {name} in {path}.") from error
+            raise OSError(
+                f"The Hub did not answer when asked for {path}/{name}: {error} Try again, or give a local folder."
+            ) from error
+        raise FileNotFoundError(f"There is no {name} in {path}. Give a folder or a model that has it.") from error
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError("The tokenizer has no EOS token, so no answer would end: set `tokenizer.eos_token`.")
+        raise ValueError("The tokenizer has no EOS token, so an answer could not end. Set `tokenizer.eos_token`.")
     return tokenizer.eos_token_id
 
 
 def generation_eos_token_ids(model: str | Path) -> list[int]:
     """
-    Return the tokens that end a text by the model's own generation settings, where it has any.
+    Return the tokens that end a text in the model's generation config, if it has one.
 
     Raises:
-        `ValueError`: If they are damaged.
+        `ValueError`: If the generation config is damaged.
     """
 
     def token_ids(value: Any, name: str) -> Any:

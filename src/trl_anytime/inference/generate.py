@@ -1,4 +1,4 @@
-"""Answers at any thinking budget in batches, with the tokens that training splices."""
+"""Answers at any thinking budget, in batches and with the token ids that training splices."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class BudgetAnswer:
     """
-    Holds what a model answers at one budget.
+    Answers of a model at one budget.
 
     Args:
         budget (`int`):
@@ -35,13 +35,13 @@ class BudgetAnswer:
         thinking_tokens (`int`):
             Thinking tokens before the answer.
         finished (`bool`):
-            Whether the trace ended by itself within the budget; else it was cut.
+            Whether the trace ended by itself within the budget. Otherwise it was cut.
         answers (`list[str]`):
-            The answers, without the bridge.
+            Texts of the answers, without the bridge.
         answer_ids (`list[list[int]]`):
-            Their tokens, up to and including EOS if it came.
+            Token ids of the answers, with EOS if it came.
         num_tokens (`list[int]`):
-            Tokens after the prompt of each: trace, bridge and answer.
+            Tokens of each answer after the prompt, including trace and bridge.
         well_formed (`list[bool]`):
             Whether the trace was ended exactly once. Otherwise training gives no reward.
     """
@@ -58,7 +58,7 @@ class BudgetAnswer:
 @dataclass(frozen=True)
 class AnytimeOutput:
     """
-    Holds a thinking trace and the answers at several budgets.
+    Thinking trace with the answers at several budgets.
 
     Args:
         thinking (`str`):
@@ -117,23 +117,23 @@ def anytime_generate(
     """
     Think once for each prompt, and answer at one or several budgets.
 
-    The tokens are those that training splices. Budgets at which a trace is cut at the same place share their answers.
+    Bridges are spliced as in training. Budgets that cut a trace at the same place share their answers.
 
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `vllm.LLM` or [`CompletionClient`]):
             The model, an engine, or a server.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+            Tokenizer of the model.
         prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-            Texts, which are taken as they are, or conversations.
+            Texts, which are used unchanged, or conversations.
         budgets (`Sequence[int]`, *optional*):
             Thinking budgets in tokens, increasing. Defaults to those of the config.
         num_summaries (`int`, *optional*, defaults to `1`):
             Answers at each budget.
         config ([`AnytimeConfig`], *optional*):
-            How the model was trained. Defaults to [`AnytimeConfig.from_pretrained`].
+            Anytime config of the model. Defaults to [`AnytimeConfig.from_pretrained`].
         sampling ([`Sampling`], *optional*):
-            How tokens are drawn. Defaults to the config's.
+            Sampling settings. Defaults to the config's.
         max_summary_length (`int`, *optional*):
             Most tokens of an answer. Defaults to the config's.
         seed (`int`, *optional*):
@@ -161,7 +161,7 @@ def anytime_generate(
     ```
     """
     if isinstance(prompts, str):
-        raise ValueError("`prompts` is a single text: pass a list of prompts.")
+        raise ValueError("`prompts` is a single text. Pass a list of prompts.")
     if config is None:
         config = find_config(model, tokenizer)
     config = replace(
@@ -202,7 +202,7 @@ def context_length(model: Any) -> int | None:
 
 
 def is_transformers_model(model: Any) -> bool:
-    """Return whether it is a model of transformers, with or without an adapter; else it is an engine or a server."""
+    """Return whether `model` is a model of transformers. Otherwise it is an engine or a server."""
     return isinstance(model, torch.nn.Module)
 
 
@@ -237,7 +237,7 @@ def open_backend(
 
 @contextmanager
 def _ready(model: Any) -> Iterator[None]:
-    """Turn off dropout, and put back whatever attention is set inside."""
+    """Turn off dropout inside, and restore the model's mode and attention afterwards."""
     training = model.training
     model.eval()
     try:
@@ -256,28 +256,28 @@ def _transformers_backend(
     if reason is None:
         return TransformersGeneration(lambda: nullcontext(model), generation_config, pad_token_id, max_cached_tokens)
     logger.warning_once(
-        f"Every answer computes its thinking trace once more: {model.config.model_type} cannot answer on top of the "
-        f"trace's cache, because {reason}."
+        f"{model.config.model_type} cannot reuse the cache of a trace for its answers, because {reason}. Every answer "
+        "computes its trace again, which is slower."
     )
     return PrefixGeneration(GenerateSampler(model, generation_config, pad_token_id))
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a filler for shorter prompts. Any token will do, as padding is masked."""
+    """Return a token to pad shorter prompts with. Any token works, because padding is masked."""
     return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 class GenerateSampler:
     """
-    Samples by plain `generate()`, as a [`~trl_anytime.rollout.backend.Sampler`].
+    [`~trl_anytime.rollout.backend.Sampler`] that uses plain `generate()`.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
         generation_config ([`~transformers.GenerationConfig`]):
-            How tokens are sampled.
+            Sampling settings.
         pad_token_id (`int`):
-            Filler on the left of shorter prompts.
+            Padding on the left of shorter prompts.
         streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
             Receives the tokens as they come. Prompts are then sampled one at a time.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -324,6 +324,6 @@ class GenerateSampler:
 
 
 def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:
-    """Drop the padding behind the first stop."""
+    """Drop the padding after the first stop token."""
     ends = (i for i, token in enumerate(token_ids) if token in stop_token_ids)
     return token_ids[: next(ends, len(token_ids) - 1) + 1]

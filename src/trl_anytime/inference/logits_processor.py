@@ -1,4 +1,4 @@
-"""A thinking budget inside plain `generate()`."""
+"""Logits processor for a thinking budget inside plain `generate()`."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -12,23 +12,23 @@ from .anytime_config import AnytimeConfig
 
 class ThinkingBudgetLogitsProcessor(LogitsProcessor):
     """
-    Holds plain `generate()` to a thinking budget, with the tokens that training splices.
+    Logits processor that enforces a thinking budget in plain `generate()`, with the bridges of the training.
 
-    A trace that reaches the budget is closed by truncation bridge and answer bridge. One that ends before is followed
-    by the answer bridge. An answer that reaches its limit is ended by EOS. What to do at a step is read off the tokens
-    so far, so rows may be at different points, and sampling, streaming and beams work as they are.
+    Truncation bridge and answer bridge close a trace that reaches the budget. The answer bridge follows a trace that
+    ends before. EOS ends an answer that reaches its limit. The processor decides each step from the tokens so far.
+    So rows may be at different points, and sampling, streaming and beam search work unchanged.
 
     Args:
         config ([`AnytimeConfig`]):
-            Markers and bridges, and the length of an answer.
+            Markers and bridges, and the limit of an answer.
         budgets (`int` or `Sequence[int]`):
             Budget in thinking tokens, one for all rows or one for each.
         prompt_length (`int`):
-            Columns of `input_ids`, padding on the left included.
+            Columns of `input_ids`, including padding on the left.
 
     Attributes:
         max_new_tokens (`int`):
-            What to pass to `generate()`, so that it does not stop before this processor ends the answer.
+            Value to pass to `generate()`. With less, it may stop before this processor ends the answer.
 
     Raises:
         `ValueError`: If a budget is not a positive int.
@@ -55,7 +55,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         self.max_new_tokens = max(self.budgets) + markers.max_bridge_length + config.max_summary_length + 1  # EOS
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return scores, (B, V), that leave only the forced token in rows where there is one."""
+        """Return scores, (B, V), in which rows with a forced token allow only that token."""
         forced_B = self.forced(input_ids[:, self.prompt_length :])
         rows = (forced_B >= 0).nonzero()[:, 0]
         forced_scores = torch.full_like(scores[rows], -torch.inf).scatter_(1, forced_B[rows, None], 0.0)
@@ -88,7 +88,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         return forced_B
 
     def _ends(self, generated: torch.Tensor) -> torch.Tensor:
-        """Count the tokens up to and including the first end of thinking, (B,). Without one, the count is huge."""
+        """Count the tokens up to and including the first end of thinking, (B,). Without one it is huge."""
         markers, never = self._config.markers, torch.iinfo(torch.long).max
         if markers.in_text or not generated.size(1):
             ends = [markers.end_of_thinking(row) for row in generated.tolist()]

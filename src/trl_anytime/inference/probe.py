@@ -1,4 +1,4 @@
-"""Does a server keep to thinking budgets? It is asked at several, and the tokens of its answers are judged."""
+"""Probe of a server: it is asked at several thinking budgets, and the tokens of its answers are judged."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,11 @@ QUESTION = (
     "number is at least 2 times the lesser number? Let's think step by step and output the final answer within "
     "\\boxed{}."
 )
-# The fields of a request for a budget: this package's logits processor's, and vLLM's own
+# Fields of a request that name a budget: for the logits processor of this package, and for vLLM itself
 OWN_FIELD, VLLM_FIELD = f"vllm_xargs.{BUDGET_FIELD}", "thinking_token_budget"
-# So many tokens more, so that a server that ignores the budget shows it
+# Tokens that a request allows beyond the budget, so that a server that ignores the budget shows it
 _HEADROOM = 256
-# A reasoning parser takes an answer apart, and each server has its own name for the trace
+# A reasoning parser splits an answer, and each server has its own name for the trace
 _TEXT = or_null(string())
 _MESSAGE = fields({"content": _TEXT, "reasoning_content": _TEXT, "reasoning": _TEXT})
 _ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))}, message=_MESSAGE), least=1, most=1))
@@ -31,22 +31,22 @@ _ANSWER = fields(choices=list_of(fields({"token_ids": or_null(list_of(TOKEN_ID))
 @dataclass(frozen=True)
 class ProbeResult:
     """
-    Says what a server made of one budget.
+    Result of asking a server at one budget.
 
     Args:
         budget (`int`):
             The budget in thinking tokens.
         thinking_tokens (`int`, *optional*):
-            Thinking tokens that came; `None` if the server refused.
+            Thinking tokens of the answer. `None` if the server refused.
         outcome (`str`):
             `"enforced"` (the trace was cut within the budget), `"not reached"` (it ended by itself before),
-            `"ignored"` (it went on beyond) or `"refused"`.
+            `"ignored"` (it continued beyond) or `"refused"`.
         answered (`bool`):
-            Whether an answer came behind the trace.
+            Whether an answer came after the trace.
         markers (`str`):
             `"trained"`, or what is wrong with the tokens between trace and answer.
         detail (`str`):
-            What else there is to say.
+            Further remarks.
     """
 
     budget: int
@@ -64,7 +64,7 @@ class ProbeResult:
 
 def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> ProbeResult:
     """
-    Judge by the tokens of an answer whether a budget was kept.
+    Judge from the tokens of an answer whether the server kept to a budget.
 
     Args:
         token_ids (`list[int]`):
@@ -80,14 +80,14 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     end = markers.end_of_thinking(token_ids)
     if end is None:
         outcome = "ignored" if len(token_ids) > budget else "not reached"
-        return ProbeResult(budget, len(token_ids), outcome, False, "the trace was never ended")
+        return ProbeResult(budget, len(token_ids), outcome, False, "the trace never ended")
 
-    # Where the bridge begins, if it is the one that stands there
+    # Start of the bridge, if it is the trained one
     before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])
     start = end - len(markers.think_end_ids) - before_end
     bridge = markers.truncation_bridge_ids
     is_cut = start >= 0 and tuple(token_ids[start : start + len(bridge)]) == bridge
-    if bridge == markers.think_end_ids:  # the model's own end looks the same; some servers count what opens the trace
+    if bridge == markers.think_end_ids:  # the model's own end looks the same. Some servers count what opens the trace.
         is_cut = start in (budget - 1, budget)
     thinking = start if is_cut else end
     rest = token_ids[start + len(bridge) :] if is_cut else token_ids[end:]
@@ -95,7 +95,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     summary = rest[len(markers.answer_bridge_ids) :] if has_answer_bridge else rest
     answered = bool(str(tokenizer.decode(summary, skip_special_tokens=True)).strip())
 
-    # A bare end marker at the budget, which is not part of the trace, may be the server's doing or the model's
+    # A bare end marker at the budget is not part of the trace. It may come from the server or the model.
     outcome = "enforced" if is_cut else "not reached"
     if thinking - (0 if is_cut else len(markers.think_end_ids)) > budget:
         outcome = "ignored"
@@ -103,13 +103,13 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
         outcome = "enforced"
     found, detail = "trained", ""
     if markers.count_think_end(token_ids) > 1:
-        found = "the trace was ended more than once"
+        found = "the trace ended more than once"
     elif outcome == "enforced" and not is_cut:
         found = f"closed without {markers.truncation_bridge!r}"
     elif is_cut and not has_answer_bridge:
         found = f"no {markers.answer_bridge!r} before the answer"
     elif not has_answer_bridge:
-        detail = "it ended by itself, and no answer bridge follows"
+        detail = "it ended by itself, without an answer bridge after it"
     return ProbeResult(budget, thinking, outcome, answered, found, detail)
 
 
@@ -134,13 +134,15 @@ def probe(
         budgets (`list[int]`):
             Budgets in thinking tokens.
         budget_field (`str`, *optional*, defaults to `"vllm_xargs.thinking_budget"`):
-            The request's field for the budget, by default that of [`VLLMThinkingBudget`]; dots lead into objects.
+            Field of the request for the budget. The default is that of [`VLLMThinkingBudget`]. Dots lead into
+            objects.
         question (`str`, *optional*):
-            What to ask: something that takes long to think about.
+            Question to ask. It should need a long thinking trace.
 
     Raises:
         `ConnectionError`: If the server gives no complete answer.
-        `ValueError`: If a budget is beyond its context, or the tokenizer cannot encode the question or an answer.
+        `ValueError`: If a budget is beyond the server's context, or the tokenizer cannot encode the question or an
+            answer.
     """
     messages = [{"role": "user", "content": question}]
     num_prompt_tokens = len(config.prompt_ids(tokenizer, [messages])[0])
@@ -163,7 +165,9 @@ def probe(
         for part in path:
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
-                raise ValueError(f"`budget_field` leads into {part!r}, which is not an object, got {budget_field!r}.")
+                raise ValueError(
+                    f"`budget_field` must lead into objects, but {part!r} is not one, got {budget_field!r}."
+                )
         place[name] = budget
         try:
             answer = client.request("/v1/chat/completions", body, check=_ANSWER)
@@ -180,7 +184,7 @@ def probe(
 
 
 def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
-    """Return what a model wrote, put together again where a server has taken it apart."""
+    """Return what a model wrote, joined again if the server has split it."""
     reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
     content = message.get("content") or ""
     if not reasoning or config.markers.think_end in content:
@@ -189,10 +193,14 @@ def _text(message: dict[str, Any], config: AnytimeConfig) -> str:
 
 
 def verdict(results: list[ProbeResult], budget_field: str = OWN_FIELD) -> str | None:
-    """Say what is wrong with a server that was asked by `budget_field`, and what to do; `None` if nothing is."""
+    """
+    Say what is wrong with a server that was asked by `budget_field`, and what to do.
+
+    Returns `None` if nothing is wrong.
+    """
     other = {
-        OWN_FIELD: f"Start it as `trl-anytime serve-command` says, or ask by vLLM's own: --budget-field {VLLM_FIELD}.",
-        VLLM_FIELD: f"A server that `trl-anytime serve-command` starts is asked by --budget-field {OWN_FIELD}.",
+        OWN_FIELD: f"Start it as `trl-anytime serve-command` says, or use vLLM's field: --budget-field {VLLM_FIELD}.",
+        VLLM_FIELD: f"If `trl-anytime serve-command` started the server, use --budget-field {OWN_FIELD}.",
     }.get(budget_field, "")
     for outcome, message in (
         ("refused", "The server refuses thinking budgets"),
@@ -206,9 +214,9 @@ def verdict(results: list[ProbeResult], budget_field: str = OWN_FIELD) -> str | 
         if result.markers != "trained":
             return f"At {result.budget} tokens: {result.markers}."
         if not result.answered:
-            return f"At {result.budget} tokens no answer came."
+            return f"At {result.budget} tokens, no answer came."
     if not any(result.outcome == "enforced" for result in results):
-        return "No trace reached its budget, so nothing is proved. Ask at smaller budgets, or something harder."
+        return "No trace reached its budget, so nothing is proved. Use smaller --budgets, or a harder --question."
     return None
 
 

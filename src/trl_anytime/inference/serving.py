@@ -1,4 +1,4 @@
-"""How to serve a model with vLLM as its anytime config says: the command, and requests to the server."""
+"""Command and requests to serve a model with vLLM by its anytime config."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +31,13 @@ _NOT_SERVED = ("use_dora", "modules_to_save", "trainable_token_indices")
 @dataclass(frozen=True)
 class Adapter:
     """
-    A LoRA adapter that vLLM serves on top of its base model.
+    LoRA adapter that vLLM serves on top of its base model.
 
     Args:
         base_model (`str`):
             Folder or Hub id of the base model.
         rank (`int`):
-            The largest rank of its matrices.
+            Largest rank of its matrices.
     """
 
     base_model: str
@@ -64,14 +64,14 @@ def find_adapter(model: str) -> Adapter | None:
         reasons.append(f"rank {adapter.rank}")
     if reasons:
         raise ValueError(
-            f"vLLM does not serve adapters with {', '.join(reasons)}: merge {model} into its base model with PEFT's "
-            "`merge_and_unload`, save that with the tokenizer and anytime_config.json, and serve it."
+            f"vLLM does not serve adapters with {', '.join(reasons)}. Merge {model} into its base model with PEFT's "
+            "`merge_and_unload`, save the result with the tokenizer and anytime_config.json, and serve that."
         )
     return adapter
 
 
 def reasoning_parser(config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return vLLM's parser that gives clients a trace apart from its answer, where there is one for the markers."""
+    """Return vLLM's parser that separates trace and answer, or `None` if none knows the markers."""
     markers, tokens = config.markers, tokenizer.get_vocab()
     is_known = markers.think_end == "</think>" and not markers.in_text
     return "deepseek_r1" if is_known and {"<think>", "</think>"} <= tokens.keys() else None
@@ -80,15 +80,15 @@ def reasoning_parser(config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) 
 @dataclass(frozen=True)
 class Request:
     """
-    Holds a request to a server.
+    Request to a server.
 
     Args:
         purpose (`str`):
-            What it does.
+            Purpose of the request.
         path (`str`):
             Path of the endpoint.
         body (`dict[str, Any]`):
-            Its body.
+            Body of the request.
     """
 
     purpose: str
@@ -99,17 +99,17 @@ class Request:
 @dataclass(frozen=True)
 class Deployment:
     """
-    Says how to serve a model as its anytime config says.
+    Description of how to serve a model.
 
     Args:
         command (`list[str]`):
-            What starts it.
+            Words of the command that starts the server.
         requests (`list[Request]`):
-            Requests to it.
+            Requests to the server.
         base_url (`str`):
-            Where it listens.
+            Address of the server.
         notes (`list[str]`):
-            What to know.
+            Remarks.
     """
 
     command: list[str]
@@ -122,7 +122,7 @@ class Deployment:
         return " ".join(map(for_shell, self.command))
 
     def text(self) -> str:
-        """Return all of it for a shell. Every word is quoted, and what is not a command is a comment."""
+        """Return everything as text for a shell. Words are quoted, and other text is a comment."""
         parts = [self.command_line()]
         parts += [f"{_comment(request.purpose)}\n{self._curl(request)}" for request in self.requests]
         parts += map(_comment, self.notes)
@@ -148,11 +148,11 @@ def deployment(
         model (`str`):
             Folder or Hub id of the model.
         config ([`AnytimeConfig`]):
-            How it was trained.
+            Anytime config of the model.
         budget (`int`):
-            Budget in thinking tokens of the requests, and of those that name none.
+            Budget in thinking tokens, in the requests and as the server's default.
         adapter ([`Adapter`], *optional*):
-            What the model is an adapter of, see [`find_adapter`].
+            Adapter that the model is, see [`find_adapter`].
         parser (`str`, *optional*):
             See [`reasoning_parser`].
 
@@ -177,23 +177,23 @@ def deployment(
         "model": model,
         "messages": [{"role": "user", "content": "<question>"}],
         "vllm_xargs": {BUDGET_FIELD: budget},
-        # One more, for the EOS that ends an answer at its limit
+        # One more for the EOS that ends an answer at its limit
         "max_tokens": budget + config.markers.max_bridge_length + config.max_summary_length + 1,
         "chat_template_kwargs": config.chat_template_kwargs,
         **config.sampling.vllm(),
     }
     served_name = "" if adapter is None else f" --served-name {for_shell(model)}"
     notes = [
-        f"A request without a budget gets one of {budget} tokens, or fewer if its max_tokens leaves no room for the "
-        "answer. A budget of 0 means no thinking.",
-        "The server needs this package for its logits processor (pip install trl-anytime), and enforces the budget by "
-        "itself. Without it, leave out --logits-processors and send the two requests by token ids, as "
-        "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
-        "vLLM's own thinking_token_budget is not the same: no answer bridge follows a trace that ended by itself, "
-        "and the end of such a trace is overlooked if --reasoning-config forces more than the end marker.",
-        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
+        f"A request without a budget gets {budget} tokens, or fewer if its max_tokens leaves no room for the answer. "
+        "A budget of 0 means no thinking.",
+        "The server enforces the budget by the logits processor of this package (pip install trl-anytime). Without "
+        "the package, leave out --logits-processors and send the two requests by token ids. `CompletionClient` and "
+        "`trl-anytime eval --base-url` do so on any vLLM server.",
+        "vLLM's own thinking_token_budget is not the same. It adds no answer bridge after a trace that ended by "
+        "itself. It misses the end of such a trace if --reasoning-config forces more than the end marker.",
+        f"To check the server: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
     ]
-    one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
+    one = Request("One request, with a budget that the server enforces", "/v1/chat/completions", chat)
     return Deployment(command, [one, *_by_token_ids(model, config, budget)], "http://localhost:8000", notes)
 
 
@@ -202,7 +202,7 @@ def _by_token_ids(model: str, config: AnytimeConfig, budget: int) -> list[Reques
     think = completion_body(model, [], budget, stop, config.sampling)
     answer = completion_body(model, [], config.max_summary_length, eos, config.sampling)
     return [
-        Request("By token ids: 1. Think, up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
+        Request("By token ids: 1. Think up to the budget", "/v1/completions", {**think, "prompt": _PROMPT}),
         Request(_answer_behind(config), "/v1/completions", {**answer, "prompt": _CONTEXT}),
     ]
 
@@ -210,4 +210,4 @@ def _by_token_ids(model: str, config: AnytimeConfig, budget: int) -> list[Reques
 def _answer_behind(config: AnytimeConfig) -> str:
     markers = config.markers
     closed, ended = list(markers.truncation_bridge_ids + markers.answer_bridge_ids), list(markers.answer_bridge_ids)
-    return f"2. Answer. The bridge is {closed} behind a trace that was cut, {ended} behind one that ended by itself"
+    return f"2. Answer. The bridge is {closed} after a cut trace, and {ended} after one that ended by itself"

@@ -1,4 +1,4 @@
-"""One prompt, whose thinking trace and answers are printed as they come."""
+"""Streaming for one prompt: its thinking trace and answers are printed as they come."""
 
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from .generate import GenerateSampler, padding_token
 
 
 class _EscapedStreamer(TextStreamer):
-    """Prints what a model writes, without letting it move the terminal."""
+    """Streamer that prints a model's text with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(for_terminal(text), stream_end)
@@ -60,19 +60,19 @@ def stream_answers(
     context: int | None,
 ) -> Rollout:
     """
-    Think, then answer at each budget of the config, printing everything as it comes.
+    Think, then answer at each budget of the config, and print everything as it comes.
 
     Args:
         sample ([`~trl_anytime.rollout.backend.Sampler`]):
-            Samples and prints.
+            Sampler that prints what it samples.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         config ([`AnytimeConfig`]):
-            How the model was trained, and the budgets and the length of a summary to use.
+            Anytime config of the model, with the budgets and the summary length to use.
         prompt (`str` or `list[dict]`):
             The prompt.
         context (`int`, *optional*):
-            Tokens that the model can hold.
+            Tokens that the model can hold. `None` if not known.
 
     Raises:
         `ValueError`: If a budget is beyond the context.

@@ -1,1 +1,1 @@
-"""Telling people: learning curves, figures, trackers, model cards."""
+"""Reports for people: learning curves, figures, trackers, model cards."""

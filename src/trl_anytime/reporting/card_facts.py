@@ -1,4 +1,4 @@
-"""What a model card says, and how it is collected from the trainer that trained the model."""
+"""Facts of a model card, collected from the trainer of the model."""
 
 import re
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from .learning_curves import Curve, before_and_after, evaluations, training_curv
 from .recipe_names import recipe_name
 
 _LIBRARIES = ("trl", "transformers", "torch", "accelerate", "datasets", "tokenizers", "huggingface_hub")
-_ADAPTERS = {"LORA": "LoRA"}  # as they are written in text
-# A file of a data set on the Hub, as `datasets` records what it has downloaded
+_ADAPTERS = {"LORA": "LoRA"}  # spelling in text
+# A file of a data set on the Hub, as `datasets` records its downloads
 _HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@([0-9a-f]+)/")
 _BADGE = re.compile(r"^(\[<img [^<>]*>\])\((https?://.*)\)", flags=re.MULTILINE)
 
@@ -31,7 +31,7 @@ _BADGE = re.compile(r"^(\[<img [^<>]*>\])\((https?://.*)\)", flags=re.MULTILINE)
 @dataclass(frozen=True)
 class DataSet:
     """
-    Where problems come from.
+    Source of problems.
 
     Args:
         name (`str`):
@@ -39,11 +39,11 @@ class DataSet:
         on_hub (`bool`, *optional*, defaults to `False`):
             Whether the name is an id on the Hub.
         num_rows (`int`, *optional*):
-            Number of problems; a stream has none.
+            Number of problems. `None` for a stream.
         config, split, revision (`str`, *optional*):
-            Which part and state of it.
+            Configuration, split and revision of the data set.
         task (`str`, *optional*, defaults to `"default"`):
-            What the task is called where the data set is a benchmark on the Hub.
+            Name of the task, if the data set is a benchmark on the Hub.
     """
 
     name: str
@@ -58,43 +58,43 @@ class DataSet:
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What a card says.
+    Facts that a card is built from.
 
     Args:
         name (`str`):
             Name of the model.
         model_id (`str`, *optional*):
-            Id on the Hub to load it by. `None` for a folder.
+            Id on the Hub from which it is loaded. `None` for a folder.
         base_model (`str`, *optional*):
-            Id on the Hub of the model that training started from. `None` if it is not known.
+            Id on the Hub of the model that training started from. `None` if not known.
         architecture (`str`):
-            Model type by its config.
+            Model type in the model's config.
         adapter (`str`, *optional*):
-            Kind of adapter that was trained, such as `"LoRA"`; `None` for a whole model.
+            Kind of adapter that was trained, such as `"LoRA"`. `None` for a whole model.
         tags (`list[str]`):
             Tags on the Hub.
         links (`list[str]`):
             Links to the run in trackers, as Markdown.
         anytime_config ([`AnytimeConfig`]):
-            How the model is used.
+            Anytime config of the model.
         recipe (`str`):
             See [`~trl_anytime.reporting.recipe_names.recipe_name`].
         metric (`str`):
-            What the mean reward of an evaluation is: `"accuracy"` or `"mean_reward"`.
+            Name of the mean reward of an evaluation: `"accuracy"` or `"mean_reward"`.
         dataset ([`DataSet`]):
             Training data.
         eval_datasets (`dict[str, DataSet]`):
-            Evaluation data by the names of the sets; a single set has the name `""`.
+            Evaluation data by the names of the sets. A single set has the name `""`.
         num_generations_eval (`int`):
             Traces for each problem in an evaluation.
         log_history (`list[dict]`):
-            What the run has logged.
+            Logs of the run.
         step, num_steps (`int`):
-            Optimiser steps that these weights were trained for, and those that were planned.
+            Optimiser steps that these weights were trained for, and planned steps.
         settings (`dict[str, str]`):
             Rows of the table of settings.
         question (`str` or `list[dict]`):
-            A prompt for the code.
+            Prompt in the example code.
         versions (`dict[str, str]`):
             Versions of the libraries.
         paper (`dict[str, str]`):
@@ -124,17 +124,17 @@ class CardFacts:
 
     @property
     def location(self) -> str:
-        """What loads the model: its id on the Hub, or the folder of the card."""
+        """Return what to load the model from: its id on the Hub, or the folder of the card."""
         return " ".join(self.model_id.split()) if self.model_id else "."
 
     @property
     def metric_name(self) -> str:
-        """What the curves show."""
+        """Return the name of what the curves show."""
         return self.metric.replace("_", " ") if self.results else "mean reward"
 
     @property
     def results(self) -> list[tuple[DataSet, Curve, Curve | None]]:
-        """Each evaluation set with its first evaluation, and its last one if more steps lie between."""
+        """Return each evaluation set with its first evaluation, and the last one if it has more steps."""
         found = []
         for name, curves in evaluations(self.log_history).items():
             before, after = before_and_after(curves, self.step)
@@ -144,7 +144,7 @@ class CardFacts:
 
     @property
     def measured(self) -> list[tuple[DataSet, Curve]]:
-        """The evaluations that are of these very weights."""
+        """Return the evaluations of exactly these weights."""
         return [
             (dataset, curve)
             for dataset, before, after in self.results
@@ -153,7 +153,11 @@ class CardFacts:
 
     @property
     def curves(self) -> list[tuple[DataSet | None, dict[str, Curve]]]:
-        """The curves of each evaluation set by their labels; without an evaluation, those of the training samples."""
+        """
+        Return the curves of each evaluation set by their labels.
+
+        Without an evaluation, they are those of the training samples.
+        """
         if results := self.results:
             return [(dataset, _labelled(before, after)) for dataset, before, after in results]
         first, last = training_curves(self.log_history)
@@ -161,7 +165,7 @@ class CardFacts:
 
 
 def _labelled(before: Curve, after: Curve | None) -> dict[str, Curve]:
-    """Curves by their labels, which say how long the model had been trained."""
+    """Return curves by their labels, which say how long the model was trained."""
     return {_label(curve): curve for curve in (before, after) if curve is not None}
 
 
@@ -181,23 +185,23 @@ def card_facts(
     dataset_name: str | None = None,
 ) -> CardFacts:
     """
-    Collect what a card says.
+    Collect the facts of a card.
 
     Args:
         trainer ([`BRPOTrainer`]):
             The trainer, before, during or after training.
         anytime_config ([`AnytimeConfig`]):
-            Its model's config.
+            Anytime config of the model.
         paper (`dict[str, str]`):
             Title, id and citation of the method.
         prompt (`str` or `list[dict]`):
-            A prompt of the training data, for its form.
+            A prompt of the training data. It decides whether the example is a conversation.
         card_of_trl ([`~huggingface_hub.ModelCard`]):
             TRL's card, for its tags and its links to trackers.
         model_name (`str`, *optional*):
             Name of the model. Defaults to that of the output folder.
         dataset_name (`str`, *optional*):
-            Name of the training data. Defaults to `card_dataset`, or where the data were loaded from.
+            Name of the training data. Defaults to `card_dataset`, or to where the data was loaded from.
     """
     args: BRPOConfig = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -229,7 +233,7 @@ def card_facts(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of an id on the Hub, `name` or `owner/name`."""
+    """Return whether a name has the form of an id on the Hub, `name` or `owner/name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -252,7 +256,7 @@ def links_to_trackers(text: str) -> list[str]:
 
 
 def _loaded_from(name_or_path: str | None) -> str | None:
-    """The id of a model that was loaded from the Hub; `None` for one from a folder, or made on the spot."""
+    """Return the id of a model that was loaded from the Hub, or `None` for any other."""
     name = name_or_path or ""
     return name if is_hub_id(name) and not Path(name).exists() else None
 
@@ -271,7 +275,11 @@ def _recipe(args: BRPOConfig) -> str:
 
 
 def _is_accuracy(trainer: Any) -> bool:
-    """Whether the mean reward is an accuracy for sure: one of our verifiers, which give 0 or 1, and nothing else."""
+    """
+    Return whether the mean reward is certainly an accuracy.
+
+    It is, if the only reward is one of our verifiers, which give 0 or 1.
+    """
     weighted = [
         (func, weight)
         for func, weight in zip(trainer.reward_funcs, trainer.reward_weights.tolist(), strict=True)
@@ -297,8 +305,9 @@ def _eval_datasets(datasets: Any, given: str | None) -> dict[str, DataSet]:
 
 def _describe(dataset: Dataset | IterableDataset, given: str | None, otherwise: str) -> DataSet:
     """
-    A data set by the name that was given, `owner/name:task` or any text; else by where it was loaded from, if that was
-    the Hub; else by `otherwise`.
+    Describe a data set.
+
+    Its name is `given` (`owner/name:task` or any text), or its id if it was loaded from the Hub, or `otherwise`.
     """
     num_rows = None if isinstance(dataset, IterableDataset) else len(dataset)
     split = None if dataset.split is None else str(dataset.split)

@@ -1,4 +1,4 @@
-"""Accuracy-versus-budget curves in a training run's `log_history`."""
+"""Accuracy-versus-budget curves from a training run's `log_history`."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from ..outside.validation import MEBIBYTE, Unfit, fields, integer, list_of, mapp
 
 LENGTH = "thinking/mean_length"
 _TRAINING, _EVALUATION = "anytime/reward@", "eval_anytime/reward@"
-_MOST_BYTES = 1024 * MEBIBYTE  # of a trainer's state: a log of a hundred metrics has about 4 KiB
+_MOST_BYTES = 1024 * MEBIBYTE  # of a trainer's state. A log of a hundred metrics takes about 4 KiB.
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Curve:
 
     Args:
         step (`int`):
-            Optimiser steps that the model had been trained for; of an average over logs, the last one's.
+            Optimiser steps that the model was trained for. For an average over logs, those of the last log.
         rewards (`dict[int, float]`):
-            Mean reward for each budget in tokens. A budget at which nothing could be scored is left out.
+            Mean reward for each budget in tokens. Budgets at which nothing could be scored are left out.
         unscored (`float`, *optional*, defaults to `0.0`):
-            Share of the summaries that no reward function scored, and that the means leave out.
+            Share of the summaries that no reward function scored. The means leave them out.
         first_step (`int`, *optional*):
-            The first log's step, of an average over logs.
+            For an average over logs, the step of the first log.
     """
 
     step: int
@@ -38,18 +38,18 @@ class Curve:
 
 def load_log_history(path: Path) -> list[dict[str, Any]]:
     """
-    The `log_history` of a `trainer_state.json`.
+    Load the `log_history` of a `trainer_state.json`.
 
     Args:
         path (`Path`):
-            The file.
+            Path of the file.
 
     Raises:
         `ValueError`: If it is not a trainer's state, or a value that is drawn is not a number. The message names the
             file and the field.
-        `OSError`: If it is not there, or may not be read.
+        `OSError`: If the file does not exist, or cannot be read.
     """
-    logs = mapping_of(lambda value, name: value)  # other callbacks log what they like
+    logs = mapping_of(lambda value, name: value)  # other callbacks may log anything
     state = read_json(path, fields(log_history=list_of(logs)), _MOST_BYTES)
     try:
         for i, log in enumerate(state["log_history"]):
@@ -64,21 +64,21 @@ def _check_log(log: dict[str, Any], name: str) -> None:
     fields(step=integer(0))(log, name)
     for key in drawn:
         value = log[key]
-        if not (isinstance(value, float) and math.isnan(value)):  # where nothing was scored
+        if not (isinstance(value, float) and math.isnan(value)):  # logged where nothing was scored
             or_null(number(-1e30, 1e30))(value, f"{name}.{key}")
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[Curve]]:
     """
-    The evaluations of a run.
+    Return the evaluations of a run.
 
     Args:
         log_history (`Sequence[Mapping]`):
             `trainer.state.log_history`, or that of a `trainer_state.json`.
 
     Returns:
-        `dict[str, list[Curve]]`: for each evaluation set, in the order of its evaluations. A single set has the name
-        `""`. Evaluations in which nothing was scored are left out.
+        `dict[str, list[Curve]]`: evaluations by evaluation set, each in order. A single set has the name `""`.
+            Evaluations in which nothing was scored are left out.
     """
     sets: dict[str, list[Curve]] = {}
     for log in log_history:
@@ -89,28 +89,36 @@ def evaluations(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[Curv
 
 
 def evaluated_set(log: Mapping[str, Any]) -> str | None:
-    """The set of which a log is the evaluation, see [`evaluations`]; `None` if of none, or if nothing was scored."""
+    """
+    Return the name of the set that a log evaluates, see [`evaluations`].
+
+    `None` if it is not an evaluation, or if nothing was scored.
+    """
     return None if _curve(log, _EVALUATION) is None else _set_name(log)
 
 
 def _set_name(log: Mapping[str, Any]) -> str:
-    """TRL's metrics are named alike for all sets; the run time, which transformers logs beside them, is not."""
+    """
+    Return the name of the set that a log evaluates.
+
+    TRL's metrics have the same names for all sets. The run time, which transformers logs beside them, names the set.
+    """
     timed = [key.removesuffix("_runtime") for key in log if key.endswith("_runtime")]
     return timed[0].removeprefix("eval").removeprefix("_") if timed else ""
 
 
 def before_and_after(curves: Sequence[Curve], step: int) -> tuple[Curve | None, Curve | None]:
     """
-    The first of several evaluations, and the last one of the weights at a step or before.
+    Return the first of several evaluations, and the last one at a step or before.
 
     Args:
         curves (`Sequence[Curve]`):
-            Evaluations of one set, in their order.
+            Evaluations of one set, in order.
         step (`int`):
             Step of the weights that are described.
 
     Returns:
-        `tuple`: both evaluations. There is no second one unless more steps had been trained than for the first.
+        `tuple`: both evaluations. The second is `None` unless it has more steps of training than the first.
     """
     before = min(curves, key=lambda curve: curve.step, default=None)
     if before is None or before.step > step:
@@ -120,7 +128,7 @@ def before_and_after(curves: Sequence[Curve], step: int) -> tuple[Curve | None, 
 
 
 def rewards_in_training(log_history: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """The rewards of the training samples in each log, in order."""
+    """Return the rewards of the training samples in each log, in order."""
     return [curve for log in log_history if (curve := _curve(log, _TRAINING)) is not None]
 
 
@@ -128,16 +136,16 @@ def training_curves(
     log_history: Sequence[Mapping[str, Any]], most_logs: int = 10
 ) -> tuple[Curve | None, Curve | None]:
     """
-    Rewards of the training samples at the beginning and at the end of a run.
+    Return the rewards of the training samples at the beginning and at the end of a run.
 
     Args:
         log_history (`Sequence[Mapping]`):
             `trainer.state.log_history`.
         most_logs (`int`, *optional*, defaults to `10`):
-            Logs to average at either end, at most half of them.
+            Logs to average at each end, at most half of all.
 
     Returns:
-        `tuple`: both averages; the second is `None` if there is one log, and both are if there is none.
+        `tuple`: both averages. With one log the second is `None`, and without logs both are.
     """
     curves = rewards_in_training(log_history)
     if len(curves) < 2:

@@ -1,7 +1,7 @@
 """
-The files of a model card: `README.md` by the template `model_card.md`, its pictures, and `.eval_results`.
+Files of a model card: `README.md` from the template `model_card.md`, its pictures, and `.eval_results`.
 
-A function of facts: nothing here asks the Hub, a trainer or a model. `facts.py` collects them.
+The files depend on facts only, which `card_facts.py` collects. Nothing here asks the Hub, a trainer or a model.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from .learning_curves import Curve, training_curves
 CARD, BUDGET_PICTURE, TRAINING_PICTURE = "README.md", "anytime_curve.png", "training_curves.png"
 _TEMPLATE = Path(__file__).with_name("model_card.md")
 _EVAL_RESULTS = ".eval_results"
-_FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.yaml")  # of a card, as patterns
+_FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.yaml")  # patterns of a card
 
 
 # Files
@@ -30,15 +30,15 @@ _FILES = (CARD, BUDGET_PICTURE, TRAINING_PICTURE, f"{_EVAL_RESULTS}/anytime_*.ya
 
 def write_card(facts: CardFacts, folder: Path) -> None:
     """
-    Write the card with its pictures and `.eval_results` into a folder; those of an earlier card are removed.
+    Write the card with its pictures and `.eval_results` into a folder.
 
-    Without matplotlib (the extra `plot`) there are no pictures, and the card mentions none.
+    Files of an earlier card are removed. Without matplotlib (the extra `plot`), the card has no pictures.
 
     Args:
         facts ([`~trl_anytime.reporting.card_facts.CardFacts`]):
-            What the card says.
+            Facts of the card.
         folder (`Path`):
-            Where the model lies.
+            Folder of the model.
     """
     pictures = [] if importlib.util.find_spec("matplotlib") is None else _draw(facts, folder)
     build_card(facts, pictures).save(folder / CARD)
@@ -51,7 +51,7 @@ def write_card(facts: CardFacts, folder: Path) -> None:
 
 
 def copy_card(source: Path, target: Path) -> None:
-    """Copy a card with its pictures and `.eval_results` from folder to folder."""
+    """Copy a card with its pictures and `.eval_results` from one folder to another."""
     if source.samefile(target):
         return
     names = _files(source)
@@ -67,7 +67,11 @@ def _files(folder: Path) -> list[str]:
 
 
 def _remove_others(folder: Path, names: Container[str]) -> None:
-    """Afterwards, not before: a push of the folder may be under way."""
+    """
+    Remove files of other cards.
+
+    Call this after the new files are written, because a push of the folder may be in progress.
+    """
     for name in _files(folder):
         if name not in names:
             (folder / name).unlink()
@@ -89,12 +93,13 @@ def _draw(facts: CardFacts, folder: Path) -> list[str]:
 
 def eval_result_files(facts: CardFacts) -> dict[str, list[EvalResultEntry]]:
     """
-    Return what the Hub reads from `.eval_results/*.yaml`, a file for each budget. Only accuracies of these very
-    weights on data sets of the Hub, in percent.
+    Return what the Hub reads from `.eval_results/*.yaml`, with one file per budget.
+
+    They have only accuracies of exactly these weights on data sets of the Hub, in percent.
 
     Args:
         facts ([`~trl_anytime.reporting.card_facts.CardFacts`]):
-            What the card says.
+            Facts of the card.
 
     Returns:
         `dict[str, list[EvalResultEntry]]`: entries by file.
@@ -125,9 +130,9 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
 
     Args:
         facts ([`~trl_anytime.reporting.card_facts.CardFacts`]):
-            What it says.
+            Facts of the card.
         pictures (`Container[str]`, *optional*):
-            The pictures beside it, of `BUDGET_PICTURE` and `TRAINING_PICTURE`.
+            Pictures beside the card, out of `BUDGET_PICTURE` and `TRAINING_PICTURE`.
     """
     data = ModelCardData(
         base_model=facts.base_model,
@@ -166,7 +171,7 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The entries of the `model-index`: one for each budget, of these very weights alone."""
+    """Return the entries of the `model-index`, one per budget. They are of exactly these weights."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -189,7 +194,7 @@ def _evaluated_budgets(curves: Mapping[str, Curve]) -> list[int]:
     return sorted({budget for curve in curves.values() for budget in curve.rewards})
 
 
-# Text from outside, by the place that it stands at
+# Text from outside, escaped for its place in the card
 
 
 def _text(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Curves as pictures. Needs matplotlib, the extra `plot`."""
+"""Plots of curves. They need matplotlib, which the extra `plot` installs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +11,22 @@ from ..evaluation.statistics import Estimate
 from ..outside.display import for_plot
 from .learning_curves import LENGTH, Curve, evaluations, rewards_in_training
 
-# Whatever the user's own settings: a name is text, and may hold what TeX would run
+# Overrides the user's own settings, because TeX would run commands in a name
 _WITHOUT_TEX = rc_context({"text.usetex": False})
 
 
 @_WITHOUT_TEX
 def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence[str] | None = None) -> None:
     """
-    Draw accuracy against budget with confidence bands: a panel for each data set, a curve for each result.
+    Plot accuracy against budget with confidence bands.
+
+    There is a panel for each data set, and a curve for each result.
 
     Args:
         results (`Sequence[dict]`):
             Results of `trl-anytime eval`.
         path (`Path`):
-            The picture.
+            Path of the picture.
         labels (`Sequence[str]`, *optional*):
             Names of the curves. Defaults to the names of the models.
 
@@ -47,7 +49,7 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence
                 budgets, [e.low for e in curve], [e.high for e in curve], color=line.get_color(), alpha=0.15
             )
         drawn = [e for result in results for e in result["curves"].get(group, {"accuracy": ()})["accuracy"]]
-        if all(e["low"] >= 0 and e["high"] <= 1 for e in drawn):  # a reward of the user may lie elsewhere
+        if all(e["low"] >= 0 and e["high"] <= 1 for e in drawn):  # a user's reward may have other bounds
             axes.set_ylim(0, 1)
         axes.set(title=for_plot(group), xlabel="thinking budget (tokens)", ylabel="accuracy")
         axes.grid(alpha=0.3)
@@ -58,19 +60,19 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence
 @_WITHOUT_TEX
 def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Path) -> None:
     """
-    Curves against the thinking budget before and after training: a panel for each set of problems.
+    Plot rewards against budget before and after training, with a panel per set of problems.
 
     Args:
         panels (`Mapping[str, Mapping[str, Curve]]`):
-            For each panel's title the curves by their labels, in the order of their steps.
+            Curves by label for each title of a panel, in the order of their steps.
         metric (`str`):
-            What the rewards are called.
+            Name of the rewards.
         path (`Path`):
-            The picture.
+            Path of the picture.
     """
     figure, all_axes = _row_of_panels(len(panels))
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        # Gray for what is not the last
+        # All but the last curve are gray
         styles = [("o--", "tab:gray")] * (len(curves) - 1) + [("o-", "tab:blue")]
         for (label, curve), (line, color) in zip(curves.items(), styles, strict=True):
             axes.plot(
@@ -87,16 +89,16 @@ def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Pa
 
 def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     """
-    [`training_figure`] as a file.
+    Save [`training_figure`] as a file.
 
     Args:
         log_history (`Sequence[dict]`):
             `log_history` of a `trainer_state.json`.
         path (`Path`):
-            The picture.
+            Path of the picture.
 
     Raises:
-        `ValueError`: If there is no such metric in it.
+        `ValueError`: If no rewards at budgets were logged.
     """
     training_figure(log_history).savefig(path, dpi=120)
 
@@ -104,21 +106,23 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
 @_WITHOUT_TEX
 def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     """
-    A training run over its steps: the mean reward at each budget, on training prompts and in the evaluations of each
-    set, and the length of the traces.
+    Plot a training run over its steps.
+
+    It shows the mean reward at each budget, on training prompts and in the evaluations of each set. It also shows the
+    length of the traces.
 
     Args:
         log_history (`Sequence[dict]`):
             `log_history` of a [`~transformers.TrainerState`].
 
     Raises:
-        `ValueError`: If there is no such metric in it.
+        `ValueError`: If no rewards at budgets were logged.
     """
     panels = {"training samples": rewards_in_training(log_history)}
     panels |= {f"evaluation {name}".strip(): curves for name, curves in evaluations(log_history).items()}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
-        raise ValueError("The training run logged no `anytime/reward@…`: it was not one of BRPOTrainer.")
+        raise ValueError("The training run logged no `anytime/reward@…`. Give the log of a run of `BRPOTrainer`.")
     lengths = [(log["step"], log[LENGTH]) for log in log_history if log.get(LENGTH) is not None]
     figure, all_axes = _row_of_panels(len(panels) + bool(lengths))
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=False):
@@ -139,18 +143,18 @@ def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
 @_WITHOUT_TEX
 def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
     """
-    Mean reward against budget, a line for each evaluation of a set, from light to dark.
+    Plot mean reward against budget, with a line per evaluation of a set, from light to dark.
 
     Args:
         curves (`Sequence[Curve]`):
-            The evaluations; of several at one step, the last is drawn.
+            Evaluations of the set. Of several at one step, the last is drawn.
         title (`str`):
-            Title.
+            Title of the figure.
     """
     figure, (axes,) = _row_of_panels(1)
     by_step = sorted({curve.step: curve for curve in curves}.items())
     for i, (step, curve) in enumerate(by_step):
-        named = i in (0, len(by_step) - 1)  # those between can be told by their shade
+        named = i in (0, len(by_step) - 1)  # the shade tells the others apart
         axes.plot(
             list(curve.rewards),
             list(curve.rewards.values()),
@@ -167,8 +171,12 @@ def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
 
 
 def _row_of_panels(count: int) -> tuple[Figure, Sequence[Any]]:
-    """A figure and its axes. They are drawn at every checkpoint: a computed layout would take twice the time."""
-    width = 5 if count == 1 else 3.8 * count  # a page shrinks a wide picture, and its letters
+    """
+    Return a figure and its axes.
+
+    The layout is fixed, because a figure is drawn at every checkpoint and a computed layout takes twice the time.
+    """
+    width = 5 if count == 1 else 3.8 * count  # a page shrinks a wide picture together with its letters
     figure = Figure(figsize=(width, 4))
     figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.12, top=0.91, wspace=0.27)
     return figure, figure.subplots(1, count, squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""What a set of settings is called in the papers."""
+"""Names of recipes in the papers, found from the settings."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ def recipe_name(
     summary_weight: float | str = 1.0,
 ) -> str:
     """
-    Name the recipe that these settings of [`BRPOConfig`] make up, by the papers' tables.
+    Name the recipe that has these settings of [`BRPOConfig`], as the papers' tables do.
 
-    Number of budgets, lengths and number of summaries beyond one may differ from those of the papers. With a single
-    budget the priors are the same, and so are the baselines `"brpo"` and `"v2"`.
+    The number of budgets, the lengths, and the number of summaries beyond one may differ from the papers. With a
+    single budget all priors are the same, and so are the baselines `"brpo"` and `"v2"`.
 
     Args:
         budgets (`Sequence[int]`):
@@ -39,12 +39,12 @@ def recipe_name(
         summary_policy (`str`):
             `"decoupled"` or `"final"`.
         summary_weight (`float` or `str`, *optional*, defaults to `1.0`):
-            Factor of the summaries' advantages; that of the papers is 1.
+            Factor of the summaries' advantages. It is 1 in the papers.
 
     Returns:
         `str`: one of the seven variants in arXiv 2505.13438 (`"AnytimeReasoner-uniform"`, `"-linear"` and `"-base"`,
-        `"GRPO"`, `"GRPO+linear"`, `"GRPO+decouple"`, `"GRPO+vr"`), `"Elastic Reasoning"` (arXiv 2505.05315: GRPO whose
-        solution may be as long as its thinking), or `"custom"`.
+            `"GRPO"`, `"GRPO+linear"`, `"GRPO+decouple"`, `"GRPO+vr"`), `"Elastic Reasoning"` (arXiv 2505.05315, GRPO
+            whose solution may be as long as its thinking), or `"custom"`.
     """
     if summary_weight != 1:
         return "custom"

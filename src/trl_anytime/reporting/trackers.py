@@ -1,6 +1,8 @@
 """
-What trackers show besides numbers: accuracy-versus-budget curves as figures, in trackio, wandb and TensorBoard, and in
-TensorBoard the table of completions, which TRL itself gives to the other two.
+Figures and tables for trackers.
+
+Accuracy-versus-budget curves go to trackio, wandb and TensorBoard as figures. The table of completions goes to
+TensorBoard, because TRL sends it only to the other two.
 
 A tracker is imported only if `report_to` names it.
 """
@@ -21,23 +23,23 @@ from .learning_curves import evaluated_set, evaluations
 logger = logging.getLogger(__name__)
 
 _TRACKERS = ("trackio", "wandb", "tensorboard")
-_TABLE_ROWS = 64  # TensorBoard renders text as a whole; all rows are in TRL's parquet files
+_TABLE_ROWS = 64  # TensorBoard renders text as a whole. TRL's parquet files have all rows.
 
 
 class Trackers(TrainerCallback):
     """
-    Send figures and tables to the trackers in use, from the main process.
+    Callback that sends figures and tables to the trackers in use, from the main process.
 
-    A tracker that refuses one costs that figure or table and a warning, and training goes on: neither is needed for
-    it, and the numbers in them are logged as metrics, too.
+    If a tracker refuses a figure or table, it is lost with a warning and training continues. Training does not need
+    them, and their numbers are also logged as metrics.
 
     Args:
         report_to (`Sequence[str]`):
-            Names of the trackers in use. Those that are not known here get nothing.
+            Names of the trackers in use. Unknown ones get nothing.
         callback_handler ([`~transformers.trainer_callback.CallbackHandler`]):
-            Of the trainer; its callback for TensorBoard holds the writer.
+            Callback handler of the trainer. Its callback for TensorBoard has the writer.
         completions (`Mapping[str, Any]`, *optional*):
-            TRL's columns of completions, which the trainer fills anew; none if they are not logged.
+            TRL's columns of completions, which the trainer keeps refilling. `None` if they are not logged.
     """
 
     def __init__(
@@ -54,21 +56,21 @@ class Trackers(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Send what belongs to this log."""
+        """Send the figures and tables that belong to this log."""
         if state.is_world_process_zero and logs is not None:
             self.update(logs, state, self._completions)
 
     def update(self, logs: Mapping[str, Any], state: TrainerState, table: Mapping[str, Any] | None) -> None:
         """
-        After something was logged: the curve of an evaluation, the curves of training when it ends, the completions.
+        Send the curve of an evaluation, the curves of training when it ends, or the completions.
 
         Args:
             logs (`Mapping[str, Any]`):
-                What was logged.
+                Logged metrics.
             state ([`~transformers.TrainerState`]):
-                Of the trainer; its history has the earlier evaluations.
+                State of the trainer. Its history has the earlier evaluations.
             table (`Mapping[str, Any]`, *optional*):
-                TRL's columns of completions; none if they are not logged.
+                TRL's columns of completions. `None` if they are not logged.
         """
         if not self._names:
             return
@@ -80,7 +82,7 @@ class Trackers(TrainerCallback):
             self._attempt("tensorboard", "completions", _markdown(table), state.global_step)
 
     def _send_figure(self, name: str, state: TrainerState, evaluated: str | None = None) -> None:
-        """Of the evaluations of a set, or of training."""
+        """Send a figure of training, or of the evaluations of a set if `evaluated` names one."""
         if not self._can_plot:
             return
         try:
@@ -90,7 +92,7 @@ class Trackers(TrainerCallback):
         except ModuleNotFoundError as error:
             self._can_plot = False
             logger.warning(
-                f"Trackers get no figures, because {error.name} is missing: pip install 'trl-anytime[plot]'."
+                f"Trackers get no figures, because {error.name} is missing. Run `pip install 'trl-anytime[plot]'`."
             )
             return
         if evaluated is None:
@@ -106,8 +108,8 @@ class Trackers(TrainerCallback):
     def _attempt(self, tracker: str, name: str, content: Any, step: int) -> None:
         try:
             self._send(tracker, name, content, step)
-        except Exception as error:  # whatever a tracker raises: see the class
-            logger.warning(f"Step {step}: {tracker} did not take `{name}`: {type(error).__name__}: {error}")
+        except Exception as error:  # trackers raise anything, and must not end the training
+            logger.warning(f"Step {step}: {tracker} refused `{name}`: {type(error).__name__}: {error}")
 
     def _send(self, tracker: str, name: str, content: Any, step: int) -> None:
         if tracker == "tensorboard":
@@ -128,7 +130,7 @@ class Trackers(TrainerCallback):
 
 
 def _markdown(table: Mapping[str, Any]) -> str:
-    """The first rows of TRL's columns as a table: what depends on the budget first, then the prompt."""
+    """Return the first rows of TRL's columns as a table, with the columns that depend on the budget first."""
     extra = dict(table["extra"])
     columns = {name: extra.pop(name) for name in ("budget", "thinking")}
     columns |= {"completion": table["completion"], **table["rewards"], "advantage": table["advantages"], **extra}
