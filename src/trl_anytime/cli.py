@@ -498,11 +498,13 @@ def _eval(options: argparse.Namespace) -> int:
         limited_answers,
         load_results,
         results_of,
+        save_answers,
         save_samples,
         table,
     )
     from .evaluation.evaluate import NOT_COMPARED as not_compared
     from .evaluation.problems import load_problems
+    from .evaluation.zeros import explain_zeros
 
     for name, value in _PRESETS.get(options.preset, {}).items():
         if getattr(options, name) is None:
@@ -552,11 +554,12 @@ def _eval(options: argparse.Namespace) -> int:
         results["baseline"] = comparison(results, baseline)
     _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     save_samples(records, problem_sets, output / "samples.parquet")
+    save_answers(records, problem_sets, output / "answers.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
     _print(json.dumps(results, indent=1) if options.json else table(results))
-    if said := limited_answers(results):
+    for said in filter(None, (*explain_zeros(results), limited_answers(results))):
         _print(f"\n{said}", sys.stderr)
-    _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", sys.stderr)
+    _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, answers.parquet, curve.png", sys.stderr)
     return 0
 
 
