@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,14 +204,14 @@ def test_a_system_prompt_of_an_evaluation():
     """It is part of the protocol; a model without a template cannot have one."""
     tokenizer, config = make_tokenizer(), make_anytime_config()
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1"}]
-    assert config.question(tokenizer, "1 + 1", "Think.") == messages
+    assert replace(config, system_prompt="Think.").question(tokenizer, "1 + 1") == messages
     assert config.question(tokenizer, "1 + 1") == messages[1:]
     sets = [ProblemSet("a", ["1 + 1"], ["2"])]
     plain = Evaluation(None, tokenizer, config, sets, "tiny")
-    asked = Evaluation(None, tokenizer, config, sets, "tiny", system_prompt="1")
+    asked = Evaluation(None, tokenizer, replace(config, system_prompt="1"), sets, "tiny")
     (difference,) = differences(asked.protocol.as_dict(), plain.protocol.as_dict())
     assert difference.startswith("system_prompt ")
     assert len(asked._prompt_ids["a"][0]) > len(plain._prompt_ids["a"][0])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
-        config.question(tokenizer, "1 + 1", "Think.")
+        replace(config, system_prompt="Think.").question(tokenizer, "1 + 1")

@@ -27,6 +27,8 @@ _EXIT_CODES = f"""exit codes:
   {INTERRUPTED}  interrupted; likewise
   {PIPE_CLOSED}  nobody reads what is printed any more"""
 
+_SYSTEM_PROMPT = "system message before each question, '' for none (default: that of the model's anytime config)"
+
 # `None` leaves what the model's anytime config says
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper's evaluation: the settings of its released scripts, and the data sets of its figures
@@ -179,9 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         default="raise",
         help="rows without a usable gold answer: an error (default), or leave them out",
     )
-    problems.add_argument(
-        "--system-prompt", metavar="TEXT", help="system message before each question (default: none)"
-    )
+    problems.add_argument("--system-prompt", metavar="TEXT", help=_SYSTEM_PROMPT)
     problems.add_argument("--instruction", help="text behind each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
     measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
@@ -205,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(generate, with_backend=False)
     generate.add_argument("question", help="the question; - reads it from standard input")
-    generate.add_argument("--system-prompt", metavar="TEXT", help="system message (default: none)")
+    generate.add_argument("--system-prompt", metavar="TEXT", help=_SYSTEM_PROMPT)
     generate.add_argument("--instruction", default="", help="text behind the question (default: none)")
     generate.add_argument("--seed", type=int)
     _add_sampling(generate)
@@ -369,6 +369,8 @@ def _tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeCon
         name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None
     }
     changes = {name: given[name] for name in ("budgets", "max_summary_length") if given.get(name) is not None}
+    if given.get("system_prompt") is not None:
+        changes["system_prompt"] = given["system_prompt"] or None
     return tokenizer, replace(config, sampling=replace(config.sampling, **sampling), **changes)
 
 
@@ -538,7 +540,6 @@ def _eval(options: argparse.Namespace) -> int:
         num_samples=1 if options.samples is None else options.samples,
         num_summaries=options.summaries,
         instruction=INSTRUCTION if options.instruction is None else options.instruction,
-        system_prompt=options.system_prompt,
         reward=reward,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -606,7 +607,7 @@ def _generate(options: argparse.Namespace) -> int:
     tokenizer, config = _tokenizer_and_config(options)
     model = _load_model(options)
     question = sys.stdin.read() if options.question == "-" else options.question
-    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip(), options.system_prompt)
+    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip())
     sample = streaming_sampler(model, tokenizer, config.sampling, options.seed)
     stream_answers(sample, tokenizer, config, prompt, context_length(model))
     return 0

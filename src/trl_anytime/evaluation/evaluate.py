@@ -80,7 +80,7 @@ class Protocol:
         model (`str`):
             Name of the model.
         config ([`AnytimeConfig`]):
-            Markers and bridges; budgets, summary length and sampling of this evaluation.
+            Markers, bridges and system prompt; budgets, summary length and sampling of this evaluation.
         problems (`dict[str, tuple[str, int]]`):
             Fingerprint and number of problems, by data set.
         instruction (`str`):
@@ -93,8 +93,6 @@ class Protocol:
             Name of the reward.
         seed (`int`):
             Seed of the draws.
-        system_prompt (`str`, *optional*):
-            System message before each question.
     """
 
     model: str
@@ -105,7 +103,6 @@ class Protocol:
     num_summaries: int
     reward: str
     seed: int
-    system_prompt: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -254,7 +251,7 @@ class Evaluation:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         config ([`AnytimeConfig`]):
-            Markers and bridges; budgets, summary length and sampling of this evaluation.
+            Markers, bridges and system prompt; budgets, summary length and sampling of this evaluation.
         problem_sets (`list[ProblemSet]`):
             The problems.
         name (`str`):
@@ -265,8 +262,6 @@ class Evaluation:
             Summaries for each trace and cut.
         instruction (`str`, *optional*):
             Text behind each question. Defaults to the paper's.
-        system_prompt (`str`, *optional*):
-            System message before each question.
         reward (`Callable`, *optional*):
             A reward function as TRL's. Defaults to [`~trl_anytime.rewards.MathReward`].
         batch_size (`int`, *optional*):
@@ -289,7 +284,6 @@ class Evaluation:
     num_samples: int = 1
     num_summaries: int = 1
     instruction: str = INSTRUCTION
-    system_prompt: str | None = None
     reward: Callable[..., list[float | None]] | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -317,7 +311,6 @@ class Evaluation:
             self.num_summaries,
             getattr(self._reward, "__name__", type(self._reward).__name__),
             self.seed,
-            self.system_prompt,
         )
 
     @cached_property
@@ -331,7 +324,7 @@ class Evaluation:
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
         prompts = {
             problems.name: [
-                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip(), self.system_prompt)
+                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
                 for question in problems.questions
             ]
             for problems in self.problem_sets

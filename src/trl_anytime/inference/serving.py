@@ -175,7 +175,7 @@ def deployment(
     command += ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
     chat = {
         "model": model,
-        "messages": [{"role": "user", "content": "<question>"}],
+        "messages": config.conversation("<question>"),
         "vllm_xargs": {BUDGET_FIELD: budget},
         # One more, for the EOS that ends an answer at its limit
         "max_tokens": budget + config.markers.max_bridge_length + config.max_summary_length + 1,
@@ -193,6 +193,12 @@ def deployment(
         "and the end of such a trace is overlooked if --reasoning-config forces more than the end marker.",
         f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
     ]
+    if config.system_prompt is not None:
+        notes.insert(
+            0,
+            "The model was trained with a system prompt, which a server does not add. Clients send it as the first "
+            "message, as above.",
+        )
     one = Request("In one request, with a budget that the server enforces", "/v1/chat/completions", chat)
     return Deployment(command, [one, *_by_token_ids(model, config, budget)], "http://localhost:8000", notes)
 

@@ -222,7 +222,7 @@ def card_facts(
         step=_step_of_weights(trainer),
         num_steps=max(trainer.state.max_steps, args.max_steps, 0),
         settings=_settings(trainer, anytime_config, adapter),
-        question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
+        question=anytime_config.conversation(question) if is_conversational({"prompt": prompt}) else question,
         versions={"trl_anytime": version("trl-anytime"), **{name: version(name) for name in libraries}},
         paper=paper,
     )
