@@ -269,7 +269,9 @@ def _add_model(
         return
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", metavar="URL", required=base_url_required, help="an OpenAI-compatible server")
-    server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
+    server.add_argument(
+        "--served-name", metavar="NAME", help="name of the model there (default: MODEL, else the first)"
+    )
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     server.add_argument(
         "--timeout", type=float, default=600.0, help="seconds for a whole answer (default: %(default)g)"
@@ -375,16 +377,21 @@ def _tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeCon
 
 
 def _client(options: argparse.Namespace) -> Any:
+    from .inference.serving import check_served
     from .rollout.http_backend import CompletionClient
 
-    return CompletionClient(
+    client = CompletionClient(
         options.base_url,
         options.served_name,
         options.api_key,
         options.timeout,
         options.patience,
         concurrency=vars(options).get("concurrency", 1),
+        folder=options.model,
     )
+    if options.served_name is None:
+        check_served(client, options.model)
+    return client
 
 
 def _load_model(options: argparse.Namespace) -> Any:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..method.budgets import check_budgets
 from ..outside.display import for_json, for_shell, for_terminal
 from ..outside.validation import MEBIBYTE, boolean, fields, free_form, integer, mapping_of, or_null, read_json, string
-from ..rollout.http_backend import completion_body
+from ..rollout.http_backend import CompletionClient, completion_body, served_from
 from ..rollout.sampling import BUDGET_FIELD
 from .anytime_config import AnytimeConfig, find_file
 
@@ -68,6 +68,27 @@ def find_adapter(model: str) -> Adapter | None:
             "`merge_and_unload`, save that with the tokenizer and anytime_config.json, and serve it."
         )
     return adapter
+
+
+def check_served(client: CompletionClient, model: str) -> None:
+    """
+    Refuse to ask a server for an adapter that it does not serve: its base model would answer.
+
+    Args:
+        client ([`CompletionClient`]):
+            The server.
+        model (`str`):
+            Folder or Hub id of the model.
+
+    Raises:
+        `ValueError`: If the model is an adapter, and the server does not serve it.
+    """
+    if served_from(model, client.models) is None and find_adapter(model) is not None:
+        served = ", ".join(map(for_terminal, client.models))
+        raise ValueError(
+            f"{model} is an adapter, which {client.base_url} does not serve (but {served}). Start the "
+            "server as `trl-anytime serve-command` says, or give --served-name."
+        )
 
 
 def reasoning_parser(config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -182,7 +203,6 @@ def deployment(
         "chat_template_kwargs": config.chat_template_kwargs,
         **config.sampling.vllm(),
     }
-    served_name = "" if adapter is None else f" --served-name {for_shell(model)}"
     notes = [
         f"A request without a budget gets one of {budget} tokens, or fewer if its max_tokens leaves no room for the "
         "answer. A budget of 0 means no thinking.",
@@ -191,7 +211,7 @@ def deployment(
         "`CompletionClient` and `trl-anytime eval --base-url` do on any vLLM server.",
         "vLLM's own thinking_token_budget is not the same: no answer bridge follows a trace that ended by itself, "
         "and the end of such a trace is overlooked if --reasoning-config forces more than the end marker.",
-        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
+        f"Check it: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000",
     ]
     if config.system_prompt is not None:
         notes.insert(
