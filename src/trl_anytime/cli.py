@@ -328,6 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _print(f"trl-anytime: {error}", sys.stderr)
         return BAD_INPUT
+    except ImportError as error:
+        if sys.platform == "linux":
+            raise
+        _print(f"trl-anytime: {error}", sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         _print("trl-anytime: interrupted", sys.stderr)
         if vars(options).get("base_url"):  # threads may be waiting for the server, and what is finished is on the disk

@@ -1,5 +1,6 @@
 """Escapes text of models, servers and files for what shows it: a terminal, a shell, a picture, Markdown."""
 
+import html
 import json
 import re
 import shlex
@@ -83,6 +84,11 @@ def for_plot(text: str) -> str:
     if len(text) > _LONGEST_LABEL:
         text = f"{text[:_LONGEST_LABEL]} […]"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def for_html(text: str) -> str:
+    """Return a text that HTML shows as it is, with its line breaks."""
+    return html.escape(for_terminal(text)).replace("\n", "<br>")
 
 
 def for_markdown(text: str) -> str:
