@@ -850,7 +850,7 @@ def stream(rows):
     [
         ([{"prompt": "1"}], "is a list"),
         (iter([{"prompt": "1"}]), "is a list_iterator"),
-        (DatasetDict({"train": make_dataset()}), "is a DatasetDict"),
+        (DatasetDict({"easy": make_dataset()}), r"is a DatasetDict .*dataset\['easy'\]"),
         (Dataset.from_dict({"question": ["1"], "answer": ["1"]}), "column 'prompt'"),
         (stream([{"question": "1"}]), "column 'prompt'"),
         (Dataset.from_dict({"prompt": []}), "is empty"),

@@ -156,6 +156,9 @@ def test_words_are_sorted():
         (["--dataset_name", "a.jsonl", "--use_cpu", "true", "--bf16", "false"], "model_name_or_path"),
         (["--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "false"], "dataset_name"),
         (["a.jsonl"], "a.jsonl"),
+        (["--config", "8k_grpo", "--budgets", "32,16,8"], "--budgets 32 16 8"),
+        (["--config", "8k_grpo", "--use_cpu", "true", "--bf16", "false", "--budgets", "32", "16"], "[16, 32]"),
+        (["--config", "8k_grpo", "--learning_rate", "abc"], "'abc'"),
     ],
 )
 def test_words_that_are_wrong(words, named, tmp_path, monkeypatch, capsys):
@@ -166,6 +169,24 @@ def test_words_that_are_wrong(words, named, tmp_path, monkeypatch, capsys):
         main(words)
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and named in printed.splitlines()[-1] and "Traceback" not in printed
+    # The libraries' own warnings are in this process only
+    assert len([line for line in printed.splitlines() if "Warning" not in line and "warn" not in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--budgts", "8"], "budgets"),
+        (["--num_proceses", "2"], "mean num_processes"),
+        (["--num_processes", "two"], "'two'"),
+        (["--budgets", "32,16"], "--budgets 32 16"),
+    ],
+)
+def test_the_command_with_words_that_are_wrong(words, named, capsys):
+    """`accelerate launch` would print all of its options."""
+    assert cli.main(["train", "--config", "8k_grpo", *words]) == cli.BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
 
 
 def test_the_command_of_a_recipe_that_is_not_there(capsys):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from . import __version__
 from .outside.command_line import CommandParser, PrintCompletion
@@ -492,14 +492,23 @@ def _train(options: argparse.Namespace) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .data.recipe import launch_words
+    from .data.recipe import launch_words, refuse_word
 
     launch, settings = launch_words(options.words)
+    parser = launch_command_parser()
+    parser.error = _refuse_option  # argparse would print all options before
+    parsed, unknown = parser.parse_known_args([*launch, "-m", "trl_anytime.train", *settings])
+    if unknown:
+        refuse_word(unknown[0], (option.lstrip("-") for option in parser._option_string_actions))
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "-m", "trl_anytime.train", *settings]))
+        launch_command(parsed)
     except subprocess.CalledProcessError as error:  # what went wrong stands above
         return error.returncode
     return 0
+
+
+def _refuse_option(message: str) -> NoReturn:
+    raise ValueError(f"accelerate launch: {message.rstrip('.')}.")
 
 
 def _eval(options: argparse.Namespace) -> int:
