@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--settings-only", action="store_true", help="leave out what needs the model or the data")
     doctor.add_argument("--load-model", action="store_true", help="measure tree attention on large weights too")
+    doctor.add_argument("--assume-vllm", action="store_true", help="the machine of the run has vLLM")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     launch = doctor.add_argument_group("GPUs that the run is going to have")
     launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as of `train`")
@@ -478,6 +479,7 @@ def _doctor(options: argparse.Namespace) -> int:
         None if options.gpu_memory is None else int(options.gpu_memory * 2**30),
         options.settings_only,
         options.load_model,
+        options.assume_vllm,
     )
     findings, tables = report.findings, report.tables
     _print((as_json if options.json else as_text)(findings, tables))
