@@ -192,6 +192,8 @@ class BRPOConfig(GRPOConfig):
         card_metric (`str`, *optional*):
             What the mean reward of an evaluation is: `"accuracy"` or `"mean_reward"`. Defaults to the first if the
             only reward function is one of this package's verifiers.
+        card_license (`str`, *optional*):
+            Licence of the trained weights, as the Hub names it, such as `"apache-2.0"`. Not stated if not set.
         card_question (`str`, *optional*, defaults to `"What is 2 + 2?"`):
             Question in the card's code, as the model knows them.
 
@@ -347,6 +349,10 @@ class BRPOConfig(GRPOConfig):
             "one of this package's verifiers.",
             "choices": list(CARD_METRICS),
         },
+    )
+    card_license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the trained weights, as the Hub names it, such as apache-2.0."},
     )
     card_question: str | None = field(
         default=None, metadata={"help": "Question in the card's code. Defaults to 'What is 2 + 2?'."}

@@ -1,4 +1,4 @@
-"""The tables of data sets and of counters in docs/evaluation.md. What else the page tells to type is run by test_docs.py."""
+"""The tables of data sets and of counters in docs/evaluation.md. What else it tells to type is run by test_docs.py."""
 
 from tests.support.pages import table
 from trl_anytime.data.problems import BENCHMARKS
