@@ -101,6 +101,7 @@ def test_alarms(values, expected):
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
+        ({"well_formed": False}, "samples.parquet"),
         ({"no_box": True}, "--instruction"),
         ({"no_box": False, "clipped": True}, "--max-summary-length"),
         ({"no_box": False, "clipped": False}, "--reward"),
@@ -109,7 +110,8 @@ def test_alarms(values, expected):
 def test_what_to_look_at_when_all_is_zero(values, advice):
     (line,) = explain_zeros(results(changed(rewards=0.0, **values)))
     assert advice in line
-    assert [name in line for name in ("--instruction", "--max-summary-length", "--reward")].count(True) == 1
+    reasons = ("samples.parquet", "--instruction", "--max-summary-length", "--reward")
+    assert [name in line for name in reasons].count(True) == 1
 
 
 def test_rewards_that_look_for_no_box_and_old_samples():

@@ -16,8 +16,8 @@ COUNTERS = {
     "clipped": "cut off",
     "no_box": "no box",
 }
-# Shares of the answers from which an alarm names a reason, as in training (`trl_anytime.training.alarms`)
-NO_BOX, CLIPPED = 0.5, 0.25
+# Shares of the answers from which an alarm names a reason, the last two as in `trl_anytime.training.alarms`
+ILL_FORMED, NO_BOX, CLIPPED = 0.5, 0.5, 0.25
 
 
 def answer_counts(records: Sequence[dict[str, Any]], budgets: Sequence[int]) -> list[dict[str, int | None]]:
@@ -101,15 +101,16 @@ def _advice(alarm: str, results: dict[str, Any], names: Sequence[str]) -> str:
     protocol = results["protocol"]
     totals = [_totals(results["curves"][name]) for name in names]
     total = {name: sum(counts[name] for counts in totals) for name in COUNTERS}
-    if alarm == "nothing is well-formed":
-        return (
-            "Look at `thinking` and `cuts` in samples.parquet. The traces end with EOS instead of "
-            f"{protocol['markers']['think_end']!r}, or an answer has it once more."
-        )
     if alarm == "thinking is never finished":
         return (
             f"Raise the last of --budgets ({protocol['budgets'][-1]}). If `thinking` in samples.parquet ends with "
             "another marker, set --think-end."
+        )
+    if total["ill_formed"] >= ILL_FORMED * total["answers"]:
+        return (
+            f"{total['ill_formed']} of {total['answers']} answers are ill-formed. Look at `thinking` and `cuts` in "
+            f"samples.parquet. A trace ends with EOS instead of {protocol['markers']['think_end']!r}, or an answer has "
+            "that once more."
         )
     if total["no_box"] >= NO_BOX * total["answers"]:
         return (
