@@ -109,8 +109,8 @@ def _advice(alarm: str, results: dict[str, Any], names: Sequence[str]) -> str:
     if total["ill_formed"] >= ILL_FORMED * total["answers"]:
         return (
             f"{total['ill_formed']} of {total['answers']} answers are ill-formed. Look at `thinking` and `cuts` in "
-            f"samples.parquet. A trace ends with EOS instead of {protocol['markers']['think_end']!r}, or an answer has "
-            "that once more."
+            f"samples.parquet. A trace ends with EOS instead of {protocol['markers']['think_end']!r}, or an answer "
+            "has that once more."
         )
     if total["no_box"] >= NO_BOX * total["answers"]:
         return (
