@@ -12,6 +12,7 @@ right as early as possible, at every thinking budget.
 import argparse
 import json
 import os
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -86,6 +87,8 @@ def main(options: argparse.Namespace) -> None:
     for name, curve in {"before": before, "after": after}.items():
         print(f"{name:8}" + "".join(f"{accuracy:7.3f}" for accuracy in curve))
     print(f"\n{results['seconds']:.0f} seconds. In {options.output_dir}: model/, curves.png, results.json")
+    words = ["trl-anytime", "generate", str(model_dir), config.card_question, "--budgets", "4,10,40"]
+    print(f"\nAsk the model, at three budgets:\n{shlex.join(words)}")
 
 
 def evaluate(trainer: BRPOTrainer) -> list[float]:

@@ -852,7 +852,7 @@ def stream(rows):
     [
         ([{"prompt": "1"}], r"\blist\b"),
         (iter([{"prompt": "1"}]), r"\blist_iterator\b"),
-        (DatasetDict({"train": make_dataset()}), r"\bDatasetDict\b"),
+        (DatasetDict({"easy": make_dataset()}), r"\bDatasetDict\b.*dataset\['easy'\]"),
         (Dataset.from_dict({"question": ["1"], "answer": ["1"]}), "'prompt'.*'question', 'answer'"),
         (stream([{"question": "1"}]), "'prompt'.*'question'"),
         (Dataset.from_dict({"prompt": []}), "empty"),

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,51 @@ def test_results_as_json(folder, finished, capsys):
     probed = json.loads(capsys.readouterr().out)
     assert [(result["budget"], result["outcome"]) for result in probed["results"]] == [(4, "ignored"), (8, "ignored")]
     assert probed["wrong"]
+
+
+# The system prompt of the training
+
+
+@pytest.fixture(scope="module")
+def prompted(folder, tmp_path_factory):
+    """The same model, trained with a system prompt."""
+    copy = tmp_path_factory.mktemp("prompted")
+    for file in folder.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    replace(AnytimeConfig.from_pretrained(copy), system_prompt="0 1 2").save_pretrained(copy)
+    return copy
+
+
+def test_an_evaluation_has_the_system_prompt_of_the_training(prompted):
+    for more, expected in (([], "0 1 2"), (["--system-prompt", ""], None), (["--system-prompt", "3"], "3")):
+        output = prompted / f"evaluated {expected}"
+        assert main([*evaluation(prompted), "--output", str(output), *more]) == 0
+        header, *samples = map(json.loads, (output / "samples.jsonl").read_text().splitlines())
+        assert header["protocol"]["system_prompt"] == expected
+        added = 0 if expected is None else len(expected.split()) + 3  # its role, and what is around it
+        assert [sample["prompt_tokens"] for sample in samples] == [7 + added] * 3
+
+
+def test_generate_and_probe_have_it_too(prompted, capsys):
+    tokenizer = make_tokenizer()
+    with serving(TinyServer(make_model(vocab_size=len(tokenizer)))) as server:
+        assert main(["generate", str(prompted), "4", "--base-url", server.url]) == 0
+        (prompt,) = server.bodies[0]["prompt"]
+    assert tokenizer.decode(prompt).split()[2:6] == ["0", "1", "2", "<|im_end|>"]
+    with serving(TinyServer(chat=lambda body: [2], tokenizer=tokenizer)) as server:
+        main(["probe", str(prompted), "--base-url", server.url, "--budgets", "4", "--question", "5"])
+        messages = server.bodies[0]["messages"]
+    assert messages == [{"role": "system", "content": "0 1 2"}, {"role": "user", "content": "5"}]
+
+
+def test_requests_of_clients_have_it(folder, prompted, capsys):
+    for model, roles in ((folder, ["user"]), (prompted, ["system", "user"])):
+        capsys.readouterr()
+        assert main(["serve-command", str(model), "--json"]) == 0
+        served = json.loads(capsys.readouterr().out)
+        assert [message["role"] for message in served["requests"][0]["body"]["messages"]] == roles
+        assert any("system prompt" in note for note in served["notes"]) == (len(roles) == 2)
 
 
 # Pictures

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,9 @@ def test_words_are_sorted():
         (["--dataset_name", "a.jsonl", "--use_cpu", "true", "--bf16", "false"], "model_name_or_path"),
         (["--model_name_or_path", "m", "--use_cpu", "true", "--bf16", "false"], "dataset_name"),
         (["a.jsonl"], "a.jsonl"),
+        (["--config", "8k_grpo", "--budgets", "32,16,8"], "--budgets 32 16 8"),
+        (["--config", "8k_grpo", "--use_cpu", "true", "--bf16", "false", "--budgets", "32", "16"], "[16, 32]"),
+        (["--config", "8k_grpo", "--learning_rate", "abc"], "'abc'"),
     ],
 )
 def test_words_that_are_wrong(words, named, tmp_path, monkeypatch, capsys):
@@ -165,6 +169,24 @@ def test_words_that_are_wrong(words, named, tmp_path, monkeypatch, capsys):
         main(words)
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and named in printed.splitlines()[-1] and "Traceback" not in printed
+    # The libraries' own warnings are in this process only
+    assert len([line for line in printed.splitlines() if "Warning" not in line and "warn" not in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--budgts", "8"], "budgets"),
+        (["--num_proceses", "2"], "mean num_processes"),
+        (["--num_processes", "two"], "'two'"),
+        (["--budgets", "32,16"], "--budgets 32 16"),
+    ],
+)
+def test_the_command_with_words_that_are_wrong(words, named, capsys):
+    """`accelerate launch` would print all of its options."""
+    assert cli.main(["train", "--config", "8k_grpo", *words]) == cli.BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
 
 
 def test_the_command_of_a_recipe_that_is_not_there(capsys):
@@ -203,14 +225,14 @@ def test_a_system_prompt_of_an_evaluation():
     """It is part of the protocol; a model without a template cannot have one."""
     tokenizer, config = make_tokenizer(), make_anytime_config()
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1"}]
-    assert config.question(tokenizer, "1 + 1", "Think.") == messages
+    assert replace(config, system_prompt="Think.").question(tokenizer, "1 + 1") == messages
     assert config.question(tokenizer, "1 + 1") == messages[1:]
     sets = [ProblemSet("a", ["1 + 1"], ["2"])]
     plain = Evaluation(None, tokenizer, config, sets, "tiny")
-    asked = Evaluation(None, tokenizer, config, sets, "tiny", system_prompt="1")
+    asked = Evaluation(None, tokenizer, replace(config, system_prompt="1"), sets, "tiny")
     (difference,) = differences(asked.protocol.as_dict(), plain.protocol.as_dict())
     assert difference.startswith("system_prompt ")
     assert len(asked._prompt_ids["a"][0]) > len(plain._prompt_ids["a"][0])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
-        config.question(tokenizer, "1 + 1", "Think.")
+        replace(config, system_prompt="Think.").question(tokenizer, "1 + 1")

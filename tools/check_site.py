@@ -27,8 +27,8 @@ def problems(site: Path) -> list[str]:
         found += [f"{page}: {match[0]}" for match in RAW.finditer(text)]
     reference = (site / "api" / "training" / "index.html").read_text()
     for name in settings():
-        if f"<dt><code>{name}</code>" not in reference:
-            found.append(f"The reference of BRPOConfig lacks `{name}`.")
+        if f'<dt><a id="BRPOConfig.{name}"></a><code>{name}</code>' not in reference:
+            found.append(f"The reference of BRPOConfig lacks `{name}`, or the anchor `BRPOConfig.{name}`.")
     return found
 
 

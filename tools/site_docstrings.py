@@ -30,7 +30,7 @@ class HuggingFaceDocstrings(griffe.Extension):
         paths = [item.path for item in items]
         for item in items:
             if item.docstring is not None:
-                item.docstring.value = to_markdown(item.docstring.value, paths)
+                item.docstring.value = to_markdown(item.docstring.value, paths, item.name)
 
 
 def _items(parent: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
@@ -42,33 +42,37 @@ def _items(parent: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
             yield member
 
 
-def to_markdown(docstring: str, paths: Sequence[str]) -> str:
+def to_markdown(docstring: str, paths: Sequence[str], owner: str = "") -> str:
     """
     Args:
         docstring (`str`):
             A docstring in Hugging Face's form, without common indentation.
         paths (`Sequence[str]`):
             Full name of everything in the package.
+        owner (`str`, *optional*):
+            Name of what has the docstring. Its settings get anchors such as `BRPOConfig.budgets`.
     """
     # Every other part of the split is code. In the rest, formulas are meant as they stand
     parts = re.split(r"(```.*?```|`[^`]*`)", docstring + "\n", flags=re.DOTALL)
     parts[::2] = [re.sub(r"([_{}]|\](?=\[))", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
     text = _REFERENCE.sub(lambda match: _link(match[2], bool(match[1]), paths), "".join(parts))
-    return _SECTION.sub(_section, text)
+    return _SECTION.sub(lambda match: _section(match, owner), text)
 
 
-def _section(match: re.Match[str]) -> str:
+def _section(match: re.Match[str], owner: str) -> str:
     name, first_line, body = match.groups()
     body = textwrap.dedent(body)
     if name in _TITLES:
-        body = _ITEM.sub(_item, body)
+        place = owner if name == "Parameters" else None
+        body = _ITEM.sub(lambda item: _item(item, place), body)
         body = re.sub(r"^> (.+)$", r"*\1*", body, flags=re.MULTILINE)  # BRPOConfig groups its settings
     return f"**{_TITLES.get(name, name)}**\n\n{first_line}\n\n{body}\n"
 
 
-def _item(match: re.Match[str]) -> str:
+def _item(match: re.Match[str], owner: str | None) -> str:
     name, kind, description = match[1].replace("\\", ""), match[2] or "", match[3]
-    return f"`{name}`{kind}\n\n:   {textwrap.indent(textwrap.dedent(description), '    ').strip()}\n\n"
+    anchor = "" if owner is None else f'<a id="{owner}.{name}"></a>'
+    return f"{anchor}`{name}`{kind}\n\n:   {textwrap.indent(textwrap.dedent(description), '    ').strip()}\n\n"
 
 
 def _link(name: str, short: bool, paths: Sequence[str]) -> str:

@@ -198,6 +198,8 @@ class BRPOConfig(GRPOConfig):
         card_metric (`str`, *optional*):
             Name of the mean reward of an evaluation: `"accuracy"` or `"mean_reward"`. Defaults to `"accuracy"` if the
             only reward function is one of this package's verifiers.
+        card_license (`str`, *optional*):
+            Licence of the trained weights, as the Hub names it, such as `"apache-2.0"`. Not stated if not set.
         card_question (`str`, *optional*, defaults to `"What is 2 + 2?"`):
             Example question in the model card's code. Use one like those in the training data.
 
@@ -355,6 +357,10 @@ class BRPOConfig(GRPOConfig):
             "one of this package's verifiers.",
             "choices": list(CARD_METRICS),
         },
+    )
+    card_license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the trained weights, as the Hub names it, such as apache-2.0."},
     )
     card_question: str | None = field(
         default=None,

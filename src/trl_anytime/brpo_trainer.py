@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from .brpo_config import BRPOConfig
 from .checks.arguments import check_answers, check_arguments, check_prompt_tokens, check_tokens, check_trainable
 from .checks.batch_sizes import most_tokens
-from .checks.prompts import checked_markers, first_prompt, shortest_and_longest
+from .checks.prompts import checked_markers, first_prompt, shared_system_prompt, shortest_and_longest
 from .checks.run_start import StartReport
 from .checks.start_checks import context_overflow
 from .inference.anytime_config import AnytimeConfig
@@ -218,6 +218,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
             )
         self.rollout_func = self._roll_out
         self._first_prompt = first_prompt(self.train_dataset)  # read once, because a stream has to be opened for it
+        self._system_prompt = shared_system_prompt(self._first_prompt, self.train_dataset)
         eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         datasets = {"train_dataset": self.train_dataset, **eval_data}
         self.markers = checked_markers(self._tokenizer, self._first_prompt, datasets, args, self.chat_template_kwargs)
@@ -519,7 +520,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     def _anytime_config(self) -> AnytimeConfig:
         """Return the config that is saved beside the model."""
-        return AnytimeConfig.from_brpo_config(self.args, self.markers, self.eos_token_ids, self.chat_template_kwargs)
+        return AnytimeConfig.from_brpo_config(
+            self.args, self.markers, self.eos_token_ids, self.chat_template_kwargs, self._system_prompt
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from . import __version__
 from .outside.command_line import CommandParser, PrintCompletion
@@ -26,6 +26,8 @@ _EXIT_CODES = f"""exit codes:
   {SERVER_FAILED}  a server or the Hub failed for too long; repeat the command to continue where it stopped
   {INTERRUPTED}  interrupted; repeat the command to continue where it stopped
   {PIPE_CLOSED}  the reader of the output has gone"""
+
+_SYSTEM_PROMPT = "system message before each question, '' for none (default: that of the model's anytime config)"
 
 # `None` keeps the value of the model's anytime config
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -114,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--settings-only", action="store_true", help="skip checks that need the model or the data")
     doctor.add_argument("--load-model", action="store_true", help="load a large model, too, to measure tree attention")
+    doctor.add_argument("--assume-vllm", action="store_true", help="the machine of the run has vLLM")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     launch = doctor.add_argument_group("GPUs of the planned run")
     launch.add_argument("--accelerate-config", type=Path, metavar="FILE", help="as for `train --accelerate_config`")
@@ -179,9 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         default="raise",
         help="raise an error for rows without a usable gold answer (default), or skip them",
     )
-    problems.add_argument(
-        "--system-prompt", metavar="TEXT", help="system message before each question (default: none)"
-    )
+    problems.add_argument("--system-prompt", metavar="TEXT", help=_SYSTEM_PROMPT)
     problems.add_argument("--instruction", help="text after each question (default: the paper's)")
     measure = evaluate.add_argument_group("measurement")
     measure.add_argument("--preset", choices=sorted(_PRESETS), help="settings of a protocol; options override them")
@@ -205,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(generate, with_backend=False)
     generate.add_argument("question", help="the question; - reads it from standard input")
-    generate.add_argument("--system-prompt", metavar="TEXT", help="system message (default: none)")
+    generate.add_argument("--system-prompt", metavar="TEXT", help=_SYSTEM_PROMPT)
     generate.add_argument("--instruction", default="", help="text after the question (default: none)")
     generate.add_argument("--seed", type=int)
     _add_sampling(generate)
@@ -269,7 +270,9 @@ def _add_model(
         return
     server = parser.add_argument_group("server")
     server.add_argument("--base-url", metavar="URL", required=base_url_required, help="an OpenAI-compatible server")
-    server.add_argument("--served-name", metavar="NAME", help="name of the model there (default: the first one)")
+    server.add_argument(
+        "--served-name", metavar="NAME", help="name of the model there (default: MODEL, else the first)"
+    )
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     server.add_argument(
         "--timeout", type=float, default=600.0, help="most seconds for a whole answer (default: %(default)g)"
@@ -326,6 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _print(f"trl-anytime: {error}", sys.stderr)
         return BAD_INPUT
+    except ImportError as error:
+        if sys.platform == "linux":
+            raise
+        _print(f"trl-anytime: {error}", sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         _print("trl-anytime: interrupted", sys.stderr)
         if vars(options).get("base_url"):  # threads may be waiting for the server. Finished samples are on the disk.
@@ -369,20 +377,27 @@ def _tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeCon
         name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None
     }
     changes = {name: given[name] for name in ("budgets", "max_summary_length") if given.get(name) is not None}
+    if given.get("system_prompt") is not None:
+        changes["system_prompt"] = given["system_prompt"] or None
     return tokenizer, replace(config, sampling=replace(config.sampling, **sampling), **changes)
 
 
 def _client(options: argparse.Namespace) -> Any:
+    from .inference.serving import check_served
     from .rollout.http_backend import CompletionClient
 
-    return CompletionClient(
+    client = CompletionClient(
         options.base_url,
         options.served_name,
         options.api_key,
         options.timeout,
         options.patience,
         concurrency=vars(options).get("concurrency", 1),
+        folder=options.model,
     )
+    if options.served_name is None:
+        check_served(client, options.model)
+    return client
 
 
 def _load_model(options: argparse.Namespace) -> Any:
@@ -464,6 +479,7 @@ def _doctor(options: argparse.Namespace) -> int:
         None if options.gpu_memory is None else int(options.gpu_memory * 2**30),
         options.settings_only,
         options.load_model,
+        options.assume_vllm,
     )
     findings, tables = report.findings, report.tables
     _print((as_json if options.json else as_text)(findings, tables))
@@ -478,14 +494,23 @@ def _train(options: argparse.Namespace) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from .data.recipe import launch_words
+    from .data.recipe import launch_words, refuse_word
 
     launch, settings = launch_words(options.words)
+    parser = launch_command_parser()
+    parser.error = _refuse_option  # argparse would print all options before
+    parsed, unknown = parser.parse_known_args([*launch, "-m", "trl_anytime.train", *settings])
+    if unknown:
+        refuse_word(unknown[0], (option.lstrip("-") for option in parser._option_string_actions))
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "-m", "trl_anytime.train", *settings]))
+        launch_command(parsed)
     except subprocess.CalledProcessError as error:  # the training has printed its error
         return error.returncode
     return 0
+
+
+def _refuse_option(message: str) -> NoReturn:
+    raise ValueError(f"accelerate launch: {message.rstrip('.')}.")
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -498,11 +523,13 @@ def _eval(options: argparse.Namespace) -> int:
         limited_answers,
         load_results,
         results_of,
+        save_answers,
         save_samples,
         table,
     )
     from .evaluation.evaluate import NOT_COMPARED as not_compared
     from .evaluation.problems import load_problems
+    from .evaluation.zeros import explain_zeros
 
     for name, value in _PRESETS.get(options.preset, {}).items():
         if getattr(options, name) is None:
@@ -536,7 +563,6 @@ def _eval(options: argparse.Namespace) -> int:
         num_samples=1 if options.samples is None else options.samples,
         num_summaries=options.summaries,
         instruction=INSTRUCTION if options.instruction is None else options.instruction,
-        system_prompt=options.system_prompt,
         reward=reward,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -552,11 +578,12 @@ def _eval(options: argparse.Namespace) -> int:
         results["baseline"] = comparison(results, baseline)
     _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     save_samples(records, problem_sets, output / "samples.parquet")
+    save_answers(records, problem_sets, output / "answers.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
     _print(json.dumps(results, indent=1) if options.json else table(results))
-    if said := limited_answers(results):
+    for said in filter(None, (*explain_zeros(results), limited_answers(results))):
         _print(f"\n{said}", sys.stderr)
-    _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, curve.png", sys.stderr)
+    _print(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, answers.parquet, curve.png", sys.stderr)
     return 0
 
 
@@ -603,7 +630,7 @@ def _generate(options: argparse.Namespace) -> int:
     tokenizer, config = _tokenizer_and_config(options)
     model = _load_model(options)
     question = sys.stdin.read() if options.question == "-" else options.question
-    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip(), options.system_prompt)
+    prompt = config.question(tokenizer, f"{question} {options.instruction}".strip())
     sample = streaming_sampler(model, tokenizer, config.sampling, options.seed)
     stream_answers(sample, tokenizer, config, prompt, context_length(model))
     return 0

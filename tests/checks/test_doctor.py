@@ -1,8 +1,11 @@
 """`trl-anytime doctor`: every check has a recipe that it finds fault with, and a healthy recipe has none."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -193,9 +196,8 @@ def test_files_that_hold_no_recipe(tmp_path, capsys, content, named):
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes(path, monkeypatch):
-    monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)  # whether it is installed is not the recipe's fault
-    found = check_recipe(path, {"bf16": "false"}, Launch(8), settings_only=True)
+def test_shipped_recipes(path):
+    found = check_recipe(path, {"bf16": "false"}, Launch(8), settings_only=True, assume_vllm=True)
     assert [finding for finding in found.findings if finding.level != OK] == []
     assert re.search(r"optimiser steps per generation batch +2$", found.tables[0], re.MULTILINE)
 
@@ -246,6 +248,9 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: False)
     found = look(folder, settings_only=True, use_vllm=True)
     assert found.keys() == {"vllm"} and "pip install 'trl-anytime[vllm]'" in found["vllm"].fix
+    assert "--assume-vllm" in found["vllm"].fix
+    words = ["doctor", str(folder / "changed.yaml"), "--settings-only"]
+    assert [cli.main([*words, *more]) for more in ([], ["--assume-vllm"])] == [cli.FAILED, 0]
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)
     found = look(folder, 3, settings_only=True, use_vllm=True, vllm_tensor_parallel_size=2)
     assert "`vllm_tensor_parallel_size=2`" in found["vllm"].message and "3" in numbers(found["vllm"].message)
@@ -406,6 +411,30 @@ def test_a_model_that_is_not_there(folder, tmp_path):
     (without_weights / "model.safetensors").unlink()
     found = look(folder, model_name_or_path=str(without_weights))
     assert found.keys() == {"tree attention"} and "weights" in found["tree attention"].message
+
+
+@pytest.mark.parametrize(
+    ("offline", "data"),
+    [
+        ("1", ["some/data", "math500"]),
+        pytest.param("0", [], marks=pytest.mark.slow),  # the Hub's client tries for 23 seconds
+    ],
+)
+def test_a_hub_that_is_not_reached(folder, tmp_path, offline, data):
+    """It is not to be asked, or nothing listens at its address."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"model_name_or_path": "some/model"}
+    recipe |= dict(zip(("dataset_name", "eval_dataset_name"), data, strict=False))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path / "home")}
+    environment = os.environ | hub | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "trl_anytime", "doctor", str(tmp_path / "recipe.yaml"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    findings = json.loads(done.stdout)["findings"]
+    fixes = [finding["fix"] for finding in findings if finding["level"] == ERROR]
+    named = ["`hf download some/model`", "load_dataset('some/data')", "load_dataset('HuggingFaceH4/MATH-500')"]
+    assert len(fixes) == 1 + len(data) and all(name in fix for name, fix in zip(named, fixes, strict=False))
+    assert all(("Unset it" in fix) == (offline == "1") for fix in fixes)
+    assert all(("set `HF_HUB_OFFLINE=1`" in fix) == (offline == "0") for fix in fixes)
 
 
 def test_a_model_that_cannot_be_packed(folder, tmp_path):

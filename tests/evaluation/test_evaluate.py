@@ -16,6 +16,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import DATA
+from tests.support.pages import table
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import byte_tokenizer, make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
@@ -262,6 +263,59 @@ def test_damaged_journals(folder, finished, capsys):
         (output / "samples.jsonl").write_bytes(content)
         assert run(folder, "damaged") == BAD_INPUT
         assert re.search(message, capsys.readouterr().err)
+
+
+# Counters and answers
+
+
+def test_the_counters_of_an_evaluation(folder, finished):
+    """Counted once more from the tokens and the texts."""
+    counts = load_results(finished / "results.json")["curves"]["problems"]["answers"]
+    records = records_of(finished)
+    for budget, count in zip(BUDGETS, counts, strict=True):
+        places = [place for one in records for place in one["cuts"] if budget in place["budgets"]]
+        assert count["answers"] == len(places) == NUM_PROBLEMS * 4
+        assert count["ill_formed"] == sum(not place["well_formed"][0] for place in places)
+        boxed = ["boxed" in place["answers"][0] for place in places]
+        # A box in another paragraph does not occur in texts without line breaks
+        assert count["no_box"] == sum(
+            place["well_formed"][0] and not box for place, box in zip(places, boxed, strict=True)
+        )
+        assert sum(place["answer_tokens"][0] < 3 for place in places) <= count["answers"] - count["clipped"]
+        assert count["zero"] == sum(place["rewards"][0] == 0 for place in places)
+    assert 0 < sum(count["clipped"] for count in counts) < sum(count["answers"] for count in counts)
+    assert sum(count["no_box"] for count in counts) > 0
+
+
+def test_an_old_journal_goes_on(folder, finished, capsys):
+    """One whose samples do not say what was cut off."""
+    header, *samples = (finished / "samples.jsonl").read_text().splitlines()
+    records = [json.loads(sample) for sample in samples[:5]]
+    for place in (place for one in records for place in one["cuts"]):
+        del place["clipped"], place["no_box"]
+    (folder / "old").mkdir()
+    (folder / "old" / "samples.jsonl").write_text("\n".join([header, *map(json.dumps, records)]) + "\n")
+    assert run(folder, "old") == 0
+    said = capsys.readouterr().err
+    assert f"5 of {NUM_PROBLEMS * 4}" in said and "older" in said
+    counts = load_results(folder / "old" / "results.json")["curves"]["problems"]["answers"]
+    assert any(count["clipped"] is None for count in counts)
+    rows = load_dataset("parquet", data_files=str(folder / "old" / "answers.parquet"), split="train")
+    assert rows["clipped"].count(None) == 5 * len(BUDGETS)
+
+
+def test_a_row_for_each_answer(finished):
+    rows = load_dataset("parquet", data_files=str(finished / "answers.parquet"), split="train").to_pandas()
+    documented = re.findall(
+        r"`(\w+)`", " ".join(row[0] for row in table("docs/evaluation.md", "column of `answers.parquet`"))
+    )
+    assert list(rows.columns) == documented
+    assert len(rows) == NUM_PROBLEMS * 4 * len(BUDGETS)
+    curve = load_results(finished / "results.json")["curves"]["problems"]["accuracy"]
+    means = rows.groupby("budget")["reward"].mean()
+    assert means.to_dict() == pytest.approx(
+        {budget: point["mean"] for budget, point in zip(BUDGETS, curve, strict=True)}
+    )
 
 
 # Baselines and pictures

@@ -1,7 +1,12 @@
-"""The table of data sets in docs/evaluation.md. What else the page tells to type is run by test_docs.py."""
+"""The tables of data sets and of counters in docs/evaluation.md. What else it tells to type is run by test_docs.py."""
 
 from tests.support.pages import table
 from trl_anytime.data.problems import BENCHMARKS
+from trl_anytime.evaluation.zeros import COUNTERS
+
+
+def test_the_table_of_counters():
+    assert {row[0].strip("`"): row[1] for row in table("docs/evaluation.md", "counter")} == COUNTERS
 
 
 def test_the_table_of_data_sets():

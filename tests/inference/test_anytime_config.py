@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import trl_anytime
-from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
-from trl_anytime import AnytimeConfig, Sampling
+from tests.support.tiny import make_config, make_model, make_tokenizer, parity_reward, tiny_trainer
+from trl_anytime import AnytimeConfig, BRPOTrainer, Sampling
 from trl_anytime.inference.anytime_config import ANYTIME_CONFIG_NAME
 from trl_anytime.inference.generate import find_config
 
@@ -31,6 +32,29 @@ def test_every_saved_model_carries_it(tmp_path, peft_config):
         config.check_tokenizer(AutoTokenizer.from_pretrained(folder))
     values = json.loads((tmp_path / ANYTIME_CONFIG_NAME).read_text())
     assert values["markers"]["truncation_bridge"] == {"text": "so </think>", "ids": [9, 5]}
+
+
+@pytest.mark.parametrize(
+    ("systems", "recorded"),
+    [(["so", "so"], "so"), (["so", "answer"], None), (["so", None], None), ([None, "so"], None), ([None, None], None)],
+)
+def test_the_system_prompt_of_all_prompts_is_recorded(tmp_path, systems, recorded):
+    prompts = [
+        [*([] if text is None else [{"role": "system", "content": text}]), {"role": "user", "content": "1 2"}]
+        for text in systems
+    ]
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts * 4])
+    args = make_config(tmp_path)
+    trainer = BRPOTrainer(make_model(), args, rows, reward_funcs=parity_reward, processing_class=make_tokenizer())
+    trainer.save_model()
+    assert AnytimeConfig.from_pretrained(tmp_path).system_prompt == recorded
+    assert ("so" in (tmp_path / "README.md").read_text().partition("question = ")[2][:60]) == (recorded == "so")
+
+    file = tmp_path / ANYTIME_CONFIG_NAME  # one from before there was such a field
+    values = json.loads(file.read_text())
+    assert values.pop("system_prompt") == recorded
+    file.write_text(json.dumps(values))
+    assert AnytimeConfig.from_pretrained(tmp_path).system_prompt is None
 
 
 def test_it_is_read_from_beside_the_model(tmp_path, caplog):

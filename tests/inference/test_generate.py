@@ -1,6 +1,8 @@
 """Answers at any budget by transformers, against the rollouts of training."""
 
+import re
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 from tests.support.anytime import GREEDY, PROMPTS, expected_tokens, make_anytime_config
 from tests.support.tiny import make_model, make_tokenizer, tiny_trainer
 from trl_anytime import AnytimeConfig, Sampling, ThinkingBudgetLogitsProcessor, anytime_generate
+from trl_anytime.inference.generate import AnytimeOutput, BudgetAnswer
 from trl_anytime.rollout.backend import RolloutSettings
 from trl_anytime.rollout.types import Rollout, Thinking
 
@@ -33,6 +36,59 @@ def test_the_tokens_are_those_of_training(tmp_path):
     )
     assert [output.rollout for output in outputs] == trained
     assert len({tuple(rollout.thinking.token_ids) for rollout in trained}) > 1
+
+
+class Table(HTMLParser):
+    """Collects the rows of a table, the names of tags, and all text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.rows, self.tags, self.text = [], set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.rows:
+            self.rows[-1][-1] += data
+
+
+def an_output(answers, well_formed=(True, True)):
+    thinking = Thinking([11] * 5, finished=True, ended_with_eos=False)
+    rollout = Rollout([3], thinking, [2, 5], [(9, 5, 8), (8,)], [[[12, 2]], [[13, 2]]])
+    budgets = zip((2, 8), (2, 5), (False, True), answers, well_formed, strict=True)
+    return AnytimeOutput(
+        "1 <b>1</b>\x1b[2J",
+        [
+            BudgetAnswer(at, cut, done, [text], [[12, 2]], [cut + 3], [formed])
+            for at, cut, done, text, formed in budgets
+        ],
+        rollout,
+    )
+
+
+def test_a_notebook_shows_the_curve():
+    output = an_output(["<script>alert(1)</script>", "x < y\n& z"], well_formed=(True, False))
+    table = Table(output._repr_html_())
+    header, at_2, at_8 = table.rows
+    assert len(header) == 3
+    assert at_2 == ["2", "2, cut", "<script>alert(1)</script>"]
+    assert at_8[:2] == ["8", "5"] and at_8[2].startswith("x < y& z") and "ill-formed" in at_8[2]
+    assert not {"script", "b"} & table.tags and "1 <b>1</b>\\u001b[2J" in table.text
+    widths = [float(width) for width in re.findall(r"width: ([\d.]+)em", output._repr_html_())]
+    assert widths[0] / widths[1] == pytest.approx(2 / 5)
+
+
+def test_a_short_repr():
+    shown = repr(an_output(["2", "3" * 1000]))
+    assert "2: '2'" in shown and "8: '333" in shown and "5 tokens" in shown
+    assert len(shown) < 200 and "\n" not in shown and "\x1b" not in shown
 
 
 def test_outputs_say_what_was_used(model, tokenizer, config):

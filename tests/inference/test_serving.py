@@ -10,8 +10,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from tests.support.anytime import make_anytime_config
+from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
-from trl_anytime.inference.serving import Adapter, deployment, find_adapter, reasoning_parser
+from trl_anytime import CompletionClient
+from trl_anytime.cli import BAD_INPUT, main
+from trl_anytime.inference.serving import Adapter, check_served, deployment, find_adapter, reasoning_parser
 
 HOSTILE = [
     "$(touch ran)",
@@ -93,7 +96,7 @@ def test_an_adapter_is_served_on_top_of_its_base_model(settings, rank, served, t
     assert options["--max-lora-rank"] == served and options["--tokenizer"] == str(tmp_path)
     assert json.loads(options["--lora-modules"]) == {"name": str(tmp_path), "path": str(tmp_path)}
     assert {request.body["model"] for request in found.requests} == {str(tmp_path)}
-    assert f"--served-name {tmp_path}" in found.text()
+    assert "--served-name" not in found.text()  # the client finds it by its folder
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,35 @@ def test_adapters_that_vllm_does_not_serve(settings, named, tmp_path):
     save_adapter(tmp_path, **settings)
     with pytest.raises(ValueError, match=f"{named}.*merge_and_unload"):
         find_adapter(str(tmp_path))
+
+
+def cards(adapter):
+    """As vLLM 0.31 lists an adapter of a folder."""
+    return [
+        {"id": "some/base", "root": "some/base", "parent": None, "max_model_len": 200},
+        {"id": "name", "root": adapter, "parent": "some/base"},
+    ]
+
+
+def test_an_adapter_is_found_on_its_server(tmp_path):
+    save_adapter(tmp_path / "adapter", r=4)
+    save_adapter(tmp_path / "other", r=4)
+    folder = str(tmp_path / "adapter")
+    with serving(TinyServer(cards=cards(f"{folder}/"))) as server:
+        client = CompletionClient(server.url, folder=folder)
+        assert (client.model, client.max_model_len) == ("name", 200)
+        check_served(client, folder)
+        for whole in ("some/base", "of/no/server", None):
+            assert CompletionClient(server.url, folder=whole).model == "some/base"
+        client = CompletionClient(server.url, folder=str(tmp_path / "other"))
+        with pytest.raises(ValueError, match="does not serve .*some/base, name.*--served-name"):
+            check_served(client, str(tmp_path / "other"))
+        for command in (["probe"], ["generate", "1 2"]):
+            words = [command[0], str(tmp_path / "other"), *command[1:], "--base-url", server.url]
+            make_tokenizer().save_pretrained(tmp_path / "other")
+            make_anytime_config().save_pretrained(tmp_path / "other")
+            assert main(words) == BAD_INPUT
+        assert not server.bodies
 
 
 def test_a_whole_model_is_not_an_adapter(tmp_path):

@@ -38,6 +38,22 @@ def test_bad_budgets(budgets):
         check_budgets(budgets, "eval_budgets")
 
 
+@pytest.mark.parametrize(
+    ("budgets", "fix"),
+    [
+        (8, r"`budgets=\[8\]`"),
+        ([32, 16, 8, 16], r"Set \[8, 16, 32\]"),
+        ("32,16", "list of ints"),
+        (True, "list of ints"),
+        (8.0, "list of ints"),
+        (-8, "list of ints"),
+    ],
+)
+def test_bad_budgets_name_the_fix(budgets, fix):
+    with pytest.raises(ValueError, match=f"`budgets` .*{fix}"):
+        check_budgets(budgets)
+
+
 def test_budgets_beyond_the_end_share_the_last_cut():
     cuts = thinking_cuts(torch.tensor([0, 2, 3, 9]), [3, 6])
     assert cuts.tolist() == [[0, 0], [2, 2], [3, 3], [3, 6]]

@@ -154,6 +154,10 @@ def workplace(tmp_path_factory):
     trainer.save_model()
     questions = [{"problem": problem.question, "answer": problem.answer} for problem in problems[:4]]
     (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    problems = ["--dataset", str(folder / "held_out.jsonl"), "--instruction", "", "--budgets", "4,8"]
+    reward = ["--reward", f"{ROOT / 'examples' / 'toy_task.py'}:end_of_chain_reward"]
+    model, curve = (str(folder / "outputs" / "quickstart" / name) for name in ("model", "curve"))
+    assert main(["eval", model, *problems, *reward, "--output", curve]) == 0
 
     # The model of no task in particular, trained for a step
     tokenizer = make_tokenizer()
@@ -208,7 +212,8 @@ def typed_pages(language: str) -> Iterator:
 @pytest.mark.parametrize("typed", typed_pages("bash"))
 def test_commands(typed, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    shutil.rmtree("outputs/eval", ignore_errors=True)  # of another page
+    for folder in ("outputs/eval", "outputs/quickstart/curve"):  # of another page or test
+        shutil.rmtree(folder, ignore_errors=True)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as a script's own folder is
     for words in (words for block in typed for words in block.commands()):
         known = [test for start, test in ELSEWHERE.items() if " ".join(words).startswith(start)]

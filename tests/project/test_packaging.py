@@ -55,6 +55,25 @@ def test_both_ends_of_each_range_are_tested(name):
     assert specifier.contains(OLDEST[name]) and oldest.release[:2] == lowest.release[:2]
 
 
+@pytest.mark.parametrize(
+    ("statement", "ending"),
+    [
+        ("import trl_anytime", 0),
+        ("import trl_anytime.rewards", 1),
+        ("from trl_anytime.cli import main; sys.exit(main(['eval', 'missing', '--dataset', 'aime24']))", 2),
+    ],
+)
+def test_what_needs_linux_says_so(statement, ending):
+    """In a process that takes itself for one of another system once the libraries are there."""
+    code = f"import sys, datasets, transformers.utils.logging\nsys.platform = 'darwin'\n{statement}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == ending, done.stderr
+    said = done.stderr.splitlines()
+    assert not ending or ("Linux" in said[-1] and "darwin" in said[-1])
+    assert ending != 2 or len(said) == 1
+    assert "Operating System :: POSIX :: Linux" in PROJECT["classifiers"]
+
+
 HEAVY = {"accelerate", "datasets", "matplotlib", "pandas", "sympy", "torch", "transformers", "trl", "vllm"}
 
 

@@ -399,6 +399,25 @@ def test_a_name_that_utf_8_cannot_write(tmp_path):
     assert ast.literal_eval(question)[0]["content"] == name
 
 
+def test_licence_limits_and_use_without_a_budget():
+    for license in (None, "apache-2.0"):
+        card = build_card(make_facts(license=license, step=4))
+        assert card.data.to_dict().get("license") == license
+        sections = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n)*)", f"{card.text}\n", re.MULTILINE))
+        assert ("apache-2.0" in sections["Licence"]) == (license is not None)
+        assert "(https://huggingface.co/owner/base)" in sections["Licence"]
+        assert "118 tokens" in sections["Limits"] and "owner/problems" in sections["Limits"]
+        assert "8000 thinking tokens" in sections["Use at any thinking budget"].split("**Without a budget**")[1]
+        assert "8000 thinking tokens" not in build_card(make_facts(question="1 2")).text  # no server is shown
+
+
+def test_the_system_prompt_is_in_the_card():
+    config = replace(make_facts().anytime_config, system_prompt="Think `hard`.")
+    facts = make_facts(anytime_config=config, question=config.conversation("1 2"))
+    assert "``'Think `hard`.'``" in build_card(facts).text
+    assert "system message" not in build_card(make_facts()).text
+
+
 def test_the_template_is_given_all_that_it_names(monkeypatch):
     """Jinja writes nothing, without a word, for a name that it does not know."""
     given = {}

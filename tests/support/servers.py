@@ -83,12 +83,14 @@ class TinyServer(LoopbackServer):
         model: The model, which continues token ids greedily.
         faults: What to do wrong, one request after the other: the name of a method of `Handler`, `None` for nothing.
         chat: From the body of a chat request to the token ids of its answer.
+        cards: What it says of its models, by default of a single one.
     """
 
-    def __init__(self, model=None, faults=(), max_model_len=256, chat=None, tokenizer=None):
+    def __init__(self, model=None, faults=(), max_model_len=256, chat=None, tokenizer=None, cards=None):
         super().__init__(Handler)
         self.model, self.faults, self.max_model_len, self.chat = model, list(faults), max_model_len, chat
         self.tokenizer = tokenizer
+        self.cards = cards or [{"id": "tiny", "max_model_len": max_model_len}]
         self.bodies, self.lock = [], threading.Lock()
 
     def complete(self, body):
@@ -111,7 +113,7 @@ class Handler(QuietHandler):
     server: TinyServer
 
     def do_GET(self):
-        self.send({"data": [{"id": "tiny", "max_model_len": self.server.max_model_len}]})
+        self.send({"data": self.server.cards})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -212,7 +212,8 @@ def test_an_adapter_is_served(folder, model, tokenizer, config, tmp_path_factory
     arguments = ["--model", *found.command[2:], "--max-model-len", "1024"]
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as (url, _):
         body = {**found.requests[0].body, "messages": prompt, "return_token_ids": True}
-        client = CompletionClient(url, str(adapted))
+        client = CompletionClient(url, folder=str(adapted))
+        assert (client.model, client.max_model_len) == (str(adapted), 1024)
         (choice,) = client.request("/v1/chat/completions", body, check=free_form)["choices"]
     assert choice["token_ids"] == expected_tokens(expected)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
 from trl.data_utils import is_conversational
@@ -75,6 +75,12 @@ def check_dataset(name: str, dataset: Any) -> None:
     Raises:
         `ValueError`: Names the column or row, and what to do.
     """
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        splits = ", ".join(map(repr, dataset))
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__} with the splits {splits}. Pass one of them, such as "
+            f"`dataset[{next(iter(dataset), 'train')!r}]`."
+        )
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
             f"`{name}` is a {type(dataset).__name__}. Pass a `datasets.Dataset` (`Dataset.from_list` makes one from "

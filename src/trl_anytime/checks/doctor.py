@@ -10,12 +10,15 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 from trl.import_utils import is_vllm_available
 from trl.trainer.utils import add_fused_lm_head
 
 from ..brpo_config import BRPOConfig
+from ..data.problems import find_benchmark
 from ..data.recipe import (
     DataArguments,
     UnreadableRecipe,
@@ -117,6 +120,7 @@ def check_recipe(
     gpu_bytes: int | None = None,
     settings_only: bool = False,
     load_model: bool = False,
+    assume_vllm: bool = False,
 ) -> Report:
     """
     Check a recipe.
@@ -134,6 +138,8 @@ def check_recipe(
             Whether to skip checks that need the model's files or the data.
         load_model (`bool`, *optional*, defaults to `False`):
             Whether to load the weights of a large model, too, to measure tree attention.
+        assume_vllm (`bool`, *optional*, defaults to `False`):
+            Whether to take vLLM for installed, because the run is for another machine.
 
     Raises:
         `ValueError`: If the file does not contain settings.
@@ -154,7 +160,7 @@ def check_recipe(
     found.findings += _settings(data_args, args, model_args)
     if not found.findings:
         found.findings.append(Finding("settings", OK, "All given settings have an effect."))
-    engine_findings, engine_context = _vllm(args, name, launch, settings_only)
+    engine_findings, engine_context = _vllm(args, name, launch, settings_only, assume_vllm)
     found.findings += engine_findings
     reward = MathReward(on_bad_gold=data_args.on_bad_gold)
     tokenizer = config = dataset = markers = None
@@ -253,7 +259,9 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
     return findings
 
 
-def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool) -> tuple[list[Finding], int | None]:
+def _vllm(
+    args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool, assume_vllm: bool
+) -> tuple[list[Finding], int | None]:
     """Check generation with vLLM. Returns findings, and the context length of its engine if that is known."""
     if not args.use_vllm:
         return [Finding("vllm", OK, "vLLM is not used. transformers generates.")], None
@@ -261,10 +269,16 @@ def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         available = is_vllm_available()
-    if not available:
+    if not available and not assume_vllm:
         message = "`use_vllm` is set, but vLLM is not installed here."
         return [
-            Finding("vllm", ERROR, message, "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`.")
+            Finding(
+                "vllm",
+                ERROR,
+                message,
+                "Run `pip install 'trl-anytime[vllm]'`, or set `use_vllm: false`. --assume-vllm is for another "
+                "machine.",
+            )
         ], context
     findings = []
     if raised:
@@ -287,7 +301,7 @@ def _vllm(args: BRPOConfig, model_name: str, launch: Launch, settings_only: bool
             findings.append(Finding("vllm", ERROR, str(error), advice))
     assert args.steps_per_generation is not None  # filled in by TRL
     requests = args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size
-    message = f"vLLM {_installed_version()}, {args.vllm_mode} mode"
+    message = f"vLLM {_installed_version() if available else 'taken for installed'}, {args.vllm_mode} mode"
     if args.vllm_mode == "colocate":
         message += (
             f", at most {requests} continuations at a time per engine, "
@@ -308,6 +322,22 @@ def _installed_version() -> str:
 def _first_line(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if line.endswith(".") else f"{line}."
+
+
+def _hub_advice(name: str, error: BaseException, is_data: bool = False) -> str | None:
+    """Return what to do if the Hub was not reached, or `None` if that is not what is wrong."""
+    reason: BaseException | None = error
+    while not isinstance(reason, ConnectionError | LocalEntryNotFoundError):
+        if reason is None:
+            return None
+        reason = reason.__cause__ or reason.__context__
+    benchmark = find_benchmark(name) if is_data else None
+    hub_id = name if benchmark is None else benchmark.hub_id
+    load = f"load it once by `datasets.load_dataset({hub_id!r})`" if is_data else f"run `hf download {hub_id}`"
+    where = f"where there is a network, {load}. Copy the cache (`HF_HOME`) to this machine"
+    if HF_HUB_OFFLINE:
+        return f"`HF_HUB_OFFLINE` is set, and {hub_id} is not in the cache. Unset it. Without a network: {where}."
+    return f"If this machine has no network: {where}, and set `HF_HUB_OFFLINE=1`."
 
 
 def _model_files(
@@ -336,7 +366,8 @@ def _model_files(
                 "model",
                 ERROR,
                 f"{name!r} cannot be loaded: {_first_line(error)} Checks that need the model are skipped.",
-                "Set `model_name_or_path` to a folder, or to a model on the Hub that you can access.",
+                _hub_advice(name, error)
+                or "Set `model_name_or_path` to a folder, or to a model on the Hub that you can access.",
             )
         )
         return None, None
@@ -363,7 +394,9 @@ def _data(
                     "data",
                     ERROR,
                     f"{source.name!r} cannot be used: {_first_line(error)} Checks that need it are skipped.",
-                    "Fix the data, or set `dataset_name`, `problem_column`, `answer_column` or `on_bad_gold: skip`.",
+                    _hub_advice(source.name, error, is_data=True)
+                    or "Fix the data, or set `dataset_name`, `problem_column`, `answer_column` or "
+                    "`on_bad_gold: skip`.",
                 )
             )
             continue

@@ -29,6 +29,27 @@ def first_prompt(dataset: Any) -> Any:
     return example["prompt"]
 
 
+def shared_system_prompt(first: Any, dataset: Any) -> str | None:
+    """
+    Return the system message that all prompts of a dataset begin with; of a stream, that of the first.
+
+    Args:
+        first (`str` or `list[dict]`):
+            The first prompt.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data.
+
+    Returns:
+        `str` or `None`: `None` if there is none, or not the same everywhere.
+    """
+    message = first[0] if isinstance(first, list) else {}
+    content = message.get("content")
+    if message.get("role") != "system" or not isinstance(content, str):
+        return None
+    prompts = () if isinstance(dataset, IterableDataset) else dataset["prompt"]
+    return content if all(prompt[0] == message for prompt in prompts) else None
+
+
 def checked_markers(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Any,

@@ -1,5 +1,6 @@
 """Training recipes: their settings, and the problems that become prompts."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -267,12 +268,29 @@ def parse_recipe(words: Sequence[str]) -> tuple[DataArguments, BRPOConfig, Model
         _read_content(Path(recipe[1]))
     _, unknown = recipe_parser().parse_known_args(others)
     if unknown:
-        _check_names([unknown[0].partition("=")[0].lstrip("-").replace("-", "_")], "command line")
-        raise ValueError(f"{unknown[0]!r} does not belong to a setting. Write each setting as `--name value`.")
+        refuse_word(unknown[0])
     settings = recipe_parser().parse_args_and_config([*recipe, *others])
     if settings[2].model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing. Set it to a folder, or to a model on the Hub.")
     return settings  # type: ignore[return-value]
+
+
+def refuse_word(word: str, further: Iterable[str] = ()) -> NoReturn:
+    """
+    Refuse a word of a command line that belongs to no setting.
+
+    Args:
+        word (`str`):
+            The word.
+        further (`Iterable[str]`, *optional*):
+            Names of options besides the settings that may have been meant.
+
+    Raises:
+        `ValueError`: With the setting that was perhaps meant.
+    """
+    if word.startswith("-"):
+        _check_names([word.partition("=")[0].lstrip("-").replace("-", "_")], "command line", further)
+    raise UnreadableRecipe(f"{word!r} does not belong to a setting. Write each setting as `--name value`.")
 
 
 def _recipe_and_others(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -323,7 +341,13 @@ def recipe_parser() -> TrlParser:
 
     Make a new one for each use, because `--config` changes a parser's defaults for good.
     """
-    return TrlParser(cast(Any, (DataArguments, BRPOConfig, ModelConfig)))
+    return _without_usage(TrlParser(cast(Any, (DataArguments, BRPOConfig, ModelConfig))))
+
+
+def _without_usage(parser: TrlParser) -> TrlParser:
+    """Have a parser raise its errors. argparse would print hundreds of options and exit."""
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser
 
 
 def read_recipe(
@@ -363,8 +387,7 @@ def read_recipe(
         if name not in content and name not in changes:
             raise UnreadableRecipe(f"{path}: `{name}` is missing. Set it.")
 
-    parser = TrlParser(cast(Any, classes))
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print hundreds of options and exit
+    parser = _without_usage(TrlParser(cast(Any, classes)))
     words = [word for name, value in changes.items() for word in (f"--{name}", *value.split())]
     return parser.parse_args_and_config(["--config", str(path), *words])  # type: ignore[return-value]
 
@@ -385,12 +408,12 @@ def _read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_names(names: Iterable[str], where: str) -> None:
+def _check_names(names: Iterable[str], where: str, further: Iterable[str] = ()) -> None:
     known = {f.name for one in (DataArguments, BRPOConfig, ModelConfig) for f in fields(one) if f.init}
     for name in names:
         if name not in known:
             raise UnreadableRecipe(
-                f"{where}: there is no setting `{name}`.{did_you_mean(str(name), sorted(known), most=1)}"
+                f"{where}: there is no setting `{name}`.{did_you_mean(str(name), sorted({*known, *further}), most=1)}"
             )
 
 
@@ -398,5 +421,11 @@ class UnreadableRecipe(ValueError):
     """Error of a file of settings that has nothing to check."""
 
 
+_WITH_COMMAS = re.compile(r"argument (--\w+)\S*: invalid \w+ value: '([^',]+(?:,[^',]*)+)'")
+
+
 def _refuse(message: str) -> NoReturn:
-    raise UnreadableRecipe(f"{message[0].upper()}{message[1:]}.")
+    fix = ""
+    if found := _WITH_COMMAS.match(message):
+        fix = f" Separate the values by spaces: `{found[1]} {' '.join(found[2].replace(',', ' ').split())}`."
+    raise UnreadableRecipe(f"{message[0].upper()}{message[1:].rstrip('.')}.{fix}")

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..inference.anytime_config import BUDGETS, AnytimeConfig
 from ..inference.generate import context_length, is_transformers_model, open_backend
 from ..outside.display import for_terminal
+from ..outside.progress import progress
 from ..outside.tables import aligned
 from ..outside.validation import (
     MEBIBYTE,
@@ -47,6 +47,7 @@ from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
+from .zeros import COUNTERS, alarms, answer_counts
 
 INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 AVERAGE = "average"  # over several data sets, each with the same weight
@@ -79,7 +80,7 @@ class Protocol:
         model (`str`):
             Name of the model.
         config ([`AnytimeConfig`]):
-            Markers and bridges, and the budgets, summary length and sampling of this evaluation.
+            Markers, bridges and system prompt, and the budgets, summary length and sampling of this evaluation.
         problems (`dict[str, tuple[str, int]]`):
             Fingerprint and number of problems, by data set.
         instruction (`str`):
@@ -92,8 +93,6 @@ class Protocol:
             Name of the reward.
         seed (`int`):
             Seed of the draws.
-        system_prompt (`str`, *optional*):
-            System message before each question.
     """
 
     model: str
@@ -104,7 +103,6 @@ class Protocol:
     num_summaries: int
     reward: str
     seed: int
-    system_prompt: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the protocol in plain types, for a file."""
@@ -211,6 +209,8 @@ def _sample_of(protocol: Protocol) -> Check:
         seconds=number(0, 1e9),
         cuts=list_of(
             fields(
+                # What a sample of version 0.1.0 or older may lack, and what only rewards with boxes have
+                {"clipped": list_of(boolean, **per_summary), "no_box": list_of(boolean, **per_summary)},
                 budgets=list_of(integer(1), least=1),
                 thinking_tokens=integer(0),
                 bridge_tokens=integer(0),
@@ -251,7 +251,7 @@ class Evaluation:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         config ([`AnytimeConfig`]):
-            Markers and bridges, and the budgets, summary length and sampling of this evaluation.
+            Markers, bridges and system prompt, and the budgets, summary length and sampling of this evaluation.
         problem_sets (`list[ProblemSet]`):
             Problems to evaluate on.
         name (`str`):
@@ -262,8 +262,6 @@ class Evaluation:
             Summaries for each trace and cut.
         instruction (`str`, *optional*):
             Text after each question. Defaults to the paper's.
-        system_prompt (`str`, *optional*):
-            System message before each question.
         reward (`Callable`, *optional*):
             Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.MathReward`].
         batch_size (`int`, *optional*):
@@ -286,7 +284,6 @@ class Evaluation:
     num_samples: int = 1
     num_summaries: int = 1
     instruction: str = INSTRUCTION
-    system_prompt: str | None = None
     reward: Callable[..., list[float | None]] | None = None
     batch_size: int | None = None
     seed: int = 0
@@ -319,7 +316,6 @@ class Evaluation:
             self.num_summaries,
             getattr(self._reward, "__name__", type(self._reward).__name__),
             self.seed,
-            self.system_prompt,
         )
 
     @cached_property
@@ -333,7 +329,7 @@ class Evaluation:
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
         prompts = {
             problems.name: [
-                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip(), self.system_prompt)
+                self.config.question(self.tokenizer, f"{question} {self.instruction}".rstrip())
                 for question in problems.questions
             ]
             for problems in self.problem_sets
@@ -366,17 +362,11 @@ class Evaluation:
                 for question in range(len(problems.questions))
                 if (problems.name, question, sample) not in done
             ]
-            with tqdm(
-                total=len(samples) + len(done),
-                initial=len(done),
-                unit="sample",
-                desc=for_terminal(self.name),
-                disable=None,
-            ) as bar:
+            with progress(self.name, "sample", len(samples) + len(done), len(done)) as count:
                 for records in self._batches(samples):
                     for record in records:
                         journal.add(record)
-                        bar.update()
+                        count()
         finally:
             journal.close()
         return sorted(journal.records, key=sample_key)
@@ -426,11 +416,13 @@ class Evaluation:
         for (problems, question, sample), rollout in zip(batch, rollouts, strict=True):
             thinking = rollout.thinking
             formed = rollout.well_formed(self.config.markers)
+            clipped = rollout.clipped(self.config.max_summary_length, self.config.eos_token_ids)
             cuts = []
             for context in settings.contexts(thinking):
                 ids = rollout.summaries[context.budgets[0]]
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 rewards: list[float] = []
+                are_formed = formed[context.budgets[0]]
                 cuts.append(
                     {
                         "budgets": [self.config.budgets[j] for j in context.budgets],
@@ -438,13 +430,15 @@ class Evaluation:
                         "bridge_tokens": len(context.bridge),
                         "answer_tokens": [len(summary) for summary in ids],
                         "answers": texts,
-                        "well_formed": formed[context.budgets[0]],
+                        "well_formed": are_formed,
+                        "clipped": clipped[context.budgets[0]],
+                        **self._missing_boxes(texts, are_formed),
                         "rewards": rewards,
                     }
                 )
                 summaries += [
                     (problems, question, text, summary, is_formed, rewards)
-                    for text, summary, is_formed in zip(texts, ids, formed[context.budgets[0]], strict=True)
+                    for text, summary, is_formed in zip(texts, ids, are_formed, strict=True)
                 ]
             records.append(
                 {
@@ -463,6 +457,13 @@ class Evaluation:
         if limited:  # a reward counts over all its answers, so the batch's counts go to its first sample
             records[0]["limited"] = limited
         return records
+
+    def _missing_boxes(self, texts: list[str], well_formed: list[bool]) -> dict[str, list[bool]]:
+        """Return which well-formed summaries lack a box, for a reward that looks for one."""
+        if not isinstance(self._reward, AnswerReward):
+            return {}
+        found = [self._reward.find_answer(text, formed) for text, formed in zip(texts, well_formed, strict=True)]
+        return {"no_box": [answer == "" for answer in found]}
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
         """Score summaries, each given with its problem. The rewards are added to the list in each tuple.
@@ -557,7 +558,9 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
                     [formed for record in group_records for cut in record["cuts"] for formed in cut["well_formed"]]
                 )
             ),
+            "answers": answer_counts(group_records, budgets),
         }
+    results["alarms"] = alarms(results)
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
     results["cost"] = _cost(records)
     limited: Counter[str] = Counter()
@@ -661,18 +664,62 @@ def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
     """Write all samples to a Parquet file, one row each."""
     from datasets import Dataset
 
-    sets = {problems.name: problems for problems in problem_sets}
+    problems = _problem_of(problem_sets)
     rows = [
         {
-            **{name: record[name] for name in ("dataset", "question", "sample")},
-            "problem": sets[record["dataset"]].questions[record["question"]],
-            "gold": json.dumps(sets[record["dataset"]].answers[record["question"]], ensure_ascii=False, default=str),
+            **problems(record),
             **{name: record[name] for name in ("thinking", "thinking_tokens", "finished")},
             "cuts": record["cuts"],
         }
         for record in records
     ]
     Dataset.from_list(rows).to_parquet(str(path))
+
+
+def save_answers(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path) -> None:
+    """Write all answers to a Parquet file, a row for each sample, budget and summary."""
+    from datasets import Dataset, Features, Value
+
+    problems = _problem_of(problem_sets)
+    rows = [
+        {
+            **problems(record),
+            "budget": budget,
+            "summary": k,
+            "thinking_tokens": cut["thinking_tokens"],
+            "finished": record["finished"] and record["thinking_tokens"] <= budget,
+            "answer": cut["answers"][k],
+            "answer_tokens": cut["answer_tokens"][k],
+            "well_formed": cut["well_formed"][k],
+            **{name: cut[name][k] if name in cut else None for name in ("clipped", "no_box")},
+            "reward": cut["rewards"][k],
+        }
+        for record in records
+        for cut in record["cuts"]
+        for budget in cut["budgets"]
+        for k in range(len(cut["answers"]))
+    ]
+    # Given, because a column of nothing but null has no type of its own
+    types = {name: type(value).__name__ for name, value in rows[0].items()}
+    types |= {"clipped": "bool", "no_box": "bool", "reward": "float"}
+    names = {"str": "string", "int": "int64", "bool": "bool", "float": "float64"}
+    features = Features({name: Value(names[kind]) for name, kind in types.items()})
+    Dataset.from_list(rows, features).to_parquet(str(path))
+
+
+def _problem_of(problem_sets: Sequence[ProblemSet]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a function that gives the columns about a record's problem."""
+    sets = {problems.name: problems for problems in problem_sets}
+
+    def columns(record: dict[str, Any]) -> dict[str, Any]:
+        problems, question = sets[record["dataset"]], record["question"]
+        return {
+            **{name: record[name] for name in ("dataset", "question", "sample")},
+            "problem": problems.questions[question],
+            "gold": json.dumps(problems.answers[question], ensure_ascii=False, default=str),
+        }
+
+    return columns
 
 
 def table(results: dict[str, Any]) -> str:
@@ -688,8 +735,25 @@ def table(results: dict[str, Any]) -> str:
         estimate = Estimate(**value)
         return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
 
-    rows = [["budget", *(for_terminal(name, one_line=True) for name in curves)]]
-    rows += [[str(budget), *(cell(c["accuracy"][j]) for c in curves.values())] for j, budget in enumerate(budgets)]
+    samples = results["protocol"]["num_samples"]
+
+    def header(name: str) -> str:
+        if name == AVERAGE:
+            return AVERAGE
+        count = results["protocol"]["problems"][name][1]
+        return f"{for_terminal(name, one_line=True)} (n={count}{f'×{samples}' if samples > 1 else ''})"
+
+    counts = list(curves.values())[-1]["answers"]  # of all data sets
+    counters = {name: title for name, title in COUNTERS.items() if counts[0][name] is not None}
+    rows = [["budget", *map(header, curves), *counters.values()]]
+    rows += [
+        [
+            str(budget),
+            *(cell(c["accuracy"][j]) for c in curves.values()),
+            *(str(counts[j][name]) for name in counters),
+        ]
+        for j, budget in enumerate(budgets)
+    ]
     rows.append(["anytime", *(cell(c["anytime_average"]) for c in curves.values())])
     rows.append(["thinking", *(f"{c['thinking']['mean_tokens']:.0f} tokens" for c in curves.values())])
     rows.append(["finished", *(f"{100 * c['thinking']['finished']:.1f} %" for c in curves.values())])

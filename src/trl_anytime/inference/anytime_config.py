@@ -52,6 +52,7 @@ _LIBRARIES = ("trl-anytime", "trl", "transformers", "torch")
 BUDGETS = list_of(integer(1), least=1, most=10_000)
 _MARKER = fields({"in_text": boolean}, text=string(10_000, least=1), ids=list_of(TOKEN_ID, least=1, most=10_000))
 _FIELDS = fields(
+    {"system_prompt": or_null(string(MEBIBYTE))},  # files of version 0.1.0 may lack it
     markers=fields(**dict.fromkeys(_MARKERS, _MARKER)),
     budgets=BUDGETS,
     prior=list_of(number(0, 1e9), least=1, most=10_000),
@@ -93,6 +94,8 @@ class AnytimeConfig:
             Arguments of the chat template.
         versions (`dict[str, str]`, *optional*):
             Versions of the libraries that wrote the file. Defaults to those installed.
+        system_prompt (`str`, *optional*):
+            System message before each question.
     """
 
     markers: ThinkingMarkers
@@ -103,6 +106,7 @@ class AnytimeConfig:
     eos_token_ids: list[int]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: _installed())
+    system_prompt: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -180,6 +184,7 @@ class AnytimeConfig:
                 eos_token_ids=values["eos_token_ids"],
                 chat_template_kwargs=values["chat_template_kwargs"],
                 versions=values["versions"],
+                system_prompt=values.get("system_prompt"),
             )
         except ValueError as error:
             raise Unfit(f"{file}: {error}") from error
@@ -242,6 +247,7 @@ class AnytimeConfig:
         markers: ThinkingMarkers,
         eos_token_ids: list[int],
         chat_template_kwargs: dict[str, Any],
+        system_prompt: str | None = None,
     ) -> "AnytimeConfig":
         """Make the config of a model that is trained with `args`. See the class for the other arguments."""
         return cls(
@@ -252,6 +258,7 @@ class AnytimeConfig:
             sampling=Sampling.from_config(args),
             eos_token_ids=eos_token_ids,
             chat_template_kwargs=chat_template_kwargs,
+            system_prompt=system_prompt,
         )
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
@@ -349,19 +356,25 @@ class AnytimeConfig:
         """
         return [encode_prompt(tokenizer, prompt, self.chat_template_kwargs) for prompt in prompts]
 
-    def question(self, tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None = None) -> Any:
+    def question(self, tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         """
         Return a question as a prompt.
 
         It is a conversation, or the text itself for a model without a chat template.
 
         Raises:
-            `ValueError`: If a model without a chat template is given a system prompt.
+            `ValueError`: If there is a system prompt, and the model has no chat template.
         """
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        if system and not tokenizer.chat_template:
+        if tokenizer.chat_template:
+            return self.conversation(text)
+        if self.system_prompt is not None:
             raise ValueError("The tokenizer has no chat template for a system prompt. Remove the system prompt.")
-        return [*system, {"role": "user", "content": text}] if tokenizer.chat_template else text
+        return text
+
+    def conversation(self, text: str) -> list[dict[str, str]]:
+        """Return a question as a conversation, behind the system prompt if there is one."""
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        return [*system, {"role": "user", "content": text}]
 
 
 def _check_fields(values: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..method.budgets import check_budgets
 from ..modeling.support import admit, branching_mismatch
 from ..modeling.tree_attention import plain_attention
+from ..outside.display import for_html
 from ..rollout.backend import Generation, PrefixGeneration
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.sampling import Sampling
@@ -22,6 +23,8 @@ from ..rollout.types import Rollout
 from .anytime_config import AnytimeConfig
 
 logger = logging.get_logger(__name__)
+
+_SHOWN = 40  # characters of a text in one line
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class BudgetAnswer:
     well_formed: list[bool]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnytimeOutput:
     """
-    Thinking trace with the answers at several budgets.
+    Thinking trace with the answers at several budgets. A notebook shows it as a table.
 
     Args:
         thinking (`str`):
@@ -99,6 +102,38 @@ class AnytimeOutput:
             )
         ]
         return cls(str(tokenizer.decode(thinking.token_ids)), answers, rollout)
+
+    def __repr__(self) -> str:
+        """Return one line: the first answer at each budget, in short."""
+        answers = ", ".join(f"{answer.budget}: {_in_short(answer.answers[0])!r}" for answer in self.answers)
+        num_tokens = len(self.rollout.thinking.token_ids)
+        return f"AnytimeOutput(thinking of {num_tokens} tokens: {_in_short(self.thinking)!r}, answers {{{answers}}})"
+
+    def _repr_html_(self) -> str:
+        """Return the curve as a notebook shows it: a row for each budget, a bar for its thinking tokens."""
+        width_of_token = 8 / (max(answer.thinking_tokens for answer in self.answers) or 1)  # in em
+        bar = '<div style="background: #4c78a8; height: 0.8em; width: {:.2f}em"></div>'
+        rows = [
+            f"<tr><td>{answer.budget}</td>"
+            f"<td>{bar.format(answer.thinking_tokens * width_of_token)}"
+            f"{answer.thinking_tokens}{'' if answer.finished else ', cut'}</td>"
+            f'<td style="text-align: left">{"<hr>".join(map(_cell, answer.answers, answer.well_formed))}</td></tr>'
+            for answer in self.answers
+        ]
+        return (
+            f"<details><summary>Thinking, {len(self.rollout.thinking.token_ids)} tokens</summary>"
+            f"{for_html(self.thinking)}</details>"
+            "<table><thead><tr><th>budget</th><th>thinking tokens</th><th>answer</th></tr></thead>"
+            f"<tbody>{''.join(rows)}</tbody></table>"
+        )
+
+
+def _cell(answer: str, well_formed: bool) -> str:
+    return for_html(answer) + ("" if well_formed else " <em>(ill-formed)</em>")
+
+
+def _in_short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} [...]"
 
 
 def anytime_generate(

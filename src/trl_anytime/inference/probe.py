@@ -144,7 +144,7 @@ def probe(
         `ValueError`: If a budget is beyond the server's context, or the tokenizer cannot encode the question or an
             answer.
     """
-    messages = [{"role": "user", "content": question}]
+    messages = config.conversation(question)
     num_prompt_tokens = len(config.prompt_ids(tokenizer, [messages])[0])
     config.check_context(num_prompt_tokens, max(budgets), client.max_model_len, "the server's")
     most = None if client.max_model_len is None else client.max_model_len - num_prompt_tokens

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..method.budgets import check_budgets
 from ..outside.display import for_json, for_shell, for_terminal
 from ..outside.validation import MEBIBYTE, boolean, fields, free_form, integer, mapping_of, or_null, read_json, string
-from ..rollout.http_backend import completion_body
+from ..rollout.http_backend import CompletionClient, completion_body, served_from
 from ..rollout.sampling import BUDGET_FIELD
 from .anytime_config import AnytimeConfig, find_file
 
@@ -68,6 +68,27 @@ def find_adapter(model: str) -> Adapter | None:
             "`merge_and_unload`, save the result with the tokenizer and anytime_config.json, and serve that."
         )
     return adapter
+
+
+def check_served(client: CompletionClient, model: str) -> None:
+    """
+    Refuse to ask a server for an adapter that it does not serve: its base model would answer.
+
+    Args:
+        client ([`CompletionClient`]):
+            The server.
+        model (`str`):
+            Folder or Hub id of the model.
+
+    Raises:
+        `ValueError`: If the model is an adapter, and the server does not serve it.
+    """
+    if served_from(model, client.models) is None and find_adapter(model) is not None:
+        served = ", ".join(map(for_terminal, client.models))
+        raise ValueError(
+            f"{model} is an adapter, which {client.base_url} does not serve (but {served}). Start the "
+            "server as `trl-anytime serve-command` says, or give --served-name."
+        )
 
 
 def reasoning_parser(config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -175,14 +196,13 @@ def deployment(
     command += ["--logits-processors", "trl_anytime.vllm_budget:VLLMThinkingBudget"]
     chat = {
         "model": model,
-        "messages": [{"role": "user", "content": "<question>"}],
+        "messages": config.conversation("<question>"),
         "vllm_xargs": {BUDGET_FIELD: budget},
         # One more for the EOS that ends an answer at its limit
         "max_tokens": budget + config.markers.max_bridge_length + config.max_summary_length + 1,
         "chat_template_kwargs": config.chat_template_kwargs,
         **config.sampling.vllm(),
     }
-    served_name = "" if adapter is None else f" --served-name {for_shell(model)}"
     notes = [
         f"A request without a budget gets {budget} tokens, or fewer if its max_tokens leaves no room for the answer. "
         "A budget of 0 means no thinking.",
@@ -191,8 +211,14 @@ def deployment(
         "`trl-anytime eval --base-url` do so on any vLLM server.",
         "vLLM's own thinking_token_budget is not the same. It adds no answer bridge after a trace that ended by "
         "itself. It misses the end of such a trace if --reasoning-config forces more than the end marker.",
-        f"To check the server: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000{served_name}",
+        f"To check the server: trl-anytime probe {for_shell(model)} --base-url http://localhost:8000",
     ]
+    if config.system_prompt is not None:
+        notes.insert(
+            0,
+            "The model was trained with a system prompt, which a server does not add. Clients send it as the first "
+            "message, as above.",
+        )
     one = Request("One request, with a budget that the server enforces", "/v1/chat/completions", chat)
     return Deployment(command, [one, *_by_token_ids(model, config, budget)], "http://localhost:8000", notes)
 

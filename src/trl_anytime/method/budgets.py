@@ -4,7 +4,7 @@ Thinking budgets, the prior over them, and the cuts of a trace.
 Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, https://huggingface.co/papers/2505.13438.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,12 +26,16 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
     Raises:
         `ValueError`: If `budgets` is empty or not strictly increasing positive ints.
     """
+    if isinstance(budgets, int | str) or not isinstance(budgets, Iterable):
+        fix = f" Set `{name}=[{budgets}]`." if type(budgets) is int and budgets > 0 else ""
+        raise ValueError(f"`{name}` must be a list of ints, such as [2000, 4000, 6000, 8000], got {budgets!r}.{fix}")
     values = list(budgets)
     are_ints = all(isinstance(b, int) and not isinstance(b, bool) for b in values)
     if not values or not are_ints or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        in_order = sorted({b for b in values if b > 0}) if are_ints else []
         raise ValueError(
             f"`{name}` must be strictly increasing positive ints (thinking tokens), such as [2000, 4000, 6000, 8000], "
-            f"got {values}."
+            f"got {values}.{f' Set {in_order}.' if in_order else ''}"
         )
     return values
 

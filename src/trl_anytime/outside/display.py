@@ -1,5 +1,6 @@
 """Escape text of models, servers and files for the place where it is shown: terminal, shell, figure, Markdown."""
 
+import html
 import json
 import re
 import shlex
@@ -84,6 +85,11 @@ def for_plot(text: str) -> str:
     if len(text) > _LONGEST_LABEL:
         text = f"{text[:_LONGEST_LABEL]} […]"
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def for_html(text: str) -> str:
+    """Return a text that HTML shows as it is, with its line breaks."""
+    return html.escape(for_terminal(text)).replace("\n", "<br>")
 
 
 def for_markdown(text: str) -> str:

@@ -99,6 +99,8 @@ class CardFacts:
             Versions of the libraries.
         paper (`dict[str, str]`):
             Title, id (arXiv) and citation (BibTeX) of the method.
+        license (`str`, *optional*):
+            Licence of the weights. `None` if it is not stated.
     """
 
     name: str
@@ -121,6 +123,7 @@ class CardFacts:
     question: Any
     versions: dict[str, str]
     paper: dict[str, str]
+    license: str | None = None
 
     @property
     def location(self) -> str:
@@ -226,9 +229,10 @@ def card_facts(
         step=_step_of_weights(trainer),
         num_steps=max(trainer.state.max_steps, args.max_steps, 0),
         settings=_settings(trainer, anytime_config, adapter),
-        question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
+        question=anytime_config.conversation(question) if is_conversational({"prompt": prompt}) else question,
         versions={"trl_anytime": version("trl-anytime"), **{name: version(name) for name in libraries}},
         paper=paper,
+        license=args.card_license,
     )
 
 

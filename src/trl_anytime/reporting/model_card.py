@@ -138,6 +138,7 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
         base_model=facts.base_model,
         base_model_relation=None if facts.base_model is None else "adapter" if facts.adapter else "finetune",
         datasets=[facts.dataset.name] if facts.dataset.on_hub else None,
+        license=facts.license,
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=sorted({*facts.tags, *([facts.adapter.lower()] if facts.adapter else [])}),

@@ -1,8 +1,16 @@
 """Verifiable rewards with TRL's signature. Importing this package imports neither torch nor sympy."""
 
-from .base import AnswerReward
-from .math import MathReward, grade_answers
-from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose
+import sys
+
+if sys.platform != "linux":  # before anything that fails there in its own words
+    raise ImportError(
+        "The rewards of trl_anytime need Linux, which limits the time and the memory of a verifier's workers. This is "
+        f"{sys.platform}. Use a Linux machine, a container or WSL."
+    )
+
+from .base import AnswerReward  # noqa: E402  after the check
+from .math import MathReward, grade_answers  # noqa: E402
+from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose  # noqa: E402
 
 __all__ = [
     "AnswerReward",

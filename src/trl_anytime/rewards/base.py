@@ -109,13 +109,10 @@ class AnswerReward:
                 counts["skipped_gold_answers"] += 1
                 rewards[row] = None
                 continue
-            formed = None if well_formed is None else well_formed[row]
-            part = answer_part(completion, formed, self.answer_bridge, self.end_of_thinking)
-            if part is None:
+            answer = self.find_answer(completion, None if well_formed is None else well_formed[row])
+            if answer is None:
                 counts["bad_format"] += 1
-                continue
-            answer = (last_boxed(part) or "").strip()
-            if not answer:
+            elif not answer:
                 counts["no_box"] += 1
             elif len(answer) > self.max_answer_length and answer not in gold_answers:
                 counts["too_long"] += 1
@@ -129,6 +126,21 @@ class AnswerReward:
             for name in self.COUNTERS:
                 log_metric(f"rewards/{type(self).__name__}/{name}", float(counts[name]))
         return rewards
+
+    def find_answer(self, completion: Any, well_formed: bool | None = None) -> str | None:
+        """Return what stands in the box of a completion.
+
+        Args:
+            completion (`str` or `list[dict]`):
+                A text or a conversation: a summary with `well_formed`, and else a whole completion.
+            well_formed (`bool`, *optional*):
+                Whether the thinking before the summary ended as it should.
+
+        Returns:
+            `str` or `None`: `""` if there is no box, `None` if the thinking did not end as it should.
+        """
+        part = answer_part(completion, well_formed, self.answer_bridge, self.end_of_thinking)
+        return None if part is None else (last_boxed(part) or "").strip()
 
     def check_dataset(self, dataset: Any) -> Any:
         """Check every gold answer of a dataset before training.

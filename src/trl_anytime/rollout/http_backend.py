@@ -8,6 +8,7 @@ are checked. One that is shorter than it should be is an error, never a result.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ..outside.display import for_terminal
@@ -16,7 +17,16 @@ from .backend import Generation, RolloutSettings
 from .sampling import BUDGET_FIELD, NO_BUDGET, Sampling
 from .types import Rollout, Thinking
 
-MODELS = fields(data=list_of(fields({"max_model_len": or_null(integer(1))}, id=string(1000, least=1)), least=1))
+_NAME = string(10_000)
+MODELS = fields(
+    data=list_of(
+        fields(
+            {"max_model_len": or_null(integer(1)), "root": or_null(_NAME), "parent": or_null(_NAME)},
+            id=string(10_000, least=1),
+        ),
+        least=1,
+    )
+)
 
 
 class CompletionClient:
@@ -27,7 +37,7 @@ class CompletionClient:
         base_url (`str`):
             Address of the server, with or without `/v1`.
         model (`str`, *optional*):
-            Name of the model. Defaults to the first one served.
+            Name of the model. Defaults to the one that is served from `folder`, else to the first one.
         api_key (`str`, *optional*):
             Key that the server asks for.
         timeout (`float`, *optional*, defaults to `600.0`):
@@ -38,6 +48,12 @@ class CompletionClient:
             Seconds before the second attempt. Each later wait is twice as long, up to a minute.
         concurrency (`int`, *optional*, defaults to `32`):
             Most requests at a time.
+        folder (`str`, *optional*):
+            Folder or Hub id of the model. A server of an adapter serves its base model, too, and names that first.
+
+    Attributes:
+        models (`dict[str, dict]`):
+            What the server says of each model that it serves, by name.
     """
 
     def __init__(
@@ -49,6 +65,7 @@ class CompletionClient:
         patience: float = 900.0,
         first_wait: float = 1.0,
         concurrency: int = 32,
+        folder: str | None = None,
     ):
         try:
             from ..outside.transport import Server
@@ -59,14 +76,16 @@ class CompletionClient:
             ) from error
         self._server = Server(base_url, api_key, timeout, patience, first_wait)
         self.base_url, self.concurrency = self._server.url, concurrency
-        cards = {card["id"]: card for card in self.request("/v1/models", check=MODELS)["data"]}
-        self.model = model or next(iter(cards))
+        self.models = cards = {card["id"]: card for card in self.request("/v1/models", check=MODELS)["data"]}
+        self.model = model or served_from(folder, cards) or next(iter(cards))
         if self.model not in cards:
             served = ", ".join(map(for_terminal, sorted(cards)))
             raise ValueError(
                 f"{self.base_url} does not serve {model!r}. Choose one of the models that it serves: {served}."
             )
-        self.max_model_len: int | None = cards[self.model].get("max_model_len")
+        # vLLM says of an adapter only what its base model is
+        parent = cards.get(cards[self.model].get("parent"), {})
+        self.max_model_len: int | None = cards[self.model].get("max_model_len") or parent.get("max_model_len")
 
     def complete(
         self,
@@ -171,6 +190,24 @@ class CompletionClient:
     def request(self, path: str, body: dict[str, Any] | None = None, *, check: Check) -> Any:
         """Return an answer of the server, see [`~trl_anytime.outside.transport.Server.request`]."""
         return self._server.request(path, body, check=check)
+
+
+def served_from(folder: str | None, cards: dict[str, dict[str, Any]]) -> str | None:
+    """
+    Return the name of the model that a server has from a folder, or `None`.
+
+    Args:
+        folder (`str`, *optional*):
+            Folder or Hub id of the model.
+        cards (`dict[str, dict]`):
+            What the server says of each model, by name.
+    """
+    if folder is None:
+        return None
+    wanted = Path(folder).resolve()
+    names = [name for name in cards if Path(name).resolve() == wanted]
+    names += [name for name, card in cards.items() if Path(card.get("root") or name).resolve() == wanted]
+    return names[0] if names else None
 
 
 def _choice(max_tokens: int, streamed: bool = False) -> Check:

@@ -232,3 +232,10 @@ class Rollout:
             ]
             for cut, bridge, budget_summaries in zip(self.cuts, self.bridges, self.summaries, strict=True)
         ]
+
+    def clipped(self, max_summary_length: int, eos_token_ids: Container[int]) -> list[list[bool]]:
+        """Return which summaries are cut off, M × A: they have `max_summary_length` tokens, and no EOS ends them."""
+        return [
+            [len(summary) == max_summary_length and summary[-1] not in eos_token_ids for summary in budget_summaries]
+            for budget_summaries in self.summaries
+        ]

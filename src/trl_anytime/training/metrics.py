@@ -94,11 +94,13 @@ def rollout_metrics(
     per_summary = torch.tensor(
         [
             [
-                [
-                    (len(ids), len(ids) == max_summary_length and ids[-1] not in eos_token_ids, formed)
-                    for ids, formed in zip(*at_budget, strict=True)
-                ]
-                for at_budget in zip(rollout.summaries, rollout.well_formed(markers), strict=True)
+                [(len(ids), clipped, formed) for ids, clipped, formed in zip(*at_budget, strict=True)]
+                for at_budget in zip(
+                    rollout.summaries,
+                    rollout.clipped(max_summary_length, eos_token_ids),
+                    rollout.well_formed(markers),
+                    strict=True,
+                )
             ]
             for rollout in rollouts
         ],

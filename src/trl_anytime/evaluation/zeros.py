@@ -1,0 +1,125 @@
+r"""
+Why answers score 0: counters for each budget, and alarms for what is wrong with a whole evaluation.
+
+A summary scores 0 if it is ill-formed, has no `\boxed{}`, or is wrong. One that is cut off at its length limit often
+has no box for that reason.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+# What is counted for each budget, and the title of its column
+COUNTERS = {
+    "answers": "answers",
+    "zero": "score 0",
+    "ill_formed": "ill-formed",
+    "clipped": "cut off",
+    "no_box": "no box",
+}
+# Shares of the answers from which an alarm names a reason, the last two as in `trl_anytime.training.alarms`
+ILL_FORMED, NO_BOX, CLIPPED = 0.5, 0.5, 0.25
+
+
+def answer_counts(records: Sequence[dict[str, Any]], budgets: Sequence[int]) -> list[dict[str, int | None]]:
+    """
+    Count the answers at each budget.
+
+    Args:
+        records (`Sequence[dict]`):
+            Samples of a journal.
+        budgets (`Sequence[int]`):
+            Budgets in thinking tokens.
+
+    Returns:
+        `list[dict]`: for each budget `budget` and the `COUNTERS`. `no_box` is `None` for a reward that looks for no
+        box, and `clipped` too if some samples are of a version that did not record it.
+    """
+    at: dict[int, list[dict[str, Any]]] = {budget: [] for budget in budgets}
+    for record in records:
+        for cut in record["cuts"]:
+            for budget in cut["budgets"]:
+                at[budget].append(cut)
+    return [
+        {
+            "budget": budget,
+            "answers": sum(len(cut["answers"]) for cut in cuts),
+            "zero": sum(reward == 0 for cut in cuts for reward in cut["rewards"]),
+            "ill_formed": sum(not formed for cut in cuts for formed in cut["well_formed"]),
+            **{
+                name: sum(map(sum, (cut[name] for cut in cuts))) if all(name in cut for cut in cuts) else None
+                for name in ("clipped", "no_box")
+            },
+        }
+        for budget, cuts in at.items()
+    ]
+
+
+def alarms(results: dict[str, Any]) -> dict[str, list[str]]:
+    """
+    Return what is wrong with a whole evaluation.
+
+    Args:
+        results (`dict`):
+            Results with the counters of each data set.
+
+    Returns:
+        `dict[str, list[str]]`: the data sets of each alarm, by its name.
+    """
+    found: dict[str, list[str]] = {}
+    for name in results["protocol"]["problems"]:
+        curve = results["curves"][name]
+        total = _totals(curve)
+        if total["ill_formed"] == total["answers"]:
+            found.setdefault("nothing is well-formed", []).append(name)
+        elif total["zero"] == total["answers"]:
+            found.setdefault("no reward at any budget", []).append(name)
+        if curve["thinking"]["finished"] == 0:
+            found.setdefault("thinking is never finished", []).append(name)
+    return found
+
+
+def explain_zeros(results: dict[str, Any]) -> list[str]:
+    """Return a line for each alarm of an evaluation, and one for what is not counted, with what to look at."""
+    lines = [
+        f"{', '.join(names)}: {name}. {_advice(name, results, names)}" for name, names in results["alarms"].items()
+    ]
+    counts = next(iter(results["curves"].values()))["answers"][0]
+    if counts["clipped"] is None:
+        lines.append("Answers that are cut off are not counted, because some samples are of an older version.")
+    elif counts["no_box"] is None:
+        lines.append(
+            f"Missing boxes are not counted, because the reward `{results['protocol']['reward']}` needs none."
+        )
+    return lines
+
+
+def _totals(curve: dict[str, Any]) -> dict[str, int]:
+    return {name: sum(counts[name] or 0 for counts in curve["answers"]) for name in COUNTERS}
+
+
+def _advice(alarm: str, results: dict[str, Any], names: Sequence[str]) -> str:
+    protocol = results["protocol"]
+    totals = [_totals(results["curves"][name]) for name in names]
+    total = {name: sum(counts[name] for counts in totals) for name in COUNTERS}
+    if alarm == "thinking is never finished":
+        return (
+            f"Raise the last of --budgets ({protocol['budgets'][-1]}). If `thinking` in samples.parquet ends with "
+            "another marker, set --think-end."
+        )
+    if total["ill_formed"] >= ILL_FORMED * total["answers"]:
+        return (
+            f"{total['ill_formed']} of {total['answers']} answers are ill-formed. Look at `thinking` and `cuts` in "
+            f"samples.parquet. A trace ends with EOS instead of {protocol['markers']['think_end']!r}, or an answer "
+            "has that once more."
+        )
+    if total["no_box"] >= NO_BOX * total["answers"]:
+        return (
+            rf"{total['no_box']} of {total['answers']} answers have no \boxed{{}}. Look at `answer` in "
+            "answers.parquet, and ask for a box by --instruction."
+        )
+    if total["clipped"] >= CLIPPED * total["answers"]:
+        return f"{total['clipped']} of {total['answers']} answers are cut off. Raise --max-summary-length."
+    return (
+        "Compare `answer` with `gold` in answers.parquet. If the reward should have accepted some, give another "
+        "--reward. If not, the problems are too hard for this model."
+    )
