@@ -188,7 +188,8 @@ _SHORT_WORDS = re.compile(
     "yes|no|on|off|up|odd|one|two|six|ten|all|any|day|dry|sky|sea|tie|win|add|end|arc|pie|egg|ice|dne|jan|"
     "feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun|asa|sas|aas|ssa|sss|ada|ali|"
     "amy|ann|ari|ava|ben|eli|eva|eve|ian|ida|ira|ivy|jay|joe|joy|kai|kay|lea|lee|leo|lou|mia|noa|roy|ray|"
-    "sue|una|zoe"
+    "sue|una|zoe|"
+    "ace|age|aid|ape|are|ash|ate|ear|eat|ego|ice|ore|owe|pea|roe|tea|toe|use|woe"
 )
 # Names of functions in plain text, beside those that `normalize` turns into control words
 FUNCTION_WORDS = frozenset(
@@ -207,7 +208,7 @@ _TEXT_UNIT = re.compile(
 _BARE_ATOM = r"[A-Za-z](?:[A-Za-z. ]*[A-Za-z.])?" + _POWER_OF_UNIT
 _BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:\s*[/*]\s*{_BARE_ATOM})*)")
 _BARE_WORD_UNITS = re.compile(r"[A-Za-z][A-Za-z/. ]{3,}")
-_SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms])")
+_SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms](?:\s*/\s*[A-Za-z]{1,2}(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?)?)")
 _COUNT = re.compile(r"[-+]?[\d., ]*\d|[-+]?\\frac\{\d+\}\{\d+\}|\d+/\d+")
 _CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound|yen|rupee)(?![A-Za-z])\s*(.+)")
 _CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound|yen|rupee)")

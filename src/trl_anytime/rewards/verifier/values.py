@@ -57,6 +57,7 @@ class Formula:
         kinds = {type(node).__name__ for node in nodes}
         self.expr = expr
         self.letters = frozenset(symbol.name for symbol in expr.free_symbols if symbol != _IMAGINARY)
+        self.functions = frozenset(node.func.__name__ for node in nodes if isinstance(node, AppliedUndef))
         self.is_complex = _IMAGINARY in expr.free_symbols or I in nodes
         self.is_opaque = not all(isinstance(node, _LEAVES) or type(node).__name__ in _METHODS for node in nodes)
         self.integers = frozenset(name for node in nodes for name in _integer_letters(node))
@@ -133,7 +134,12 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
 
 @mpmath.workdps(_DIGITS)
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
-    """Whether one formula is a constant multiple of the other, by a positive constant if so asked."""
+    """Whether one formula is a constant multiple of the other, by a positive constant if so asked.
+
+    False for two numbers, which always are.
+    """
+    if not left.letters | right.letters | left.functions | right.functions:
+        return False
     for real in (True, False):
         first: tuple[Value, Value, dict[str, Fraction]] | None = None
         compared = 0
@@ -272,10 +278,11 @@ def _coordinate(letter: str, index: int, integer: bool) -> Fraction:
 def _points(left: Formula, right: Formula) -> Iterator[tuple[Any, dict[str, Fraction]]]:
     """Points, each with a key that is the same for the same point of one formula, whatever the other formula is."""
     letters = sorted(left.letters | right.letters)
+    functions = left.functions | right.functions
     integers = left.integers | right.integers
     for index in range(len(_RANGES)):
         key = (index, integers)
-        yield key, {letter: _coordinate(letter, index, letter in integers) for letter in letters}
+        yield key, {name: _coordinate(name, index, name in integers) for name in (*letters, *functions)}
     if not any(formula.is_stepped or formula.is_folded for formula in (left, right)):
         return
     stepped = left.is_stepped or right.is_stepped
@@ -657,10 +664,11 @@ class _Evaluator:
         return self.by_sympy(closed) if closed.has(Sum, Product) else self.value(closed)
 
     def unknown_function(self, expr: Basic) -> Value:
-        """A random number that depends on the function's name and the values of its arguments alone."""
+        """A random number that depends on the function's name, its coordinate, and the values of its arguments."""
         values = [self.value(arg) for arg in expr.args]
         shown = [str(v) if isinstance(v, Fraction) else mpmath.nstr(v, 25) for v in values]
-        choose = random.Random(f"{expr.func.__name__} {shown}")
+        name = expr.func.__name__
+        choose = random.Random(f"{name} {self.point.get(name)} {shown}")
         return Fraction(choose.randint(-3 * _DENOMINATOR, 3 * _DENOMINATOR), _DENOMINATOR)
 
     def by_sympy(self, expr: Basic) -> Value:
