@@ -258,6 +258,8 @@ x:2x ;; 1:2
 \begin{pmatrix}2&0\\0&1\end{pmatrix}^{300} ;; \begin{pmatrix}2^{300}&0\\0&1\end{pmatrix}
 [0,5]\cap[2,9] ;; [2,5]
 \sqrt4>1 ;; 2>1
+\int_0^1 x^2 dx ;; \frac13
+\sum_{k=0}^\infty\frac{1}{k!} ;; e
 2f(2)=6 ;; f(2)=3
 f(1)+f(2)=3 ;; f(2)+f(1)=3
 a_{n+1}-2a_n=1 ;; a_{n+1}=2a_n+1
@@ -606,6 +608,10 @@ i^n ;; (-1)^n
 \log_2 3 \cdot 4 ;; \log_2 12
 \begin{pmatrix} 1,200\end{pmatrix} ;; \begin{pmatrix} 1&200\end{pmatrix}
 f(1,000) ;; f(1000)
+\sum_{k=0}^{99} \frac{1}{k!} ;; e
+\sum_{k=1}^{200} \frac{1}{2^k k} ;; \ln 2
+\int_0^{100} e^{-x}dx ;; 1
+e-\sum_{k=0}^{100}\frac{1}{k!} ;; e-\sum_{k=0}^{101}\frac{1}{k!}
 """
 
 

@@ -33,6 +33,7 @@ _MAX_BITS_AT_POINTS = 2**18
 _THOROUGH_POINTS = 2  # the first, which are small: there, a large size comes from the formula
 _MIN_POINTS = 3  # or an ordinary one: the roots of x and of -x meet in 0 alone
 _MAX_TERMS = 5_000  # of sums and products
+_OPAQUE_SIZE = 20.0  # taken for the size of what is not seen inside an integral: \int_0^{100} e^{-x} dx is not 1
 _LOG10_2 = math.log10(2)
 _IMAGINARY = Symbol("i")
 
@@ -221,6 +222,11 @@ def _same(
     if not (mpmath.isfinite(_inexact(x)) and mpmath.isfinite(_inexact(y))):
         return bool(_inexact(x) == _inexact(y))
     loss, size = max(loss_x, loss_y), max(size_x, size_y)
+    if not point:  # a long fraction may come as close to e as it likes
+        lengths = [
+            max(v.numerator.bit_length(), v.denominator.bit_length()) for v in (x, y) if isinstance(v, Fraction)
+        ]
+        size = max([size, *(bits * _LOG10_2 for bits in lengths)])
     difference = abs(_inexact(x) - _inexact(y))
     largest = max(abs(_inexact(x)), abs(_inexact(y)))
     if difference > largest * mpmath.mpf(10) ** -20 and loss < 25:
@@ -679,6 +685,8 @@ class _Evaluator:
         try:
             real, imaginary = expr.evalf(mpmath.mp.dps, subs=values).as_real_imag()
             value = mpmath.mpc(mpmath.mpf(real), mpmath.mpf(imaginary))
+            if self.exact_sizes:
+                self.note_log10(_OPAQUE_SIZE)
         except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError):
             raise Undefined from None
         return self.settle(value)
