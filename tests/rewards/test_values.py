@@ -288,6 +288,16 @@ arsinh 1 ;; \ln(1+\sqrt2)
 2\hat{\mathbf{i}}+3\hat{\mathbf{j}} ;; 2\mathbf{i}+3\mathbf{j}
 \text{All reals except }2 ;; \mathbb{R}\setminus\{2\}
 x ≡ 3 (mod 7) ;; x\equiv 10\pmod 7
+25\text{ N/m} ;; 25\ \mathrm{N/m}
+25\text{ N/m} ;; 25\,\mathrm{N\cdot m^{-1}}
+25\text{ N/m} ;; 25\text{ newtons per meter}
+25\text{ N m} ;; 25\,\mathrm{N\cdot m}
+25\text{ kW} ;; 25\text{ kilowatts}
+25\text{ kW} ;; 25
+25\text{ Pa} ;; 25\text{ pascals}
+25\text{ K} ;; 25\text{ kelvin}
+25\,\mathrm{mA} ;; 25\text{ milliamperes}
+25\text{ J/(kg K)} ;; 25
 """
 
 DIFFERENT = r"""
@@ -612,6 +622,15 @@ f(1,000) ;; f(1000)
 \sum_{k=1}^{200} \frac{1}{2^k k} ;; \ln 2
 \int_0^{100} e^{-x}dx ;; 1
 e-\sum_{k=0}^{100}\frac{1}{k!} ;; e-\sum_{k=0}^{101}\frac{1}{k!}
+5\,\mathrm{mA} ;; 5\,\mathrm{A}
+5\text{ N m} ;; 5\text{ N/m}
+5\text{ percent} ;; 5\text{ cents}
+5\% ;; 5\text{ m}
+5\text{ kW} ;; 5\text{ MW}
+5\text{ kW} ;; 5\text{ kJ}
+5\text{ mW} ;; 5\text{ MW}
+5\text{ N}\cdot\text{m} ;; 5\text{ N}
+5\text{ V/m} ;; 5\text{ V}
 """
 
 

@@ -201,6 +201,8 @@ def _letters(form: Form) -> str:
 def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaComparison) -> Verdict:
     if gold.unit and answer.unit and gold.unit != answer.unit and {gold.unit, answer.unit} not in _SAME_DEGREES:
         return False
+    if (gold.percent and answer.unit) or (answer.percent and gold.unit):
+        return False
     if _BASED_DIGITS.search(gold.text) or _BASED_DIGITS.search(answer.text):
         return tokens(gold.text) == tokens(answer.text)
     if as_fraction(gold.text) is not None and (with_unit := with_letter_as_unit(answer)):

@@ -152,6 +152,14 @@ _UNITS = {
     }.items()
     for name in names.split(", ")
 }
+# Symbols that are units in upright type only: `5mA` is a product. A capital counts: `\text{mW}` is not `\text{MW}`.
+_SYMBOLS = {
+    **{"A": "ampere", "J": "joule", "K": "kelvin", "N": "newton", "V": "volt", "W": "watt"},
+    **{"Hz": "hertz", "Pa": "pascal"},
+}
+_PREFIXES = {"n": "nano", "m": "milli", "k": "kilo", "M": "mega", "G": "giga"}
+_UNITS |= {prefix + unit: prefix + unit for prefix in _PREFIXES.values() for unit in _SYMBOLS.values()}
+_SYMBOL = re.compile(rf"(?<![A-Za-z\\])([{''.join(_PREFIXES)}]?)({'|'.join(_SYMBOLS)})(?![A-Za-z])")
 # Words behind a number that change what it says: `5 or more` is not 5.
 _NO_UNITS = re.compile(
     r"\b(?:or|and|more|less|fewer|least|most|not|than|over|under|plus|minus|times|half|dozen|mod|base|to|only)\b"
@@ -764,6 +772,11 @@ def _unit(words: str) -> str | None:
     return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power)
 
 
+def _spelled(unit: str) -> str:
+    """A unit with its symbols as words."""
+    return _SYMBOL.sub(lambda found: _PREFIXES.get(found[1], "") + _SYMBOLS[found[2]], unit)
+
+
 def _unit_factors(words: str) -> list[tuple[str, int]] | None:
     """Units and powers of a product such as `kg m^2`, `square inches` or `cm squared`."""
     power = 1
@@ -799,7 +812,7 @@ def _read_formula(text: str) -> Formula:
         elif text.endswith("%") and len(text) > 1:
             text, percent = text[:-1].strip(), True
         elif (match := _TEXT_UNIT.fullmatch(text)) and not _NO_UNITS.search(match[2].lower()):
-            text, unit = match[1], _unit(match[2])
+            text, unit = match[1], _unit(_spelled(match[2]))
         elif (match := _DEGREES.fullmatch(text)) and not _TRIGONOMETRIC.search(match[1]):
             text, unit = match[1], {"C": "celsius", "F": "fahrenheit"}.get(match[2] or match[3], "degree")
         elif (
@@ -825,7 +838,7 @@ def with_letter_as_unit(form: Formula) -> Formula | None:
     match = _SPACED_LETTER.fullmatch(form.text)
     if match is None or form.unit:
         return None
-    return Formula(match[1], match[2].lower(), form.percent)
+    return Formula(match[1], _unit(_spelled(match[2])), form.percent)
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"
