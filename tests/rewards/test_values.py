@@ -298,6 +298,9 @@ x ≡ 3 (mod 7) ;; x\equiv 10\pmod 7
 25\text{ K} ;; 25\text{ kelvin}
 25\,\mathrm{mA} ;; 25\text{ milliamperes}
 25\text{ J/(kg K)} ;; 25
+3 \pmod 7 ;; x\equiv 10\pmod 7
+5\text{ (mod }7) ;; 5\pmod{7}
+5 (mod 7) ;; 12 \pmod 7
 """
 
 DIFFERENT = r"""
@@ -631,6 +634,9 @@ e-\sum_{k=0}^{100}\frac{1}{k!} ;; e-\sum_{k=0}^{101}\frac{1}{k!}
 5\text{ mW} ;; 5\text{ MW}
 5\text{ N}\cdot\text{m} ;; 5\text{ N}
 5\text{ V/m} ;; 5\text{ V}
+3 \pmod 7 ;; 3 \pmod 8
+3 \pmod 7 ;; x\equiv 4 \pmod 7
+3 \pmod 7 ;; x\equiv 3 \pmod{17}
 """
 
 

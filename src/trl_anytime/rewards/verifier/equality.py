@@ -301,7 +301,8 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
-        if gold.name == answer.name:
+        names = sorted((gold.name, answer.name), key=len)
+        if names[0] == names[1] or (names[0].startswith(r" \equiv") and names[1].endswith(names[0])):
             return _equal(gold.value, answer.value, comparison)
         calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count

@@ -229,6 +229,9 @@ _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _CONGRUENCE = re.compile(
     r"(.+?)\\equiv\s*(.+?)\s*[,(]*\s*(?:\\p?mod|\\bmod|\\text\s*\{\s*mod\s*\}|mod)(?![A-Za-z])\s*\{?\s*([^{}()]+?)\s*\}?[\s)]*"
 )
+_RESIDUE = re.compile(
+    r"()(-?\d+)\s*(?:\\pmod\s*\{?|\(\s*(?:\\?mod|\\text\s*\{\s*mod\s*\})|\\text\s*\{\s*\(\s*mod\s*\})\s*(\d+)\s*\}?\)?"
+)
 _OUTWARD = re.compile(r"([\[\]])([^\[\]]*)([\[\]])")
 _LETTER = re.compile("[A-Za-z]")
 _ARITHMETIC = re.compile(r"(?:[\d\s.+\-*/^(){}!]|\\(?:frac|sqrt|pi|binom)(?![A-Za-z]))+")
@@ -277,6 +280,8 @@ def _read(text: str, depth: int) -> Form:
         text = ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
     if r"\equiv" in text and (match := _CONGRUENCE.fullmatch(text)):
         return _read_congruence(match)
+    if "mod" in text and (match := _RESIDUE.fullmatch(text)):
+        return _read_congruence(match)
     if match := _MATRIX.fullmatch(text):
         return _read_matrix(match, depth)
     if (match := _LINES.fullmatch(text)) and (lines := _read_lines(match[2], depth)) is not None:
@@ -320,7 +325,7 @@ def unnamed(form: Form) -> Form:
 
 
 def _read_congruence(match: re.Match[str]) -> Form:
-    r"""`x \equiv 10 \pmod 7` as the value 3 of what is named `x` and `7`."""
+    r"""`x \equiv 10 \pmod 7` as the value 3 of what is named `x` and `7`; `10 \pmod 7` names nothing but `7`."""
     name, value, modulus = _name(match[1]), match[2].strip(), match[3]
     if re.fullmatch(r"-?\d{1,99}", value) and re.fullmatch(r"[1-9]\d{0,98}", modulus):
         value = str(int(value) % int(modulus))
