@@ -257,6 +257,50 @@ x:2x ;; 1:2
 2\begin{pmatrix}\frac13\\1\end{pmatrix} ;; \begin{pmatrix}\frac23\\2\end{pmatrix}
 \begin{pmatrix}2&0\\0&1\end{pmatrix}^{300} ;; \begin{pmatrix}2^{300}&0\\0&1\end{pmatrix}
 [0,5]\cap[2,9] ;; [2,5]
+\sqrt4>1 ;; 2>1
+\int_0^1 x^2 dx ;; \frac13
+\sum_{k=0}^\infty\frac{1}{k!} ;; e
+2f(2)=6 ;; f(2)=3
+f(1)+f(2)=3 ;; f(2)+f(1)=3
+a_{n+1}-2a_n=1 ;; a_{n+1}=2a_n+1
+(1,2)\cup[5,\sqrt{30}) ;; [5,\sqrt{30})\cup(1,2)
+f^{-1}(x)=2x ;; f^{-1}(t)=2t
+f_1(x)=x ;; f_1(t)=t
+f'(x)=2x ;; f'(t)=2t
+f(x)=3 ;; f(t)=3
+P(X)=X^2 ;; P(x)=x^2
+5 g ;; 5\text{ grams}
+10 s ;; 10\text{ seconds}
+factorial(5) ;; 120
+xsin(x) ;; x\sin x
+xlnx ;; x\ln x
+\operatorname{tg} x ;; \tan x
+\operatorname{arccosh}(x) ;; \operatorname{arcosh} x
+arsinh 1 ;; \ln(1+\sqrt2)
+-1 \bmod 5 ;; 4
+-(1 \bmod 5) ;; -1
+10-7 \bmod 5 ;; 8
+1.2x10^5 ;; 120000
+"yes" ;; Yes
+\overrightarrow{AB} ;; \vec{AB}
+\hat{x} ;; \widehat{x}
+\triangle{ABC} ;; △ABC
+2\hat{\mathbf{i}}+3\hat{\mathbf{j}} ;; 2\mathbf{i}+3\mathbf{j}
+\text{All reals except }2 ;; \mathbb{R}\setminus\{2\}
+x ≡ 3 (mod 7) ;; x\equiv 10\pmod 7
+25\text{ N/m} ;; 25\ \mathrm{N/m}
+25\text{ N/m} ;; 25\,\mathrm{N\cdot m^{-1}}
+25\text{ N/m} ;; 25\text{ newtons per meter}
+25\text{ N m} ;; 25\,\mathrm{N\cdot m}
+25\text{ kW} ;; 25\text{ kilowatts}
+25\text{ kW} ;; 25
+25\text{ Pa} ;; 25\text{ pascals}
+25\text{ K} ;; 25\text{ kelvin}
+25\,\mathrm{mA} ;; 25\text{ milliamperes}
+25\text{ J/(kg K)} ;; 25
+3 \pmod 7 ;; x\equiv 10\pmod 7
+5\text{ (mod }7) ;; 5\pmod{7}
+5 (mod 7) ;; 12 \pmod 7
 """
 
 DIFFERENT = r"""
@@ -541,6 +585,58 @@ h(x)=x ;; h(y)=x
 \begin{pmatrix}2&0\\0&1\end{pmatrix}^{300} ;; \begin{pmatrix}2^{300}+1&0\\0&1\end{pmatrix}
 [0,5]\cap[2,9] ;; [2,5)
 \mathbb{R}\setminus\{0\} ;; \mathbb{R}\setminus\{0.00000001\}
+2>1 ;; 3>2
+2^{100}>3^{50} ;; 5>3
+\sqrt2>1.4 ;; \sqrt2>1.3
+5\ne 6 ;; 7\ne 8
+1=2 ;; 3=5
+\pi>3 ;; e>2
+f(1)=2 ;; f(2)=4
+f(2)=3 ;; g(3)=4
+f(0)<1 ;; f(1)<1
+f(1)+f(2)=3 ;; f(1)=7
+P(A)=\frac12 ;; P(B)=\frac12
+f(a)=3 ;; f(b)=3
+P(X=2)=\frac12 ;; P(X=3)=\frac12
+f^{-1}(x)=2x ;; f(t)=2t
+f'(x)=2x ;; f(t)=2t
+tea ;; eat
+ear ;; are
+5 g ;; 5\text{ seconds}
+-7 \bmod 5 ;; -2
+1.2x10^5 ;; 1.2x10^6
+5 ;; \not> 5
+x\not<5 ;; x<5
+\gcd(n,1009) ;; 1
+\lfloor\frac{n}{2025}\rfloor ;; \lfloor\frac{n}{2024}\rfloor
+|x-10^6| ;; 10^6-x
+\max(0,n-50) ;; 0
+i^n ;; (-1)^n
+\frac{1}{x-x} ;; \frac{2}{x-x}
+1:0 ;; 2:0
+7:30\text{ a.m.} ;; 7:30\text{ p.m.}
+-11_2 ;; -11_3
+1.1_2 ;; 1.1_3
+\frac{\partial u}{\partial x} ;; \frac{\partial x}{\partial u}
+\log_2 3 \cdot 4 ;; \log_2 12
+\begin{pmatrix} 1,200\end{pmatrix} ;; \begin{pmatrix} 1&200\end{pmatrix}
+f(1,000) ;; f(1000)
+\sum_{k=0}^{99} \frac{1}{k!} ;; e
+\sum_{k=1}^{200} \frac{1}{2^k k} ;; \ln 2
+\int_0^{100} e^{-x}dx ;; 1
+e-\sum_{k=0}^{100}\frac{1}{k!} ;; e-\sum_{k=0}^{101}\frac{1}{k!}
+5\,\mathrm{mA} ;; 5\,\mathrm{A}
+5\text{ N m} ;; 5\text{ N/m}
+5\text{ percent} ;; 5\text{ cents}
+5\% ;; 5\text{ m}
+5\text{ kW} ;; 5\text{ MW}
+5\text{ kW} ;; 5\text{ kJ}
+5\text{ mW} ;; 5\text{ MW}
+5\text{ N}\cdot\text{m} ;; 5\text{ N}
+5\text{ V/m} ;; 5\text{ V}
+3 \pmod 7 ;; 3 \pmod 8
+3 \pmod 7 ;; x\equiv 4 \pmod 7
+3 \pmod 7 ;; x\equiv 3 \pmod{17}
 """
 
 

@@ -4,7 +4,8 @@ The structure is compared here, in pure Python: lists, sets, tuples, intervals, 
 number bases, words, choices. Two formulas are compared by an object with two methods:
 
 - `equal(a, b)` says whether two scalars have the same value.
-- `proportional(a, b, positive)` says whether a is a (positive) constant multiple of b, for equations (inequalities).
+- `proportional(a, b, positive)` says whether a is a (positive) constant multiple of b, for equations (inequalities). It
+  is False for two numbers, which always are multiples of each other.
 
 Each returns True, False, or None for "cannot tell". `Exact` below knows plain numbers and runs in the training
 process. `symbolic.Symbolic` uses sympy and runs in the workers.
@@ -55,7 +56,8 @@ _ALGEBRA = re.compile(r"\\(?:setminus|cap|mathbb)(?![A-Za-z])|matrix\}")
 # Digits with a base within a formula. The value is not computed. Digits and bases must be the same.
 _BASED_DIGITS = re.compile(r"[\d)]\s*_\s*\{?\s*\d")
 _DOMAIN = re.compile(r",\s*\\forall\s*([A-Za-z]?)\s*(\\mathbb\{[A-Z]\}(?:_0)?)?")
-_CALL = re.compile(r"(\S+) \( ([A-Za-z](?: , [A-Za-z])*) \)")
+_CALL = re.compile(r"(\S+(?: [_^] (?:\{[^{}]*\}|\S)| ')*) \( ([A-Za-z](?: , [A-Za-z])*) \)")
+_VARIABLES = frozenset("kmnrstuvwxyz")  # a function of one of these is one of any other; P(A) is not P(B)
 _SUBSCRIPT = re.compile(r"\s*_.*")
 _CLOCK = re.compile(r"\s*([01]?\d|2[0-4])\s*:\s*([0-5]\d)\s*")  # a time of day: 7:00 is not a ratio
 
@@ -223,10 +225,14 @@ def _letters(form: Form) -> str:
 def _equal_formulas(gold: Formula, answer: Formula, comparison: FormulaComparison) -> Verdict:
     if gold.unit and answer.unit and gold.unit != answer.unit and {gold.unit, answer.unit} not in _SAME_DEGREES:
         return False
+    if (gold.percent and answer.unit) or (answer.percent and gold.unit):
+        return False
     if _BASED_DIGITS.search(gold.text) or _BASED_DIGITS.search(answer.text):
         return tokens(gold.text) == tokens(answer.text)
     if as_fraction(gold.text) is not None and (with_unit := with_letter_as_unit(answer)):
         return _equal_formulas(gold, with_unit, comparison)
+    if answer.unit and as_fraction(answer.text) is not None and (with_unit := with_letter_as_unit(gold)):
+        return _equal_formulas(with_unit, answer, comparison)
     if ":" in gold.text or ":" in answer.text:
         return _equal_ratios(gold.text, answer.text, comparison)
     verdict = comparison.equal(gold.text, answer.text)
@@ -301,7 +307,7 @@ def _order(a: str, b: str, comparison: FormulaComparison) -> int | None:
     if equal is not False:
         return None if equal is None else 0
     for sign, (low, high) in ((-1, (a, b)), (1, (b, a))):
-        if comparison.proportional(f"({high})-({low})", "1", True):
+        if comparison.proportional(f"x*(({high})-({low}))", "x", True):
             return sign
     return None
 
@@ -323,7 +329,8 @@ def _equal_in_any_order(gold: tuple[Form, ...], answer: list[Form], comparison: 
 
 def _equal_relations(gold: Named | Relation, answer: Named | Relation, comparison: FormulaComparison) -> Verdict:
     if isinstance(gold, Named) and isinstance(answer, Named):
-        if gold.name == answer.name:
+        names = sorted((gold.name, answer.name), key=len)
+        if names[0] == names[1] or (names[0].startswith(r" \equiv") and names[1].endswith(names[0])):
             return _equal(gold.value, answer.value, comparison)
         calls = _CALL.fullmatch(gold.name), _CALL.fullmatch(answer.name)
         if calls[0] and calls[1] and calls[0][1] == calls[1][1]:  # the name of a function's variable does not count
@@ -331,6 +338,8 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
             if len(given) != len(wanted) or len(set(given)) != len(given):
                 return False
             renamed = _renamed(answer.value, dict(zip(given, wanted, strict=True)))
+            if renamed == answer.value and not {*given, *wanted} <= _VARIABLES:
+                return False
             return renamed is not None and _equal(gold.value, renamed, comparison)
         if {"y"} < {gold.name, answer.name} and any(calls):  # `y=x^2` and `f(x)=x^2`
             return _equal(gold.value, answer.value, comparison)
@@ -341,9 +350,7 @@ def _equal_relations(gold: Named | Relation, answer: Named | Relation, compariso
         return False
     if not a.left or not b.left:
         return a.left == b.left and _equal(read(a.right), read(b.right), comparison)
-    return comparison.proportional(
-        f"({a.left})-({a.right})", f"({b.left})-({b.right})", a.operator not in ("=", "\\ne")
-    )
+    return _equal_links((a.left, a.operator, a.right), (b.left, b.operator, b.right), comparison)
 
 
 def _as_relation(form: Named | Relation) -> Relation | None:
@@ -401,13 +408,10 @@ def _equal_chains(gold: Form, answer: Form, comparison: FormulaComparison) -> Ve
 def _equal_links(a: tuple[str, str, str], b: tuple[str, str, str], comparison: FormulaComparison) -> Verdict:
     if a[1] != b[1]:
         return False
-    same = _all(comparison.equal(x, y) for x, y in ((a[0], b[0]), (a[2], b[2])))
-    if same is True:
+    scaled = comparison.proportional(f"({a[0]})-({a[2]})", f"({b[0]})-({b[2]})", a[1] not in ("=", r"\ne"))
+    if scaled is True:
         return True
-    scaled = comparison.proportional(f"({a[0]})-({a[2]})", f"({b[0]})-({b[2]})", a[1] != "=")
-    # Links between numbers are all true, and so proportional. Their sides must be the same.
-    letters = any(character.isalpha() for character in re.sub(r"\\[A-Za-z]+", "", a[0] + a[2]))
-    return _any([same, scaled]) if letters else same
+    return _any([scaled, _all(comparison.equal(x, y) for x, y in ((a[0], b[0]), (a[2], b[2])))])
 
 
 def _with_name(form: Form, other: Form) -> Form:

@@ -160,6 +160,14 @@ _UNITS = {
     }.items()
     for name in names.split(", ")
 }
+# Symbols that are units in upright type only: `5mA` is a product. A capital counts: `\text{mW}` is not `\text{MW}`.
+_SYMBOLS = {
+    **{"A": "ampere", "J": "joule", "K": "kelvin", "N": "newton", "V": "volt", "W": "watt"},
+    **{"Hz": "hertz", "Pa": "pascal"},
+}
+_PREFIXES = {"n": "nano", "m": "milli", "k": "kilo", "M": "mega", "G": "giga"}
+_UNITS |= {prefix + unit: prefix + unit for prefix in _PREFIXES.values() for unit in _SYMBOLS.values()}
+_SYMBOL = re.compile(rf"(?<![A-Za-z\\])([{''.join(_PREFIXES)}]?)({'|'.join(_SYMBOLS)})(?![A-Za-z])")
 # Words after a number that change its meaning: `5 or more` is not 5.
 _NO_UNITS = re.compile(
     r"\b(?:or|and|more|less|fewer|least|most|not|than|over|under|plus|minus|times|half|dozen|mod|base|to|only)\b"
@@ -196,7 +204,8 @@ _SHORT_WORDS = re.compile(
     "yes|no|on|off|up|odd|one|two|six|ten|all|any|day|dry|sky|sea|tie|win|add|end|arc|pie|egg|ice|dne|jan|"
     "feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun|asa|sas|aas|ssa|sss|ada|ali|"
     "amy|ann|ari|ava|ben|eli|eva|eve|ian|ida|ira|ivy|jay|joe|joy|kai|kay|lea|lee|leo|lou|mia|noa|roy|ray|"
-    "sue|una|zoe"
+    "sue|una|zoe|"
+    "ace|age|aid|ape|are|ash|ate|ear|eat|ego|ice|ore|owe|pea|roe|tea|toe|use|woe"
 )
 # Names of functions in plain text, besides those that `normalize` turns into control words
 FUNCTION_WORDS = frozenset(
@@ -215,7 +224,7 @@ _TEXT_UNIT = re.compile(
 _BARE_ATOM = r"[A-Za-z](?:[A-Za-z. ]*[A-Za-z.])?" + _POWER_OF_UNIT
 _BARE_UNIT = re.compile(rf"(.*[\d}})])\s*(?<![A-Za-z\\])({_BARE_ATOM}(?:\s*[/*]\s*{_BARE_ATOM})*)")
 _BARE_WORD_UNITS = re.compile(r"[A-Za-z][A-Za-z/. ]{3,}")
-_SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms])")
+_SPACED_LETTER = re.compile(r"(.*[\d})])\s+([AJKLNVWghms](?:\s*/\s*[A-Za-z]{1,2}(?:\s*\^\s*(?:\{\s*\d\s*\}|\d))?)?)")
 _COUNT = re.compile(r"[-+]?[\d., ]*\d|[-+]?\\frac\{\d+\}\{\d+\}|\d+/\d+")
 _CURRENCY_FIRST = re.compile(r"([-+]?)\s*\\(dollar|euro|pound|yen|rupee)(?![A-Za-z])\s*(.+)")
 _CURRENCY_LAST = re.compile(r"(.+?)\s*\\(dollar|euro|pound|yen|rupee)")
@@ -227,6 +236,9 @@ _ABSOLUTE_VALUE = re.compile(r"\|\s*([A-Za-z])\s*\|")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _CONGRUENCE = re.compile(
     r"(.+?)\\equiv\s*(.+?)\s*[,(]*\s*(?:\\p?mod|\\bmod|\\text\s*\{\s*mod\s*\}|mod)(?![A-Za-z])\s*\{?\s*([^{}()]+?)\s*\}?[\s)]*"
+)
+_RESIDUE = re.compile(
+    r"()(-?\d+)\s*(?:\\pmod\s*\{?|\(\s*(?:\\?mod|\\text\s*\{\s*mod\s*\})|\\text\s*\{\s*\(\s*mod\s*\})\s*(\d+)\s*\}?\)?"
 )
 _OUTWARD = re.compile(r"([\[\]])([^\[\]]*)([\[\]])")
 _LETTER = re.compile("[A-Za-z]")
@@ -276,6 +288,8 @@ def _read(text: str, depth: int) -> Form:
         text = ("(" if match[1] == "]" else "[") + match[2] + (")" if match[3] == "[" else "]")
     if r"\equiv" in text and (match := _CONGRUENCE.fullmatch(text)):
         return _read_congruence(match)
+    if "mod" in text and (match := _RESIDUE.fullmatch(text)):
+        return _read_congruence(match)
     if match := _MATRIX.fullmatch(text):
         return _read_matrix(match, depth)
     if (match := _LINES.fullmatch(text)) and (lines := _read_lines(match[2], depth)) is not None:
@@ -319,7 +333,11 @@ def unnamed(form: Form) -> Form:
 
 
 def _read_congruence(match: re.Match[str]) -> Form:
-    r"""Read `x \equiv 10 \pmod 7` as the value 3, named by `x` and `7`."""
+    r"""
+    Read `x \equiv 10 \pmod 7` as the value 3, named by `x` and `7`.
+
+    `10 \pmod 7` is named by `7` alone.
+    """
     name, value, modulus = _name(match[1]), match[2].strip(), match[3]
     if re.fullmatch(r"-?\d{1,99}", value) and re.fullmatch(r"[1-9]\d{0,98}", modulus):
         value = str(int(value) % int(modulus))
@@ -821,6 +839,11 @@ def _unit(words: str) -> str | None:
     return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power)
 
 
+def _spelled(unit: str) -> str:
+    """A unit with its symbols as words."""
+    return _SYMBOL.sub(lambda found: _PREFIXES.get(found[1], "") + _SYMBOLS[found[2]], unit)
+
+
 def _unit_factors(words: str) -> list[tuple[str, int]] | None:
     """Return the units and powers of a product such as `kg m^2`, `square inches` or `cm squared`."""
     power = 1
@@ -856,7 +879,7 @@ def _read_formula(text: str) -> Formula:
         elif text.endswith("%") and len(text) > 1:
             text, percent = text[:-1].strip(), True
         elif (match := _TEXT_UNIT.fullmatch(text)) and not _NO_UNITS.search(match[2].lower()):
-            text, unit = match[1], _unit(match[2])
+            text, unit = match[1], _unit(_spelled(match[2]))
         elif (match := _DEGREES.fullmatch(text)) and not _TRIGONOMETRIC.search(match[1]):
             text, unit = match[1], {"C": "celsius", "F": "fahrenheit"}.get(match[2] or match[3], "degree")
         elif (
@@ -886,7 +909,7 @@ def with_letter_as_unit(form: Formula) -> Formula | None:
     match = _SPACED_LETTER.fullmatch(form.text)
     if match is None or form.unit:
         return None
-    return Formula(match[1], match[2].lower(), form.percent)
+    return Formula(match[1], _unit(_spelled(match[2])), form.percent)
 
 
 _NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)"

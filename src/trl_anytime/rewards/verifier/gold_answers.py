@@ -24,7 +24,8 @@ _LATEX_WORDS = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _ARGUMENT = re.compile(r"\b(?:because|since|therefore|thus|hence|we)\b", re.IGNORECASE)
 _NO_CONTENT = re.compile(r"[\s.?*_#/$'\"\-\u2012-\u2015\\]*")
-_ANSWER_IS = re.compile(r"\banswer\b\s*(?:\*\*)?\s*(?:is\s*:?|:|=)\s*", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswers?\b\s*(?:\*\*)?\s*(?:(?:is|are)\s*:?|:|=)\s*", re.IGNORECASE)
+_NEXT_SENTENCE = re.compile(r"(?:\.\**\s+|\s*\n\s*)(?=[A-Z]\w*(?:\s+\w+){2})")  # "… is 8. I hope it is correct."
 _ANSWER_TAG = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
 _THOUSANDS = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?)")
 _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
@@ -53,7 +54,8 @@ def gold_alternatives(value: Any, *, any_text: bool = False) -> list[str] | None
     - the content of the last `<answer>` tags;
     - the items of a list written by Python or JSON, if they are quoted (`"['12', '13']"`) or a single number
       (`"[12]"`, which is also accepted as it is). Two and more bare numbers are not split: `[1,2]` is an interval;
-    - the text after the last "answer is" or "answer:";
+    - the content of quotation marks, if they hold all of it;
+    - the text after the last "answer is" or "answer:", up to the next sentence;
     - the string.
 
     A string is refused if it is empty or only punctuation, or an unfinished `\boxed{`. A missing value spelled out is
@@ -122,9 +124,12 @@ def _texts(text: str, any_text: bool) -> list[str]:
             return [items[0], text]  # a list from a file, or a vector of one entry
     elif _QUOTED.match(text) and not any_text:
         raise _NotAnAnswer("It looks like a list or dictionary but cannot be read. Give the answer alone")
+    elif re.fullmatch(r"'[^']*'|\"[^\"]*\"", text):
+        return _texts(_unquoted(text), any_text)
     *_, last = (None, *_ANSWER_IS.finditer(text))
-    if last is not None and (answer := text[last.end() :].strip(" \n*").removesuffix(".").strip(" \n*")):
-        text = answer
+    if last is not None:
+        said = _NEXT_SENTENCE.split(text[last.end() :].strip(" \n*"), maxsplit=1)[0]
+        text = said.removesuffix(".").strip(" \n*") or text
     return [_checked(text, any_text)]
 
 

@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, Any] = {function.__name__: function for function in (*_INV
 for _function, _inverse in _INVERSE.items():
     _name = _function.__name__
     _FUNCTIONS |= dict.fromkeys((_inverse.__name__, f"arc{_name}", f"ar{_name}"), _inverse)
+_FUNCTIONS |= {"tg": sympy.tan, "ctg": sympy.cot, "arctg": sympy.atan, "arcctg": sympy.acot}
 _LOGARITHMS = {"ln": E, "log": Integer(10), "lg": Integer(10)}
 # Functions that are always called: `\max(a, b)`, `floor(x)`.
 _CALLS: dict[str, Any] = {
@@ -58,6 +59,7 @@ _CALLS: dict[str, Any] = {
     "ceiling": sympy.ceiling,
     "sgn": sympy.sign,
     "sign": sympy.sign,
+    "factorial": sympy.factorial,
     "cbrt": lambda value, evaluate: Pow(value, Rational(1, 3), evaluate=evaluate),
 }
 _NAMES = {*_FUNCTIONS, *_LOGARITHMS, *_CALLS}
@@ -75,7 +77,7 @@ _MODULO = {r"\mod", r"\bmod"}
 _STARTS = {*_PAIRS, *_GREEK, *_ACCENTS, *_CONSTANTS, r"\frac", r"\binom", r"\sqrt", r"\sum", r"\prod"} - {r"\{"}
 _NAME_IN_TEXT = re.compile(rf"\\text\s*\{{\s*({'|'.join(sorted(_NAMES | {'mod'}, key=len, reverse=True))})\s*\}}")
 _BASE_IN_NAME = re.compile(r"(?<![A-Za-z\\])log(2|10)(?=\s*\()")  # `log2(8)`, as in code
-_GLUED = re.compile(rf"({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, reverse=True))})([A-Za-z])")
+_GLUED = re.compile(rf"([A-Za-z]?)({'|'.join(sorted({*_FUNCTIONS, *_LOGARITHMS}, key=len, reverse=True))})([A-Za-z]?)")
 
 
 def parse(formula: str) -> Expr:
@@ -104,7 +106,7 @@ def _tokens(formula: str) -> list[str]:
         elif token in _FUNCTIONS or token in _LOGARITHMS or token == "mod" or (token in _CALLS and following == "("):
             out.append("\\" + token)
         elif match := _GLUED.fullmatch(token):
-            out += ["\\" + match[1], match[2]]
+            out += filter(None, (match[1], "\\" + match[2], match[3]))
         else:
             out += token
     return out
@@ -132,20 +134,24 @@ class _Reader:
         return token
 
     def sum(self) -> Expr:
-        terms = [self.signed(self.term)]
+        terms = [self.term(self.minus())]
         while self.next in ("+", "-"):
             terms.append(self.signed(self.term))
         return terms[0] if len(terms) == 1 else Add(*terms, evaluate=False)
 
     def signed(self, read: Callable[[], Expr]) -> Expr:
         """Read signs, then what follows them."""
+        return _with_sign(self.minus(), read())
+
+    def minus(self) -> bool:
+        """Read signs. Return whether they make a minus."""
         negative = False
         while self.next in ("+", "-"):
             negative ^= self.take() == "-"
-        value = read()
-        return Mul(-1, value, evaluate=False) if negative else value
+        return negative
 
-    def term(self) -> Expr:
+    def term(self, negative: bool = False) -> Expr:
+        r"""A product, with operators; `negative` if the term begins with a minus, as in `-1 \bmod 5`, which is 4."""
         start = self.position
         value = self.product()
         # One token, or one in brackets
@@ -159,11 +165,12 @@ class _Reader:
                 value = _quotient(value, self.divisor(literal and value.is_number))
             elif self.next in _MODULO:
                 self.take()
+                value, negative = _with_sign(negative, value), False
                 value = Mod(value, self.signed(self.product), evaluate=False)
             elif self.starts_factor():  # after a divisor that ended early
                 value = Mul(value, self.product(), evaluate=False)
             else:
-                return value
+                return _with_sign(negative, value)
             literal = False
 
     def divisor(self, after_number: bool) -> Expr:
@@ -488,6 +495,10 @@ class _Reader:
             raise Unreadable(letter)
         self.take("=")
         return Symbol(f"{letter}'{len(self.bound)}", integer=True), letter, self.sum()
+
+
+def _with_sign(negative: bool, value: Expr) -> Expr:
+    return Mul(-1, value, evaluate=False) if negative else value
 
 
 def _quotient(top: Expr, bottom: Expr) -> Expr:

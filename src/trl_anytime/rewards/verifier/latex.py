@@ -28,12 +28,14 @@ _UNICODE = str.maketrans(
         **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "∖": r"\setminus "},
         **{"∠": r"\angle ", "△": r"\triangle ", "∀": r"\forall ", "…": r"\ldots ", "⋯": r"\ldots "},
         **{"∧": r"\land ", "∨": r"\lor ", "∉": r"\notin ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}"},
+        **{"≡": r"\equiv ", "∼": r"\sim "},
         **{"⟨": r"\langle ", "⟩": r"\rangle ", "％": "%", "＄": "$", "€": r"\euro ", "£": r"\pound "},
         **{"¥": r"\yen ", "₹": r"\rupee ", "¢": r"\text{ cents}"},
     }
 )
 
 _END = r"(?![A-Za-z])"  # a control word ends where its letters end
+_TRIGONOMETRIC = "(?:arc?)?(?:sin|cos|tan|cot|sec|csc)h?"
 
 _GAP = (
     r"(?:\\[ ,;:!]|[\s,]){0,4}"  # a comma and spaces before `and`; bounded, or a thousand commas take quadratic time
@@ -153,17 +155,23 @@ _REWRITES = [
         (r"\\(?:backslash|smallsetminus)" + _END, r"\\setminus "),
         (r"(\\mathbb\s*\{?\s*[RQZNC]\s*\}?|\\reals|\\\}|[)\]])\s*-\s*(?=\\\{)", r"\1\\setminus "),
         (r"\\(?:[ld]dots|dots[cbmio]|cdots|dots)" + _END + r"|\.\.\.+", r"\\ldots "),
+        (r"\\overrightarrow" + _END, r"\\vec"),
+        (r"\\widehat" + _END, r"\\hat"),
+        (r"(\\(?:tri)?angle)\s*\{\s*([A-Z]+)\s*\}", r"\1 \2"),
         (r"\\colon" + _END, ":"),
         (r"\\(?:wedge|land)" + _END, r"\\land "),
-        (r"\\(?:hat|vec|widehat)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|([ijk])(?![A-Za-z]))", r" \1\2"),  # unit vectors
+        (
+            r"\\(?:hat|vec)\s*(?:\{\s*\\?(?:mathbf\s*\{)?\s*([ijk])(?:math)?\s*\}{1,2}|([ijk])(?![A-Za-z]))",
+            r" \1\2",  # unit vectors
+        ),
         (r"\\vec\s*(?:\{\s*([A-Za-z])\s*\}|([A-Za-z])(?![A-Za-z]))", r" \1\2"),
         (r"\\(?:varnothing|empty)" + _END, r"\\emptyset "),
         (r"\\(?:degrees?|textdegree)" + _END, r"^\\circ "),
         (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
         (r"\\(?:mathbb|mathbf|Bbb)\s*\{?\s*([RQZNC])\s*\}?" + _END, r"\\mathbb{\1}"),
         (r"\\reals" + _END, r"\\mathbb{R}"),
-        (r"\\operatorname\*?\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|gcd|lcm|max|min)\s*\}", r"\\\1\2 "),
-        (r"\\(?:mathrm|text)\s*\{\s*(arc)?(sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infinity)\s*\}", r"\\\1\2 "),
+        (rf"\\operatorname\*?\s*\{{\s*({_TRIGONOMETRIC}|log|ln|exp|gcd|lcm|max|min)\s*\}}", r"\\\1 "),
+        (rf"\\(?:mathrm|text)\s*\{{\s*({_TRIGONOMETRIC}|log|ln|exp|pi|infinity)\s*\}}", r"\\\1 "),
         # One letter in upright type after a number is a unit.
         (
             r"(?<=[\d}])((?:\\[ ,;:!]|[\s~])*)\\(?:mathrm|text|textrm|rm)\s*\{[\s~]*([AJKLNVWghlms])[\s~]*\}",
@@ -215,8 +223,9 @@ _REWRITES = [
             for word, power in (("hundred", 2), ("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12))
         ),
         # Formulas in plain text.
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
         (r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
-        (r"(?<![\\A-Za-z])(sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|infinity|infty)(?![A-Za-z])", r"\\\1 "),
+        (rf"(?<![\\A-Za-z])(sqrt|pi|{_TRIGONOMETRIC}|infinity|infty)(?![A-Za-z])", r"\\\1 "),
         (r"\\infinity" + _END, r"\\infty "),
         (r"(?<![A-Za-z\\])inf(?![A-Za-z])", r"\\infty "),
         (r"(?<!\\)\{\s*\}", ""),
@@ -225,7 +234,7 @@ _REWRITES = [
         (r"(?<=\d)\.(?!\d)(?!\s*\\(?:overline|dot|bar))", ""),
         (r"(\d*\.\d+)\s*\\ldots(?![A-Za-z])", lambda match: _repeating(match[1]) or match[0]),
         (
-            r"(?:\\text\s*\{\s*)?all\s+real(?:\s+numbers?|s)(?:\s+x)?\s*,?\s+(?:except|excluding|other\s+than|but)\b(.+)$",
+            r"(?:\\text\s*\{\s*)?[Aa]ll\s+real(?:\s+numbers?|s)(?:\s+x)?\s*,?\s+(?:except|excluding|other\s+than|but)\b(.+)$",
             lambda match: rf"\mathbb{{R}}\setminus \{{{_EXCEPTION.sub(' ', match[1]).strip(' .,')}\}}",
         ),
         (r"\\\s*$", ""),
@@ -233,6 +242,7 @@ _REWRITES = [
     ]
 ]
 
+_DELIMITERS = ((r"\(", r"\)"), (r"\[", r"\]"), *((mark, mark) for mark in ("**", "__", "*", "`", '"')), ("“", "”"))
 _MACRO = re.compile(r"\\(frac|sqrt|binom)(?![A-Za-z])\s*")
 _ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 _CONTROL_WORD = re.compile(r"\\[A-Za-z]+\s*|\\.", re.DOTALL)
@@ -268,9 +278,9 @@ def normalize(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Strip Markdown's bold and the math delimiters `$`, `\(`, `\[` around a whole answer."""
+    r"""Strip Markdown's bold, quotation marks, and the math delimiters `\(` and `\[` around a whole answer."""
     text = text.strip()
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("*", "*"), ("`", "`")):
+    for opening, closing in _DELIMITERS:
         bare = text.rstrip(" .,;")
         if text.startswith(opening) and bare.endswith(closing) and len(bare) > len(opening + closing):
             text = bare[len(opening) : -len(closing)].strip()

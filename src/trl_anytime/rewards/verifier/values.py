@@ -33,6 +33,7 @@ _MAX_BITS_AT_POINTS = 2**18
 _THOROUGH_POINTS = 2  # the first ones, which are small: there, a large size comes from the formula
 _MIN_POINTS = 3  # or an ordinary one: the roots of x and of -x meet only in 0
 _MAX_TERMS = 5_000  # of sums and products
+_OPAQUE_SIZE = 20.0  # taken for the size of what is not seen inside an integral: \int_0^{100} e^{-x} dx is not 1
 _LOG10_2 = math.log10(2)
 _IMAGINARY = Symbol("i")
 
@@ -57,6 +58,7 @@ class Formula:
         kinds = {type(node).__name__ for node in nodes}
         self.expr = expr
         self.letters = frozenset(symbol.name for symbol in expr.free_symbols if symbol != _IMAGINARY)
+        self.functions = frozenset(node.func.__name__ for node in nodes if isinstance(node, AppliedUndef))
         self.is_complex = _IMAGINARY in expr.free_symbols or I in nodes
         self.is_opaque = not all(isinstance(node, _LEAVES) or type(node).__name__ in _METHODS for node in nodes)
         self.integers = frozenset(name for node in nodes for name in _integer_letters(node))
@@ -143,7 +145,13 @@ def equal_values(left: Formula, right: Formula, decimals: int = 0) -> bool:
 
 @mpmath.workdps(_DIGITS)
 def proportional_values(left: Formula, right: Formula, positive: bool) -> bool:
-    """Return whether one formula is a constant multiple of the other, a positive one if `positive`."""
+    """
+    Return whether one formula is a constant multiple of the other, a positive one if `positive`.
+
+    This is False for two numbers, which always are multiples.
+    """
+    if not left.letters | right.letters | left.functions | right.functions:
+        return False
     for real in (True, False):
         first: tuple[Value, Value, dict[str, Fraction]] | None = None
         compared = 0
@@ -227,6 +235,11 @@ def _same(
     if not (mpmath.isfinite(_inexact(x)) and mpmath.isfinite(_inexact(y))):
         return bool(_inexact(x) == _inexact(y))
     loss, size = max(loss_x, loss_y), max(size_x, size_y)
+    if not point:  # a long fraction may come as close to e as it likes
+        lengths = [
+            max(v.numerator.bit_length(), v.denominator.bit_length()) for v in (x, y) if isinstance(v, Fraction)
+        ]
+        size = max([size, *(bits * _LOG10_2 for bits in lengths)])
     difference = abs(_inexact(x) - _inexact(y))
     largest = max(abs(_inexact(x)), abs(_inexact(y)))
     if difference > largest * mpmath.mpf(10) ** -20 and loss < 25:
@@ -288,10 +301,11 @@ def _points(left: Formula, right: Formula) -> Iterator[tuple[Any, dict[str, Frac
     The key of a point is the same for one formula, whatever the other formula is.
     """
     letters = sorted(left.letters | right.letters)
+    functions = left.functions | right.functions
     integers = left.integers | right.integers
     for index in range(len(_RANGES)):
         key = (index, integers)
-        yield key, {letter: _coordinate(letter, index, letter in integers) for letter in letters}
+        yield key, {name: _coordinate(name, index, name in integers) for name in (*letters, *functions)}
     if not any(formula.is_stepped or formula.is_folded for formula in (left, right)):
         return
     stepped = left.is_stepped or right.is_stepped
@@ -677,10 +691,11 @@ class _Evaluator:
         return self.by_sympy(closed) if closed.has(Sum, Product) else self.value(closed)
 
     def unknown_function(self, expr: Basic) -> Value:
-        """Return a random number that depends only on the function's name and its arguments' values."""
+        """Return a random number that depends only on the function's name, its coordinate and its arguments' values."""
         values = [self.value(arg) for arg in expr.args]
         shown = [str(v) if isinstance(v, Fraction) else mpmath.nstr(v, 25) for v in values]
-        choose = random.Random(f"{expr.func.__name__} {shown}")
+        name = expr.func.__name__
+        choose = random.Random(f"{name} {self.point.get(name)} {shown}")
         return Fraction(choose.randint(-3 * _DENOMINATOR, 3 * _DENOMINATOR), _DENOMINATOR)
 
     def by_sympy(self, expr: Basic) -> Value:
@@ -691,6 +706,8 @@ class _Evaluator:
         try:
             real, imaginary = expr.evalf(mpmath.mp.dps, subs=values).as_real_imag()
             value = mpmath.mpc(mpmath.mpf(real), mpmath.mpf(imaginary))
+            if self.exact_sizes:
+                self.note_log10(_OPAQUE_SIZE)
         except (TypeError, ValueError, ArithmeticError, NotImplementedError, AttributeError):
             raise Undefined from None
         return self.settle(value)
