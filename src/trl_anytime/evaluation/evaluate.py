@@ -69,7 +69,7 @@ _RESULTS = fields(
     questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
 )
 # Counters of a reward with gold answers: of answers that score 0 because of its limits, or because it failed on them
-_LIMITS = ("timeouts", "dead_workers", "too_long", "scorer_errors", "bad_scores")
+_LIMITS = ("timeouts", "dead_workers", "too_long", "scorer_errors", "bad_scores", "unsafe_answers")
 
 
 @dataclass(frozen=True)

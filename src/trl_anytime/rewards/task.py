@@ -21,10 +21,11 @@ class TaskReward(PooledReward):
     as LaTeX, it is scored once more without `\text{}` around it and without the backslash of `\{`, `\}`, `\_`, `\#`,
     `\$`, `\%` and `\&`. The better score counts.
 
-    Scorers run in worker processes, under the limits of [`MathReward`]. An answer that makes a scorer fail scores 0
-    and is counted as `scorer_errors`. One whose score is not a number from 0 to 1 scores 0 and is counted as
-    `bad_scores`. `timeouts`, `dead_workers` and `ungraded` are those of [`MathReward`]. A warning gives the share
-    of all of them.
+    Scorers run in worker processes, under the limits of [`MathReward`], and with its counters `timeouts`,
+    `dead_workers` and `ungraded`. Three counters more are of answers that score 0. An answer that makes a scorer fail
+    is one of `scorer_errors`. One whose score is not a number from 0 to 1 is one of `bad_scores`. Some scorers execute
+    an answer as Python: there, what is more than numbers, short names, lists and elementary functions is not executed,
+    and is one of `unsafe_answers`. A warning gives the share of all of them.
 
     Args:
         answer_columns (`tuple[str, ...]`, *optional*, defaults to `("entry",)`):
@@ -50,7 +51,7 @@ class TaskReward(PooledReward):
     answer_columns: tuple[str, ...] = (ENTRY_COLUMN,)
     max_answer_length: int = 20_000
 
-    COUNTERS: ClassVar[tuple[str, ...]] = (*PooledReward.COUNTERS, "scorer_errors", "bad_scores")
+    COUNTERS: ClassVar[tuple[str, ...]] = (*PooledReward.COUNTERS, "scorer_errors", "bad_scores", "unsafe_answers")
     WORKER_MODULE: ClassVar[str | None] = f"{__package__}.tasks.worker"
 
     def check_dataset(self, dataset: Any) -> Any:
@@ -84,6 +85,7 @@ class TaskReward(PooledReward):
         for name, what in (
             ("scorer_errors", "made the task's scorer fail"),
             ("bad_scores", "got a score that is not a number from 0 to 1"),
+            ("unsafe_answers", "are code that the task's scorer would execute"),
         ):
             if count := int(counts[name]):
                 said.append(

@@ -20,6 +20,7 @@ from typing import Any
 
 from ...outside.display import did_you_mean
 from .boxes import read_box, write_box
+from .plain import EXECUTING, is_plain
 from .source import PREFIX, REFUSED, TaskSource, entry_id, library_version
 
 # Where a task has its answer, if several are right and none is `answer`
@@ -127,8 +128,9 @@ def make_problems(source: TaskSource) -> list[dict[str, str]]:
                 f"The task {source.task!r} fails to make problem {index}: {_in_short(error)}. Change `{source}`."
             ) from error
         answer = own_answer(source.task, entry)
+        box = write_box(answer)
         if index % step == 0:
-            _check_scorer(source, dataset.score_answer, entry, answer)
+            _check_scorer(source, dataset, entry, box)
         problems.append(
             {
                 "question": entry["question"],
@@ -143,23 +145,27 @@ def _digest(question: str, answer: str) -> str:
     return hashlib.sha256(f"{question}\0{answer}".encode(errors="surrogatepass")).hexdigest()[:12]
 
 
-def _check_scorer(source: TaskSource, score: Callable[..., Any], entry: dict[str, Any], answer: str) -> None:
-    scored = score_readings(score, entry, read_box(write_box(answer)))
+def _check_scorer(source: TaskSource, dataset: Any, entry: dict[str, Any], box: str) -> None:
+    scored = score_readings(source.task, dataset.score_answer, entry, read_box(box))
     if scored != 1.0:
         found = scored if isinstance(scored, float) else scored["failed"]
         raise ValueError(
-            f"The scorer of the task {source.task!r} does not give 1 to its own answer {answer[:100]!r}: {found}. "
+            f"The scorer of the task {source.task!r} does not give 1 to its own answer {box[:100]!r}: {found}. "
             f"Change `{source}`, or choose another task."
         )
 
 
-def score_readings(score: Callable[..., Any], entry: dict[str, Any], texts: Sequence[str]) -> float | dict[str, str]:
+def score_readings(
+    task: str, score: Callable[..., Any], entry: dict[str, Any], texts: Sequence[str]
+) -> float | dict[str, str]:
     """
     Score the readings of one answer; the best counts.
 
     Args:
+        task (`str`):
+            Name of the task.
         score (`Callable`):
-            `score_answer` of a task.
+            Its `score_answer`.
         entry (`dict`):
             The problem.
         texts (`Sequence[str]`):
@@ -172,6 +178,9 @@ def score_readings(score: Callable[..., Any], entry: dict[str, Any], texts: Sequ
     scores: list[float] = []
     failure: dict[str, str] | None = None
     for text in texts:
+        if task in EXECUTING and not is_plain(text):
+            failure = failure or {"by": "unsafe_answers", "failed": "it would execute the answer, which is code"}
+            continue
         try:
             found = score(text, entry)
         except (MemoryError, RecursionError):  # limits of the process, as time is

@@ -19,7 +19,9 @@ REFUSED = {
     "coin_flip": "its scorer gives 1 to the wrong answer 0",
     "complex_arithmetic": "its scorer gives 1 to the wrong answer nan",
     "composite": "it is made of other tasks; name one of them",
+    "futoshiki": "its answers have empty lines, and an empty line ends the final answer",
     "game_of_life_halting": "its scorer gives 1 to any text",
+    "puzzle24": "its scorer gives 1 to any four numbers that make 24, whatever the problem",
     "rush_hour": "the library has no answer of its own, against which its scorer could be checked",
 }
 """Tasks of the library that cannot be used, with the reason."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..verifier.worker import limited, serve
 from .boxes import readings
 from .library import find_entry, open_task, score_readings
-from .source import PREFIX, split_entry_id
+from .source import PREFIX, TaskSource, split_entry_id
 
 
 def _score(entry: str, answer: str, cpu_seconds: float) -> Any:
@@ -20,7 +20,8 @@ def _score(entry: str, answer: str, cpu_seconds: float) -> Any:
         dataset, problem = find_entry(*found)  # not a matter of the answer, and so not of its limits
     except ValueError as error:
         return {"by": "changed", "failed": str(error)}
-    return limited(lambda: score_readings(dataset.score_answer, problem, readings(answer)), cpu_seconds)
+    task = TaskSource.parse(found[0]).task
+    return limited(lambda: score_readings(task, dataset.score_answer, problem, readings(answer)), cpu_seconds)
 
 
 def _self_test() -> tuple[bool, Any]:

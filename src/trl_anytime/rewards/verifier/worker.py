@@ -27,7 +27,12 @@ class OutOfTime(BaseException):
     """The soft CPU limit. No `Exception`, so that no handler in a library swallows it."""
 
 
+_is_out_of_time = False
+
+
 def _out_of_time(signum: int, frame: FrameType | None) -> None:
+    global _is_out_of_time
+    _is_out_of_time = True
     raise OutOfTime
 
 
@@ -49,10 +54,13 @@ def _limit_cpu(seconds: float) -> None:
 
 def limited(compute: Callable[[], Any], cpu_seconds: float) -> Any:
     """Return what a computation returns, or `"timeout"` if it ends at a limit on time, memory or depth."""
+    global _is_out_of_time
+    _is_out_of_time = False
     try:
         try:
             _limit_cpu(cpu_seconds)
-            return compute()
+            found = compute()
+            return "timeout" if _is_out_of_time else found  # a bare `except:` swallows even this exception
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
     except (OutOfTime, MemoryError, RecursionError):
