@@ -34,7 +34,9 @@ from .data.recipe import (
     set_chat_template,
     without_shared,
 )
+from .data.tasks import check_lengths
 from .outside.display import for_terminal
+from .rewards.task import ENTRY_COLUMN
 
 
 def train(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
@@ -68,6 +70,9 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
     # One process prepares the data, the others read its cache
     with PartialState().local_main_process_first():
         datasets = [load_prompts(source, data_args, tokenizer, reward) for source in data_args.sources]
+    for source, dataset in zip(data_args.sources, datasets, strict=True):
+        if ENTRY_COLUMN in dataset.column_names:  # before an evaluation has taken its time
+            check_lengths(str(source), dataset["answer"][:], tokenizer, training_args.max_summary_length)
     train_dataset, eval_dataset = (*datasets, None)[:2]
     if eval_dataset is not None:
         train_dataset = without_shared(train_dataset, eval_dataset)

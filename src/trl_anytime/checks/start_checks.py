@@ -416,7 +416,7 @@ def length_findings(
             lengths = AnswerLengths.measure(dataset["answer"][:], tokenizer, args.max_summary_length)
             level = ERROR if lengths.are_refused else WARNING if lengths.too_long else OK
             message = lengths.message(name, args.max_summary_length)
-            findings.append(Finding("summary length", level, message, "" if level == OK else ADVICE))
+            findings.append(Finding("gold answers", level, message, "" if level == OK else ADVICE))
     return findings
 
 
