@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tasks import check_lengths
 from ..inference.anytime_config import BUDGETS, AnytimeConfig
 from ..inference.generate import context_length, is_transformers_model, open_backend
 from ..outside.display import for_terminal
@@ -41,8 +42,9 @@ from ..outside.validation import (
     read_lines,
     string,
 )
-from ..rewards import AnswerReward, FormatReward, MathReward
+from ..rewards import AnswerReward, FormatReward, MathReward, TaskReward
 from ..rewards.returned import checked_rewards, failure_text
+from ..rewards.task import ENTRY_COLUMN
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
 from .problems import ProblemSet
@@ -67,8 +69,8 @@ _RESULTS = fields(
     curves=mapping_of(fields(accuracy=list_of(_ESTIMATE), anytime_average=_ESTIMATE), least=1, most=_MOST_SETS + 1),
     questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
 )
-# Counters of a reward with gold answers. They count answers that score 0 because of a limit.
-_LIMITS = ("timeouts", "dead_workers", "too_long")
+# Counters of a reward with gold answers. They count answers that score 0 because of a limit, or because it failed.
+_LIMITS = ("timeouts", "dead_workers", "too_long", "scorer_errors", "bad_scores", "unsafe_answers")
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,8 @@ class Evaluation:
         instruction (`str`, *optional*):
             Text after each question. Defaults to the paper's.
         reward (`Callable`, *optional*):
-            Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.MathReward`].
+            Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.TaskReward`] for problems of a task, and to
+            [`~trl_anytime.rewards.MathReward`] for others.
         batch_size (`int`, *optional*):
             Samples that are computed together. Defaults to 16 for a model, to 256 for an engine, and to 1 for a
             server, which batches by itself.
@@ -298,6 +301,9 @@ class Evaluation:
                 "At temperature 0 all samples are the same. Set `num_samples` and `num_summaries` to 1, or raise "
                 "`temperature`."
             )
+        for problems in self.problem_sets:
+            if problems.entries is not None:
+                check_lengths(problems.name, problems.answers, self.tokenizer, self.config.max_summary_length)
         names = [problems.name for problems in self.problem_sets]
         if len(set(names)) < len(names) or not names or AVERAGE in names:
             raise ValueError(
@@ -314,16 +320,21 @@ class Evaluation:
             self.instruction,
             self.num_samples,
             self.num_summaries,
-            getattr(self._reward, "__name__", type(self._reward).__name__),
+            " and ".join(dict.fromkeys(map(self._reward_name, self.problem_sets))),
             self.seed,
         )
 
-    @cached_property
-    def _reward(self) -> Any:
-        reward = MathReward() if self.reward is None else self.reward
+    def _reward_of(self, problems: ProblemSet) -> Any:
+        reward = self.reward
+        if reward is None:
+            reward = MathReward() if problems.entries is None else TaskReward()
         if isinstance(reward, AnswerReward | FormatReward):  # as in training
             return replace(reward, answer_bridge=self.config.markers.answer_bridge)
         return reward
+
+    def _reward_name(self, problems: ProblemSet) -> str:
+        reward = self._reward_of(problems)
+        return getattr(reward, "__name__", type(reward).__name__)
 
     @cached_property
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
@@ -453,9 +464,11 @@ class Evaluation:
                     "cuts": cuts,
                 }
             )
-        limited = self._score(summaries)
+        limited: Counter[str] = Counter()
+        for name in {problems.name: None for problems, *_ in summaries}:
+            limited.update(self._score([summary for summary in summaries if summary[0].name == name]))
         if limited:  # a reward counts over all its answers, so the batch's counts go to its first sample
-            records[0]["limited"] = limited
+            records[0]["limited"] = dict(limited)
         return records
 
     def _missing_boxes(self, texts: list[str], well_formed: list[bool]) -> dict[str, list[bool]]:
@@ -466,17 +479,20 @@ class Evaluation:
         return {"no_box": [answer == "" for answer in found]}
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
-        """Score summaries, each given with its problem. The rewards are added to the list in each tuple.
+        """Score summaries of one set, each given with its problem. The rewards are added to the list in each tuple.
 
         Returns:
             `dict[str, int]`: number of answers that hit a limit of the verifier, by counter, without zeros.
         """
         conversational = self.tokenizer.chat_template is not None
+        problem_set, *_ = summaries[0]
+        reward_func, reward_name = self._reward_of(problem_set), self._reward_name(problem_set)
+        entries = problem_set.entries
         questions = [problems.questions[question] for problems, question, *_ in summaries]
         counters: dict[str, float] = {}
         prompts = [self.config.question(self.tokenizer, question) for question in questions]
         try:
-            returned = self._reward(
+            returned = reward_func(
                 prompts=prompts,
                 completions=[
                     [{"role": "assistant", "content": text}] if conversational else text
@@ -484,26 +500,27 @@ class Evaluation:
                 ],
                 completion_ids=[ids for *_, ids, _, _ in summaries],
                 well_formed=[formed for *_, formed, _ in summaries],
-                answer=[problems.answers[question] for problems, question, *_ in summaries],
-                **({"log_metric": counters.__setitem__} if isinstance(self._reward, AnswerReward) else {}),
+                answer=[problem_set.answers[question] for _, question, *_ in summaries],
+                **({} if entries is None else {ENTRY_COLUMN: [entries[question] for _, question, *_ in summaries]}),
+                **({"log_metric": counters.__setitem__} if isinstance(reward_func, AnswerReward) else {}),
             )
         except SystemExit as error:
-            raise ValueError(f"The reward `{self.protocol.reward}` failed: {failure_text(error)}.") from error
+            raise ValueError(f"The reward `{reward_name}` failed: {failure_text(error)}.") from error
         try:
             rewards = checked_rewards(returned, prompts)
         except ValueError as error:
-            raise ValueError(f"The reward `{self.protocol.reward}` failed: {error}.") from error
+            raise ValueError(f"The reward `{reward_name}` failed: {error}.") from error
         missing = rewards.count(None)
         if missing:
             raise ValueError(
-                f"The reward `{self.protocol.reward}` returned no number for {missing} of {len(rewards)} answers. It "
+                f"The reward `{reward_name}` returned no number for {missing} of {len(rewards)} answers. It "
                 "ran out of time, or does not apply to them. Finished samples are kept. Repeat the command when the "
                 "machine is idle, or set another --reward."
             )
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
             assert reward is not None
             into.append(reward)
-        counts = {name: int(counters.get(f"rewards/{type(self._reward).__name__}/{name}", 0)) for name in _LIMITS}
+        counts = {name: int(counters.get(f"rewards/{type(reward_func).__name__}/{name}", 0)) for name in _LIMITS}
         return {name: count for name, count in counts.items() if count}
 
 
@@ -572,14 +589,14 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
 
 
 def limited_answers(results: dict[str, Any]) -> str:
-    """Say how many answers count as wrong because they hit a limit of the verifier, or return `""`."""
-    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"][name]}
+    """Say how many answers count as wrong because of a limit or failure of the reward, or return `""`."""
+    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"].get(name)}
     answers = results["limited"]["answers"]
     if not counts:
         return ""
     message = ", ".join(f"{count} {name}" for name, count in counts.items())
     share = sum(counts.values()) / answers
-    return f"{share:.2%} of {answers} answers count as wrong, because they hit a limit of the verifier: {message}."
+    return f"{share:.2%} of {answers} answers count as wrong, because of a limit or failure of the reward: {message}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -11,6 +11,7 @@ if sys.platform != "linux":  # before anything that fails there in its own words
 from .base import AnswerReward  # noqa: E402  after the check
 from .math import MathReward, grade_answers  # noqa: E402
 from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose  # noqa: E402
+from .task import TaskReward  # noqa: E402
 
 __all__ = [
     "AnswerReward",
@@ -19,5 +20,6 @@ __all__ = [
     "MathReward",
     "MultipleChoice",
     "NumericClose",
+    "TaskReward",
     "grade_answers",
 ]

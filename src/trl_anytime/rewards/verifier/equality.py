@@ -4,8 +4,8 @@ The structure is compared here, in pure Python: lists, sets, tuples, intervals, 
 number bases, words, choices. Two formulas are compared by an object with two methods:
 
 - `equal(a, b)` says whether two scalars have the same value.
-- `proportional(a, b, positive)` says whether a is a (positive) constant multiple of b, for equations (inequalities). It
-  is False for two numbers, which always are multiples of each other.
+- `proportional(a, b, positive)` says whether a is a (positive) constant multiple of b, for equations (inequalities).
+  It is False for two numbers, which always are multiples of each other.
 
 Each returns True, False, or None for "cannot tell". `Exact` below knows plain numbers and runs in the training
 process. `symbolic.Symbolic` uses sympy and runs in the workers.

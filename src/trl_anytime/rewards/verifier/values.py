@@ -691,7 +691,7 @@ class _Evaluator:
         return self.by_sympy(closed) if closed.has(Sum, Product) else self.value(closed)
 
     def unknown_function(self, expr: Basic) -> Value:
-        """Return a random number that depends only on the function's name, its coordinate and its arguments' values."""
+        """Return a random number that depends only on the function's name, coordinate and arguments' values."""
         values = [self.value(arg) for arg in expr.args]
         shown = [str(v) if isinstance(v, Fraction) else mpmath.nstr(v, 25) for v in values]
         name = expr.func.__name__
