@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from .method.advantages import BASELINES as COMPUTED_BASELINES
 from .method.advantages import OBJECTIVE, SUMMARY_POLICIES, summary_weights
 from .method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
+from .outside.host_warnings import without_host_warnings
 
 if TYPE_CHECKING:
     Prior = str | list[float]
@@ -373,7 +374,8 @@ class BRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        with without_host_warnings():
+            super().__post_init__()
 
         self.budgets = check_budgets(self.budgets)
         self.eval_budgets = check_budgets(

@@ -50,6 +50,7 @@ from .training.metrics import (
     reward_metrics,
     rollout_metrics,
 )
+from .training.progress import StepLines
 from .training.reliable_trainer import ReliableGRPOTrainer
 
 logger = get_logger(__name__)
@@ -244,6 +245,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         )
         self.generation = choose_backend(self, self._forward is forward_packed)
 
+        self._times.on_start = self.generation.times.on_start = StepLines.replace(self).show_phase
         self.add_callback(StartReport(self, max(map(len, longest_prompts))))
         if args.alarms:
             self.add_callback(Alarms())

@@ -15,7 +15,14 @@ from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding
-from .start_checks import reward_findings, sampled_rows, splice_findings, template_findings, text_of
+from .start_checks import (
+    learning_rate_findings,
+    reward_findings,
+    sampled_rows,
+    splice_findings,
+    template_findings,
+    text_of,
+)
 from .unused_settings import unused_settings
 
 logger = get_logger(__name__)
@@ -85,6 +92,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
     in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
     findings = [
         *batch.findings(),
+        *learning_rate_findings(args, is_peft_model(trainer.accelerator.unwrap_model(trainer.model))),
         *unused_settings(args, has_eval_data=trainer.eval_dataset is not None),
         *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
