@@ -117,7 +117,8 @@ class BRPOConfig(GRPOConfig):
         > Parameters that control budgets and summaries
 
         budgets (`list[int]`, *optional*, defaults to `[2000, 4000, 6000, 8000]`):
-            Thinking budgets b_1 < … < b_m in tokens. Thinking is sampled up to the last one.
+            Thinking budgets b_1 < … < b_m in tokens. Thinking is sampled up to the last one. The first may be 0: the
+            answer without thinking.
         prior (`str`, *optional*, defaults to `"uniform"`):
             Weight of each budget in the objective: `"uniform"`, `"linear"` (proportional to the budget), `"base"`
             (only the last budget counts), or, in Python and YAML, a list of one non-negative weight per budget.

@@ -142,8 +142,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
             `"solution"` for the default.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             See [`~trl.GRPOTrainer`]. Defaults to [`~trl_anytime.rewards.MathReward`]. Each is called once per summary:
-            the completion is the summary, and the argument `well_formed` says, per summary, whether the thinking was
-            ended exactly once.
+            the completion is the summary, and further arguments say, per summary, where the thinking was cut (see
+            [`~trl_anytime.rollout.types.Rollout.summary_facts`]).
         **kwargs:
             The other arguments of [`~trl.GRPOTrainer`], by keyword: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`. `tools`,
@@ -304,13 +304,15 @@ class BRPOTrainer(ReliableGRPOTrainer):
         num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
         per_rollout = num_budgets * num_summaries
         summary_ids = [ids for rollout in batch.rollouts for at_budget in rollout.summaries for ids in at_budget]
-        well_formed = [
-            formed for rollout in batch.rollouts for row in rollout.well_formed(self.markers) for formed in row
+        summary_facts = [
+            facts
+            for rollout in batch.rollouts
+            for facts in rollout.summary_facts(batch.budgets, self.markers, self._tokenizer)
         ]
         texts = self._tokenizer.batch_decode(summary_ids, skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        rows = [{**inputs[i // per_rollout], "well_formed": formed} for i, formed in enumerate(well_formed)]
+        rows = [{**inputs[i // per_rollout], **facts} for i, facts in enumerate(summary_facts)]
         prompts = [prompts[i // per_rollout] for i in range(len(rows))]
         rewards_per_func = super()._calculate_rewards(rows, prompts, texts, summary_ids)
 

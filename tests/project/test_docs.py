@@ -275,6 +275,20 @@ def test_python(typed, tiny_settings, workplace, monkeypatch, tmp_path):
             exec(compile(code, str(block), "exec"), names)
 
 
+def test_the_reward_that_discounts_thinking():
+    (block,) = (block for block in blocks("python") if "def right_and_short" in block.code)
+    names = {}
+    exec(block.code.partition("\n\n\ntrainer =")[0], names)
+    rewards = names["right_and_short"](
+        completions=[[{"role": "assistant", "content": text}] for text in ("it is 42", "it is 42", "41", "it is 42")],
+        answer=["42"] * 4,
+        well_formed=[True, True, True, False],
+        cut=[0, 2000, 0, 0],
+        budget=[0, 4000, 0, 0],
+    )
+    assert rewards == pytest.approx([1.0, 0.81, 0.0, 0.0])  # 0.9² behind 2,000 tokens
+
+
 @pytest.mark.parametrize("block", blocks("diff"), ids=str)
 def test_both_sides_of_a_diff_train(block, tiny_settings, monkeypatch, tmp_path):
     """GRPO without the added lines, BRPO without the removed ones; at most five lines change."""

@@ -11,6 +11,7 @@ from trl.data_utils import is_conversational
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward
 from ..rollout.markers import ThinkingMarkers
+from ..rollout.types import SUMMARY_FACTS
 
 # Arguments of a reward function that are not columns of the data
 _REWARD_ARGUMENTS = (
@@ -20,7 +21,7 @@ _REWARD_ARGUMENTS = (
     "trainer_state",
     "log_extra",
     "log_metric",
-    "well_formed",
+    *SUMMARY_FACTS,
 )
 
 
