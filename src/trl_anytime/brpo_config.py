@@ -12,6 +12,7 @@ from trl import GRPOConfig
 from .method.advantages import BASELINES as COMPUTED_BASELINES
 from .method.advantages import OBJECTIVE, SUMMARY_POLICIES, summary_weights
 from .method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
+from .method.likelihood import SUMMARY_REWARDS
 from .outside.host_warnings import without_host_warnings
 
 if TYPE_CHECKING:
@@ -126,6 +127,15 @@ class BRPOConfig(GRPOConfig):
             Summaries A per trace and budget during training. Evaluation draws one.
         max_summary_length (`int`, *optional*, defaults to `118`):
             Most tokens sampled for one summary.
+        summary_reward (`str`, *optional*):
+            Reward at each budget without sampled summaries: the policy's own `"likelihood"` of the reference answer
+            behind the bridge, its `"log_likelihood"`, or `"mean_log_likelihood"` per token. Needs one answer per row
+            in `answer` or `solution`. No reward function runs in training. `num_summaries` becomes 1, for the one
+            branch per budget that holds the answer. `summary_weight` weighs the gradient by the answer's tokens: set
+            `"objective"` for the objective's own, 0 to train the thinking alone. Not in the paper.
+        reference_template (`str`, *optional*, defaults to `"\boxed{{answer}}"`):
+            Text of a reference answer behind `answer_bridge`, in which `{answer}` stands for the column's value. Used
+            by `summary_reward`.
         eval_budgets (`list[int]`, *optional*):
             Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`.
 
@@ -230,6 +240,18 @@ class BRPOConfig(GRPOConfig):
     )
     max_summary_length: int = field(
         default=PAPER_SUMMARY_LENGTH, metadata={"help": "Most tokens sampled for one summary."}
+    )
+    summary_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward at each budget without sampled summaries: the policy's own likelihood of the reference "
+            "answer, its logarithm, or the logarithm per token.",
+            "choices": [*SUMMARY_REWARDS],
+        },
+    )
+    reference_template: str = field(
+        default=r"\boxed{{answer}}",
+        metadata={"help": "Text of a reference answer behind `answer_bridge`; `{answer}` stands for the answer."},
     )
     eval_budgets: list[int] | None = field(
         default=None, metadata={"help": "Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`."}
@@ -383,6 +405,8 @@ class BRPOConfig(GRPOConfig):
             self.budgets if self.eval_budgets is None else self.eval_budgets, "eval_budgets"
         )
         prior_weights(self.prior, self.budgets)  # raises if they do not fit
+        if self.summary_reward is not None:
+            self._check_summary_reward()
         for name in ("num_summaries", "max_summary_length", "max_cached_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -447,3 +471,26 @@ class BRPOConfig(GRPOConfig):
                 f"`generation_kwargs` must not set {own}: traces end at the last budget and summaries at "
                 "`max_summary_length`, and neither is constrained otherwise."
             )
+
+    def _check_summary_reward(self) -> None:
+        """Refuse settings that do not fit reference answers, and fill in the one branch per budget."""
+        if self.summary_reward not in SUMMARY_REWARDS:
+            raise ValueError(f"`summary_reward` must be one of {SUMMARY_REWARDS}, got {self.summary_reward!r}.")
+        if self.num_summaries not in (1, type(self).num_summaries):
+            raise ValueError(
+                f"`num_summaries={self.num_summaries}` has no meaning with `summary_reward`: each budget has one "
+                "branch, which holds the reference answer. Remove it."
+            )
+        self.num_summaries = 1
+        if "{answer}" not in self.reference_template:
+            raise ValueError(f"`reference_template` must contain '{{answer}}', got {self.reference_template!r}.")
+        for name, allowed, reason in (
+            ("beta", 0.0, "The KL term is estimated on sampled tokens, and a reference answer was not sampled."),
+            ("top_entropy_quantile", 1.0, "It would leave out tokens of the reference answer."),
+            ("summary_policy", "decoupled", "Every budget has a reward of its own."),
+            ("reward_weights", None, "The likelihood is the only reward of training."),
+        ):
+            if getattr(self, name) != allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` does not fit `summary_reward`. {reason} Remove one of them."
+                )

@@ -242,7 +242,7 @@ def tiny_settings(monkeypatch, tmp_path):
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 8,
             "max_steps": 1,
-            "num_summaries": 2,
+            "num_summaries": 1 if "summary_reward" in settings else 2,
             "max_summary_length": 4,
         }
         return make_config(tmp_path / output_dir, **settings)
