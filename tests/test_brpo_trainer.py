@@ -401,6 +401,26 @@ def test_sampling_settings_are_restored(tmp_path):
 # Rewards
 
 
+def test_reward_functions_see_where_the_thinking_was_cut(tmp_path):
+    told = []
+
+    def spy(completion_ids, budget, cut, thinking_length, finished, thinking, **kwargs):
+        told.extend(zip(budget, cut, thinking_length, finished, thinking, strict=True))
+        return parity_reward(None, completion_ids)
+
+    trainer = tiny_trainer(tmp_path, Recorder, budgets=[0, 3, 9], reward_funcs=spy, max_steps=1)
+    trainer.train()
+    expected = []
+    for rollout in trainer.rolled[0][1].rollouts:
+        tokens, ends = rollout.thinking.token_ids, rollout.thinking.finished
+        for budget in (0, 3, 9):
+            text = trainer.processing_class.decode(tokens[:budget])
+            seen = min(budget, len(tokens))
+            expected += [(budget, seen, len(tokens), ends and len(tokens) <= budget, text)] * 2  # summaries
+    assert told == expected
+    assert len({finished for *_, finished, _ in told}) == 2
+
+
 def test_reward_functions_see_summaries(tmp_path):
     calls = []
 
@@ -632,8 +652,9 @@ def test_groups_of_prompts_of_any_kind(tmp_path, train_dataset, known):
         # At 0.5 the threshold is the entropy of twelve first tokens, which rounding tells apart
         {"loss_type": "dapo", "top_entropy_quantile": 0.7, "pad_to_multiple_of": 8},
         {"loss_type": "grpo", "entropy_coef": 0.01},
+        {"budgets": [0, 3, 9], "baseline": "adaptive"},
     ],
-    ids=["the defaults", "lora and kl", "dapo", "entropy bonus"],
+    ids=["the defaults", "lora and kl", "dapo", "entropy bonus", "a budget of 0"],
 )
 def test_separate_rows_train_the_same(tmp_path, settings):
     weights, logs = [], []
@@ -840,6 +861,11 @@ ARGUMENTS_OF_REWARDS = [
     "log_extra",
     "log_metric",
     "well_formed",
+    "budget",
+    "cut",
+    "thinking_length",
+    "finished",
+    "thinking",
 ]
 
 

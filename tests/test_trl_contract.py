@@ -21,6 +21,7 @@ import trl_anytime.training.reliable_trainer
 from trl_anytime import BRPOTrainer
 from trl_anytime.checks.arguments import _REWARD_ARGUMENTS
 from trl_anytime.rollout.trl_backend import TRLSampler
+from trl_anytime.rollout.types import SUMMARY_FACTS
 from trl_anytime.training.metrics import TABLE_COLUMNS
 from trl_anytime.training.reliable_trainer import ReliableGRPOTrainer
 
@@ -200,7 +201,7 @@ def test_arguments_of_reward_functions():
     source = inspect.getsource(GRPOTrainer._calculate_rewards)
     set_by_trl = set(re.findall(r'(?<!_)reward_kwargs\["(\w+)"\] = ', source)) - {"environments"}  # which are refused
     passed = set(re.findall(r"(\w+)=", source.split("output_reward_func = reward_func(")[1].split("**")[0]))
-    assert set_by_trl | passed | {"well_formed"} == set(_REWARD_ARGUMENTS)
+    assert set_by_trl | passed | set(SUMMARY_FACTS) == set(_REWARD_ARGUMENTS)
 
 
 def test_columns_of_the_table_of_completions():

@@ -12,6 +12,8 @@ from trl import GRPOConfig
 from .method.advantages import BASELINES as COMPUTED_BASELINES
 from .method.advantages import OBJECTIVE, SUMMARY_POLICIES, summary_weights
 from .method.budgets import PAPER_BUDGETS, PAPER_SUMMARY_LENGTH, check_budgets, prior_weights
+from .method.likelihood import SUMMARY_REWARDS
+from .outside.host_warnings import without_host_warnings
 
 if TYPE_CHECKING:
     Prior = str | list[float]
@@ -119,7 +121,8 @@ class BRPOConfig(GRPOConfig):
         > Parameters that control budgets and summaries
 
         budgets (`list[int]`, *optional*, defaults to `[2000, 4000, 6000, 8000]`):
-            Thinking budgets b_1 < … < b_m in tokens. Thinking is sampled up to the last one.
+            Thinking budgets b_1 < … < b_m in tokens. Thinking is sampled up to the last one. The first may be 0: the
+            answer without thinking.
         prior (`str`, *optional*, defaults to `"uniform"`):
             Weight of each budget in the objective: `"uniform"`, `"linear"` (proportional to the budget) or `"base"`
             (only the last budget counts). In Python and YAML also a list of one non-negative weight per budget.
@@ -127,6 +130,15 @@ class BRPOConfig(GRPOConfig):
             Number of summaries A per trace and budget during training. Evaluation samples one.
         max_summary_length (`int`, *optional*, defaults to `118`):
             Most tokens sampled for one summary.
+        summary_reward (`str`, *optional*):
+            Reward at each budget without sampled summaries: the policy's own `"likelihood"` of the reference answer
+            behind the bridge, its `"log_likelihood"`, or `"mean_log_likelihood"` per token. Needs one answer per row
+            in `answer` or `solution`. No reward function runs in training. `num_summaries` becomes 1, for the one
+            branch per budget that holds the answer. `summary_weight` weighs the gradient by the answer's tokens: set
+            `"objective"` for the objective's own, 0 to train the thinking alone. Not in the paper.
+        reference_template (`str`, *optional*, defaults to `"\boxed{{answer}}"`):
+            Text of a reference answer behind `answer_bridge`, in which `{answer}` stands for the column's value. Used
+            by `summary_reward`.
         eval_budgets (`list[int]`, *optional*):
             Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`.
 
@@ -236,6 +248,18 @@ class BRPOConfig(GRPOConfig):
     )
     max_summary_length: int = field(
         default=PAPER_SUMMARY_LENGTH, metadata={"help": "Most tokens sampled for one summary."}
+    )
+    summary_reward: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward at each budget without sampled summaries: the policy's own likelihood of the reference "
+            "answer, its logarithm, or the logarithm per token.",
+            "choices": [*SUMMARY_REWARDS],
+        },
+    )
+    reference_template: str = field(
+        default=r"\boxed{{answer}}",
+        metadata={"help": "Text of a reference answer behind `answer_bridge`; `{answer}` stands for the answer."},
     )
     eval_budgets: list[int] | None = field(
         default=None, metadata={"help": "Budgets of `trainer.evaluate()` in tokens. Defaults to `budgets`."}
@@ -388,13 +412,16 @@ class BRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        with without_host_warnings():
+            super().__post_init__()
 
         self.budgets = check_budgets(self.budgets)
         self.eval_budgets = check_budgets(
             self.budgets if self.eval_budgets is None else self.eval_budgets, "eval_budgets"
         )
         prior_weights(self.prior, self.budgets)  # raises if they do not fit each other
+        if self.summary_reward is not None:
+            self._check_summary_reward()
         for name in ("num_summaries", "max_summary_length", "max_cached_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -461,3 +488,26 @@ class BRPOConfig(GRPOConfig):
                 f"`generation_kwargs` must not set {own}. Use `budgets` to limit the thinking and "
                 "`max_summary_length` to limit the summaries. Other constraints are not supported."
             )
+
+    def _check_summary_reward(self) -> None:
+        """Refuse settings that do not fit reference answers, and fill in the one branch per budget."""
+        if self.summary_reward not in SUMMARY_REWARDS:
+            raise ValueError(f"`summary_reward` must be one of {SUMMARY_REWARDS}, got {self.summary_reward!r}.")
+        if self.num_summaries not in (1, type(self).num_summaries):
+            raise ValueError(
+                f"`num_summaries={self.num_summaries}` has no meaning with `summary_reward`: each budget has one "
+                "branch, which holds the reference answer. Remove it."
+            )
+        self.num_summaries = 1
+        if "{answer}" not in self.reference_template:
+            raise ValueError(f"`reference_template` must contain '{{answer}}', got {self.reference_template!r}.")
+        for name, allowed, reason in (
+            ("beta", 0.0, "The KL term is estimated on sampled tokens, and a reference answer was not sampled."),
+            ("top_entropy_quantile", 1.0, "It would leave out tokens of the reference answer."),
+            ("summary_policy", "decoupled", "Every budget has a reward of its own."),
+            ("reward_weights", None, "The likelihood is the only reward of training."),
+        ):
+            if getattr(self, name) != allowed:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` does not fit `summary_reward`. {reason} Remove one of them."
+                )

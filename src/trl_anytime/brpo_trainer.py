@@ -19,7 +19,15 @@ from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
 from .brpo_config import BRPOConfig
-from .checks.arguments import check_answers, check_arguments, check_prompt_tokens, check_tokens, check_trainable
+from .checks.arguments import (
+    check_answers,
+    check_arguments,
+    check_prompt_tokens,
+    check_references,
+    check_reward_funcs,
+    check_tokens,
+    check_trainable,
+)
 from .checks.batch_sizes import most_tokens
 from .checks.prompts import checked_markers, first_prompt, shared_system_prompt, shortest_and_longest
 from .checks.run_start import StartReport
@@ -28,6 +36,7 @@ from .inference.anytime_config import AnytimeConfig
 from .method.adaptive_baseline import AdaptiveBaseline
 from .method.advantages import segment_returns, summary_advantages, summary_weights, thinking_advantages
 from .method.budgets import nonempty_segments, prior_weights
+from .method.likelihood import likelihood_advantages
 from .method.packing import PackedRollouts
 from .modeling.support import check_sharded, choose_forward
 from .modeling.tree_attention import forward_packed
@@ -50,6 +59,8 @@ from .training.metrics import (
     reward_metrics,
     rollout_metrics,
 )
+from .training.progress import StepLines
+from .training.references import ReferenceAnswers
 from .training.reliable_trainer import ReliableGRPOTrainer
 
 logger = get_logger(__name__)
@@ -64,6 +75,8 @@ _FIXED = (
     "progress_decay",
     "summary_policy",
     "summary_weight",
+    "summary_reward",
+    "reference_template",
 )
 _BASELINE = "adaptive_baseline.pth"  # in a checkpoint
 
@@ -84,6 +97,7 @@ class _GenerationBatch:
     packed: PackedRollouts | None = None  # N rows, as packed
     padded: PackedRollouts | None = None  # the same rows after TRL padded and moved them
     rewards_per_func: torch.Tensor | None = None  # (W·N, M, A, F)
+    references: ReferenceAnswers | None = None  # of its N rollouts, in place of sampled summaries
     rewards: torch.Tensor | None = None  # (W·N, M, A), NaN where no function scored the summary
     extra_logs: dict[str, list] = field(default_factory=dict)  # from reward functions, a value per rollout and budget
 
@@ -143,8 +157,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
             default reward needs `"answer"` or `"solution"`.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             See [`~trl.GRPOTrainer`]. Defaults to [`~trl_anytime.rewards.MathReward`]. Each is called once per summary,
-            with the summary as the completion. The argument `well_formed` says for each summary whether its thinking
-            was ended exactly once.
+            with the summary as the completion. Further arguments say for each summary where its thinking was cut, see
+            [`~trl_anytime.rollout.types.Rollout.summary_facts`].
         **kwargs:
             The other arguments of [`~trl.GRPOTrainer`], by keyword: `eval_dataset`, `processing_class`,
             `reward_processing_classes`, `callbacks`, `optimizers`, `quantization_config`, `peft_config`. `tools`,
@@ -191,13 +205,14 @@ class BRPOTrainer(ReliableGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = BRPOConfig(f"{model_name.split('/')[-1]}-BRPO")
         check_arguments(args, train_dataset, kwargs)
+        check_reward_funcs(args, reward_funcs, kwargs.get("eval_dataset"))
         reward_funcs = MathReward() if reward_funcs is None else reward_funcs
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
         for reward_func in reward_funcs:
             if isinstance(reward_func, AnswerReward):
-                train_dataset, kwargs["eval_dataset"] = (
-                    check_answers(reward_func, dataset) for dataset in (train_dataset, kwargs.get("eval_dataset"))
-                )
+                if args.summary_reward is None:
+                    train_dataset = check_answers(reward_func, train_dataset)
+                kwargs["eval_dataset"] = check_answers(reward_func, kwargs.get("eval_dataset"))
 
         # Set while TRL's methods run around ours: the generation batch, and the rows of the loss
         self._batch: _GenerationBatch | None = None
@@ -235,6 +250,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         )
         check_tokens(self._tokenizer, self.model, self.eos_token_ids, self.markers, shortest_prompts + longest_prompts)
         self._check_context(longest_prompts)
+        if args.summary_reward is not None:
+            check_references(self.train_dataset, args, self._tokenizer, self.markers)
         packed, separate = most_tokens(args, self.markers.max_bridge_length)
         self.max_completion_length = args.max_completion_length or packed
         unwrap = self.accelerator.unwrap_model
@@ -247,6 +264,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         )
         self.generation = choose_backend(self, self._forward is forward_packed)
 
+        self._times.on_start = self.generation.times.on_start = StepLines.replace(self).show_phase
         self.add_callback(StartReport(self, max(map(len, longest_prompts))))
         if args.alarms:
             self.add_callback(Alarms())
@@ -280,7 +298,10 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self.eos_token_ids,
             batch.num_generations,
         )
-        batch.rollouts = self.generation.roll_out(prompt_ids, settings)
+        if batch.references is None:
+            batch.rollouts = self.generation.roll_out(prompt_ids, settings)
+        else:
+            batch.rollouts = batch.references.roll_out(self.generation, prompt_ids, settings)
         self._times.seconds |= self.generation.times.seconds
         batch.packed = packed = PackedRollouts.pack(
             [rollout.thinking.token_ids for rollout in batch.rollouts],
@@ -288,6 +309,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
             [rollout.bridges for rollout in batch.rollouts],
             [rollout.summaries for rollout in batch.rollouts],
         )
+        if batch.references is not None:
+            scores = self._packed_logprobs(packed, prompt_ids)
+            batch.rollouts = batch.references.score(batch.rollouts, packed, scores)
         logprobs = [rollout.packed_logprobs() for rollout in batch.rollouts]
         lengths = packed.lengths.tolist()
         return {
@@ -297,6 +321,25 @@ class BRPOTrainer(ReliableGRPOTrainer):
             "logprobs": None if logprobs[0] is None else logprobs,
         }
 
+    def _packed_logprobs(self, packed: PackedRollouts, prompt_ids: list[list[int]]) -> torch.Tensor:
+        """Compute the policy's log-probabilities of packed rows, shape (N, T), without gradient and on the host."""
+        width, num_tokens = max(map(len, prompt_ids)), packed.token_ids.size(1)
+        padding = [width - len(ids) for ids in prompt_ids]
+        pad_token_id = self._tokenizer.pad_token_id
+        prompts = [[pad_token_id] * pad + ids for pad, ids in zip(padding, prompt_ids, strict=True)]
+        prompt_mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        mask = packed.indices() < packed.lengths[:, None]
+        with torch.no_grad():
+            logprobs = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([torch.tensor(prompts), packed.token_ids], dim=1).to(self.accelerator.device),
+                torch.cat([torch.tensor(prompt_mask), mask.long()], dim=1).to(self.accelerator.device),
+                num_tokens,
+                self.args.per_device_train_batch_size,
+            )[0]
+        cast(_GenerationBatch, self._batch).padded = None  # TRL may pad the same rows to another width
+        return logprobs.float().cpu()
+
     # Rewards and advantages
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -305,13 +348,15 @@ class BRPOTrainer(ReliableGRPOTrainer):
         num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
         per_rollout = num_budgets * num_summaries
         summary_ids = [ids for rollout in batch.rollouts for at_budget in rollout.summaries for ids in at_budget]
-        well_formed = [
-            formed for rollout in batch.rollouts for row in rollout.well_formed(self.markers) for formed in row
+        summary_facts = [
+            facts
+            for rollout in batch.rollouts
+            for facts in rollout.summary_facts(batch.budgets, self.markers, self._tokenizer)
         ]
         texts = self._tokenizer.batch_decode(summary_ids, skip_special_tokens=True)
         if is_conversational({"prompt": prompts[0]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
-        rows = [{**inputs[i // per_rollout], "well_formed": formed} for i, formed in enumerate(well_formed)]
+        rows = [{**inputs[i // per_rollout], **facts} for i, facts in enumerate(summary_facts)]
         prompts = [prompts[i // per_rollout] for i in range(len(rows))]
         rewards_per_func = super()._calculate_rewards(rows, prompts, texts, summary_ids)
 
@@ -338,7 +383,15 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
-        self._batch = batch = self._new_batch(mode)
+        batch = self._new_batch(mode, inputs)
+        if batch.references is None:
+            return self._train_on(batch, mode, inputs)
+        with batch.references.rewarding(self):
+            return self._train_on(batch, mode, inputs)
+
+    def _train_on(self, batch: _GenerationBatch, mode: str, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Fill a generation batch by TRL's method, and compute the advantages of its tokens."""
+        self._batch = batch
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -358,7 +411,13 @@ class BRPOTrainer(ReliableGRPOTrainer):
             rewards_PGMA, batch.budgets, batch.prior, baseline, self.args.progress_decay
         )
         weights_M = summary_weights(self.args.summary_weight, batch.budgets, batch.prior, batch.num_summaries)
-        summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy, weights_M)
+        if batch.references is None:
+            summary_PGMA = summary_advantages(rewards_PGMA, cuts_PGM, self.args.summary_policy, weights_M)
+        else:
+            lengths_PGM = self.accelerator.gather(packed.summary_lengths()).view(grouped)
+            summary_PGMA = likelihood_advantages(
+                batch.references.kind, rewards_PGMA[..., 0], lengths_PGM, weights_M.to(rewards_PGMA)
+            ).unsqueeze(-1)
         # Advantages are unknown where summaries could not be scored. They become 0: `anytime/unscored_ratio` counts
         # such summaries.
         thinking = thinking_PGM.reshape(-1, num_budgets).nan_to_num()
@@ -380,10 +439,13 @@ class BRPOTrainer(ReliableGRPOTrainer):
             self._metrics[mode]["anytime/pruned_ratio"].append(1 - now / before)
         return output
 
-    def _new_batch(self, mode: str) -> _GenerationBatch:
+    def _new_batch(self, mode: str, inputs: list[dict[str, Any]]) -> _GenerationBatch:
         args = self.args
         if mode == "train":
-            return _GenerationBatch(args.budgets, args.prior, args.num_summaries, self.num_generations)
+            batch = _GenerationBatch(args.budgets, args.prior, args.num_summaries, self.num_generations)
+            if args.summary_reward is not None:
+                batch.references = ReferenceAnswers.from_rows(inputs, args, self._tokenizer, self.markers)
+            return batch
         # Evaluation estimates the plain curve, with equal weights and one summary per budget
         return _GenerationBatch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval)
 
@@ -472,6 +534,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         }
         for name in METRICS_OF_PLAIN_ROWS:
             self._metrics[mode].pop(name)
+        if batch.references is not None:  # a reference answer has neither a form nor a limit that the model chose
+            metrics = {k: v for k, v in metrics.items() if not k.startswith(("summary/", "anytime/formatted@"))}
         for name, values in metrics.items():
             self._metrics[mode][name].extend(values)
         if mode == "train":

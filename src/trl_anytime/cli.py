@@ -166,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME",
         help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]), a json, jsonl, "
-        "parquet or csv file, or reasoning_gym:TASK?setting=value&size=500&seed=0; NAME=SOURCE gives it a name; can be "
-        "repeated",
+        "parquet or csv file, or reasoning_gym:TASK?setting=value&size=500&seed=0; NAME=SOURCE gives it a name; can "
+        "be repeated",
     )
     problems.add_argument("--problem-column", metavar="COLUMN", help="(default: problem, question or prompt)")
     problems.add_argument(

@@ -555,6 +555,27 @@ def test_unused_settings_of_a_recipe(data, model, unused):
     assert named(data_args, findings) | named(model_args, findings) == unused
 
 
+@pytest.mark.parametrize(
+    ("learning_rate", "use_peft", "advised"),
+    [("1e-6", True, "1e-05"), ("4e-6", True, "4e-05"), ("5e-6", True, None), ("1e-6", False, None)],
+)
+def test_the_learning_rate_of_adapters(folder, learning_rate, use_peft, advised):
+    """That of full fine-tuning is too small for them."""
+    changes = {"learning_rate": learning_rate, "use_peft": str(use_peft)}
+    report = check_recipe(folder / "recipe.yaml", changes, Launch(1), settings_only=True)
+    found = [finding for finding in report.findings if "learning_rate" in finding.message]
+    assert [finding.level for finding in found] == ([WARNING] if advised else [])
+    assert all(advised in finding.fix for finding in found)
+
+
+def test_the_trainer_looks_at_the_learning_rate_of_adapters(tmp_path, caplog):
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    for learning_rate, count in ((1e-6, 1), (1e-5, 0)):
+        caplog.clear()
+        tiny_trainer(tmp_path, max_steps=1, peft_config=lora, learning_rate=learning_rate).train()
+        assert sum("`learning_rate=" in record.getMessage() for record in caplog.records) == count
+
+
 def test_a_static_cache_is_ignored(tmp_path):
     tiny_trainer(tmp_path, cache_implementation="static", max_steps=1).train()
 

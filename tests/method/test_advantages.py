@@ -70,6 +70,18 @@ def test_thinking_advantages_by_hand():
         torch.testing.assert_close(actual, torch.tensor([advantages]), msg=baseline)
 
 
+def test_a_budget_of_0_is_the_progress_so_far_of_the_first_segment():
+    # Two traces, budgets 0, 2, 4, weights 0, 1/2, 1/2, one summary: rewards 1 0 1 and 0 0 1.
+    # R of the first and of the second: 1/2 (0 + 1) for the segment up to 2, 1/2 for the one up to 4; V2 is the same.
+    # V1 of the first: r_1 · 1 = 1; (0.5² · 1 + 0.5 · 0) / 0.75 · 1/2 = 1/6. V1 of the second: 0; 0.
+    rewards = torch.tensor([[1.0, 0, 1], [0, 0, 1]]).view(1, 2, 3, 1)
+    segments = segment_returns(rewards, [0, 2, 4], [0, 1, 1])
+    torch.testing.assert_close(segments.returns[0, :, 1:], torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    torch.testing.assert_close(segments.v1[0, :, 1:], torch.tensor([[1, 1 / 6], [0, 0]]))
+    # b_{j-1} / b_m = 0 and 1/2
+    torch.testing.assert_close(segments.brpo[0, :, 1:], torch.tensor([[0.5, 1 / 12 + 1 / 4], [0.5, 1 / 4]]))
+
+
 def test_progress_decay_by_hand():
     # Third segment, rewards 1, 0 before it: (λ² · 1 + λ · 0) / (λ² + λ) = λ / (1 + λ), times Σ_{k≥3} P_k = 1/2
     rewards = torch.tensor([1.0, 0, 0]).view(1, 1, 3, 1)

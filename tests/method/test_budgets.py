@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trl_anytime.method.budgets import check_budgets, prior_weights, thinking_cuts
+from trl_anytime.method.budgets import check_budgets, nonempty_segments, prior_weights, thinking_cuts
 
 
 @pytest.mark.parametrize(
@@ -32,9 +32,9 @@ def test_bad_priors(prior, message):
         prior_weights(prior, [100, 200])
 
 
-@pytest.mark.parametrize("budgets", [[], [0, 5], [5, 5], [8, 4], [-1], [1.5, 3], [True, 2], ["4"]])
+@pytest.mark.parametrize("budgets", [[], [0], [5, 5], [0, 0], [8, 4], [-1, 4], [1.5, 3], [True, 2], ["4"]])
 def test_bad_budgets(budgets):
-    with pytest.raises(ValueError, match="`eval_budgets` must be strictly increasing positive ints"):
+    with pytest.raises(ValueError, match="`eval_budgets`"):
         check_budgets(budgets, "eval_budgets")
 
 
@@ -52,6 +52,14 @@ def test_bad_budgets(budgets):
 def test_bad_budgets_name_the_fix(budgets, fix):
     with pytest.raises(ValueError, match=f"`budgets` .*{fix}"):
         check_budgets(budgets)
+
+
+def test_the_first_budget_may_be_0():
+    assert check_budgets([0, 5]) == [0, 5]
+    assert thinking_cuts(torch.tensor([1, 9]), [0, 5]).tolist() == [[0, 1], [0, 5]]
+    # Nothing is thought up to 0 tokens; then 1 … 5 and 6 … 8
+    live = nonempty_segments(torch.tensor([[0, 1, 1], [0, 5, 8]]), [0, 5, 8])
+    assert live.tolist() == [[False, True, False], [False, True, True]]
 
 
 def test_budgets_beyond_the_end_share_the_last_cut():

@@ -94,6 +94,14 @@ def test_token_advantages_by_hand():
     assert advantages.tolist() == [[0.5, 0.5, -1.0, -1.0, 0, 1.0, 0, 2.0, 2.0, 0, 3.0, 0, 4.0]]
 
 
+def test_the_first_token_belongs_to_the_second_segment_behind_a_budget_of_0():
+    packed = PackedRollouts.pack([[1, 2, 3]], [[0, 2, 3]], [[[9]] * 3], [[[[4]]] * 3])
+    advantages = packed.token_advantages(torch.tensor([[5.0, 1.0, 2.0]]), torch.zeros(1, 3, 1), budgets=[0, 2, 3])
+    assert advantages[0, :3].tolist() == [1.0, 1.0, 2.0]
+    # The summary at 0 tokens goes on from the prompt
+    assert packed.positions()[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 3, 4]
+
+
 def test_more_budgets_than_segments():
     # A trace that ended at token 3 of budgets 2, 4, 6: its third token belongs to the second segment
     packed = PackedRollouts.pack([[1, 2, 3]], [[2, 3, 3]], [[[9]] * 3], [[[[4]]] * 3])

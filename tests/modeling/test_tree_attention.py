@@ -14,7 +14,7 @@ from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attentio
 
 
 def make_batch():
-    """Three rollouts: cut at every budget; finished before the second; finished before the first, with empty parts."""
+    """Three rollouts: cut at every budget; at 0 tokens and at its end; finished before the first, with empty parts."""
     generator = torch.Generator().manual_seed(0)
 
     def sample(length):
@@ -23,7 +23,7 @@ def make_batch():
     prompts = [sample(6), sample(2), sample(4)]
     packed = PackedRollouts.pack(
         traces=[sample(9), sample(5), sample(1)],
-        cuts=[[3, 6, 9], [3, 5, 5], [1, 1, 1]],
+        cuts=[[3, 6, 9], [0, 5, 5], [1, 1, 1]],
         bridges=[[sample(3), sample(3), sample(3)], [sample(3), sample(1), sample(1)], [sample(1)] * 3],
         summaries=[
             [[sample(2), sample(4)], [sample(1), sample(3)], [sample(4), sample(1)]],

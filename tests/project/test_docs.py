@@ -253,7 +253,7 @@ def tiny_settings(monkeypatch, tmp_path):
             "gradient_accumulation_steps": 1,
             "per_device_train_batch_size": 8,
             "max_steps": 1,
-            "num_summaries": 2,
+            "num_summaries": 1 if "summary_reward" in settings else 2,
             "max_summary_length": 4,
         }
         return make_config(tmp_path / output_dir, **settings)
@@ -284,6 +284,20 @@ def test_python(typed, tiny_settings, workplace, monkeypatch, tmp_path):
         else:
             code = block.code.replace('"deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"', repr(str(model_dir)))
             exec(compile(code, str(block), "exec"), names)
+
+
+def test_the_reward_that_discounts_thinking():
+    (block,) = (block for block in blocks("python") if "def right_and_short" in block.code)
+    names = {}
+    exec(block.code.partition("\n\n\ntrainer =")[0], names)
+    rewards = names["right_and_short"](
+        completions=[[{"role": "assistant", "content": text}] for text in ("it is 42", "it is 42", "41", "it is 42")],
+        answer=["42"] * 4,
+        well_formed=[True, True, True, False],
+        cut=[0, 2000, 0, 0],
+        budget=[0, 4000, 0, 0],
+    )
+    assert rewards == pytest.approx([1.0, 0.81, 0.0, 0.0])  # 0.9² behind 2,000 tokens
 
 
 @pytest.mark.parametrize("block", blocks("diff"), ids=str)

@@ -23,7 +23,7 @@ PROMPTS = [[7, 8, 9, 10, 11, 12], [13, 14], [15, 4, 7, 8], [9, 9, 12], [6], [18,
 
 
 def make_settings(think_end=(5,), **settings):
-    defaults = {"budgets": [3, 7, 11, 12], "num_summaries": 2, "max_summary_length": 6, "eos_token_ids": [EOS]}
+    defaults = {"budgets": [0, 3, 7, 12], "num_summaries": 2, "max_summary_length": 6, "eos_token_ids": [EOS]}
     return RolloutSettings(markers=make_markers(think_end, (3,), (16, 17)), **(defaults | settings))
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from tests.support import DATA
 from tests.support.pages import table
@@ -383,3 +383,42 @@ def test_the_documentation_lists_every_alarm_with_its_threshold():
     for alarm in ALARMS:
         figures = [float(figure) for figure in re.findall(r"\d[\d.]*(?:e-\d+)?", thresholds[alarm.name])]
         assert any(figure == pytest.approx(alarm.threshold) for figure in figures), alarm.name
+
+
+# The end of a short run
+
+
+def end_of_run(alarms, steps, max_steps, metrics, caplog):
+    """The warnings of a run: in `logs` of each step, then at its end."""
+    state = TrainerState(global_step=steps, max_steps=max_steps)
+    for step in range(1, steps + 1):
+        assert alarms.update(step, metrics) == []
+    with caplog.at_level("WARNING"):
+        alarms.on_train_end(None, state, None)
+    return [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
+
+
+def test_a_run_shorter_than_a_window_is_judged_at_its_end(caplog):
+    bad = HEALTHY | rewards(0.0, 0.0) | {"summary/clipped_ratio": 0.3, "entropy": 0.0}
+    warnings = end_of_run(Alarms(make_tokenizer()), 3, 3, bad, caplog)
+    # Entropy is compared with the first window, and there is none
+    names = {alarm.name for alarm in ALARMS if any(alarm.name in warning for warning in warnings)}
+    assert names == {"no reward at any budget", "summaries are cut off"} and len(warnings) == 2
+    # Threshold, figure, step, updates
+    assert sorted(numbers(warnings[1])) == [0.25, 0.3, 3, 3]
+
+
+def test_a_healthy_short_run_is_silent(caplog):
+    assert end_of_run(Alarms(make_tokenizer()), 3, 3, HEALTHY, caplog) == []
+
+
+def test_a_run_that_was_stopped_early_is_not_judged(caplog):
+    """It is resumed, and its window may fill up."""
+    assert end_of_run(Alarms(make_tokenizer()), 3, 100, HEALTHY | rewards(0.0, 0.0), caplog) == []
+
+
+def test_what_has_gone_off_is_not_repeated_at_the_end(caplog):
+    alarms = Alarms(make_tokenizer())
+    ((step, _),) = sound(alarms, [(10, HEALTHY | {"summary/clipped_ratio": 1.0})])
+    alarms.on_train_end(None, TrainerState(global_step=10, max_steps=10), None)
+    assert step == 10 and caplog.records == []

@@ -324,3 +324,22 @@ def test_an_engine_without_a_prefix_cache(vllm, monkeypatch):
     monkeypatch.setattr(vllm.llm.llm_engine.vllm_config.cache_config, "enable_prefix_caching", False)
     with pytest.raises(ValueError, match="prefix"):
         ColocateGeneration(vllm)
+
+
+def test_reference_answers_are_scored_by_the_trainer(model_dir, tmp_path):
+    """The engine thinks. The answers' log-probabilities are the policy's own, so that nothing is corrected."""
+    trainer = colocate_trainer(
+        model_dir,
+        tmp_path,
+        budgets=[0, 3, 9],
+        summary_reward="likelihood",
+        reference_template="{answer}",
+        num_summaries=1,
+        reward_funcs=None,
+        max_steps=2,
+    )
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert 0 < logs["anytime/reward@0"] < 1
+    assert logs["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-3)
+    assert logs["sampling/sampling_logp_difference/max"] < 1e-3

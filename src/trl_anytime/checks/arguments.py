@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
@@ -11,6 +12,10 @@ from trl.data_utils import is_conversational
 from ..brpo_config import BRPOConfig
 from ..rewards import AnswerReward
 from ..rollout.markers import ThinkingMarkers
+from ..rollout.types import SUMMARY_FACTS
+from ..training.references import encode_reference, reference_texts
+
+logger = get_logger(__name__)
 
 # Arguments of a reward function that are not columns of the data
 _REWARD_ARGUMENTS = (
@@ -20,7 +25,7 @@ _REWARD_ARGUMENTS = (
     "trainer_state",
     "log_extra",
     "log_metric",
-    "well_formed",
+    *SUMMARY_FACTS,
 )
 
 
@@ -203,3 +208,57 @@ def check_answers(reward: AnswerReward, dataset: Any) -> Any:
     if isinstance(dataset, dict):
         return type(dataset)({name: reward.check_dataset(part) for name, part in dataset.items()})
     return None if dataset is None else reward.check_dataset(dataset)
+
+
+def check_reward_funcs(args: BRPOConfig, reward_funcs: Any, eval_dataset: Any) -> None:
+    """
+    Refuse reward functions that would never be called.
+
+    Raises:
+        `ValueError`: If the likelihood is the reward of training and there is nothing to evaluate on.
+    """
+    if args.summary_reward is not None and reward_funcs is not None and eval_dataset is None:
+        raise ValueError(
+            "`reward_funcs` would never be called: with `summary_reward` they grade evaluations only. Pass an "
+            "`eval_dataset`, or remove them."
+        )
+
+
+def check_references(
+    train_dataset: Any, args: BRPOConfig, tokenizer: PreTrainedTokenizerBase, markers: ThinkingMarkers
+) -> None:
+    """
+    Refuse reference answers that cannot be scored, and warn of those that melt into the bridge.
+
+    Args:
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The data. Of a stream only the first row is looked at.
+        args ([`BRPOConfig`]):
+            The settings, with `summary_reward`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        markers ([`ThinkingMarkers`]):
+            Its bridges.
+
+    Raises:
+        `ValueError`: If an answer is missing, one of several, or longer than `max_summary_length`.
+    """
+    rows = train_dataset
+    if isinstance(rows, IterableDataset):
+        rows = {name: [value] for name, value in next(iter(rows)).items()}
+    texts = reference_texts(rows, args.reference_template)
+    eos_token_id = cast(int, tokenizer.eos_token_id)
+    encoded = [encode_reference(text, tokenizer, markers, eos_token_id) for text in texts]
+    longest, row = max((len(ids), row) for row, (ids, _) in enumerate(encoded))
+    if longest > args.max_summary_length:
+        raise ValueError(
+            f"The reference answer of row {row} has {longest} tokens, and `max_summary_length` is "
+            f"{args.max_summary_length}. Raise it to {longest}, or drop such rows."
+        )
+    melting = [row for row, (_, melts) in enumerate(encoded) if melts]
+    if melting:
+        logger.warning(
+            f"{len(melting)} of {len(encoded)} reference answers would share a token with the bridge before them. The "
+            f"first is in row {melting[0]}: {texts[melting[0]]!r} behind {markers.answer_bridge!r}. The model would "
+            "write other tokens than those that are scored. End `answer_bridge` with a line break."
+        )

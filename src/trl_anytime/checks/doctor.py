@@ -41,6 +41,7 @@ from .memory import Launch, memory_finding, planned_model, without_memory
 from .prompts import shortest_and_longest
 from .start_checks import (
     context_findings,
+    learning_rate_findings,
     length_findings,
     prompt_findings,
     reward_findings,
@@ -160,6 +161,7 @@ def check_recipe(
 
     name = str(model_args.model_name_or_path)
     found.findings += _settings(data_args, args, model_args)
+    found.findings += learning_rate_findings(args, bool(model_args.use_peft))
     if not found.findings:
         found.findings.append(Finding("settings", OK, "All given settings have an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only, assume_vllm)

@@ -15,7 +15,15 @@ from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding
-from .start_checks import length_findings, reward_findings, sampled_rows, splice_findings, template_findings, text_of
+from .start_checks import (
+    learning_rate_findings,
+    length_findings,
+    reward_findings,
+    sampled_rows,
+    splice_findings,
+    template_findings,
+    text_of,
+)
 from .unused_settings import unused_settings
 
 logger = get_logger(__name__)
@@ -84,14 +92,18 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
         sets = {"train_dataset": data, **sets}
     prompt, tokenizer = rows[0]["prompt"], cast(PreTrainedTokenizerBase, trainer.processing_class)
     rendered, generation_prompt = render_prompt(tokenizer, prompt, trainer.chat_template_kwargs)
-    in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in trainer.reward_funcs)
+    # With `summary_reward` no function grades what is trained
+    is_graded = args.summary_reward is None or trainer.eval_dataset is not None
+    reward_funcs = trainer.reward_funcs if is_graded else []
+    in_boxes = any(isinstance(func, AnswerReward | FormatReward) for func in reward_funcs)
     findings = [
         *batch.findings(),
+        *learning_rate_findings(args, is_peft_model(trainer.accelerator.unwrap_model(trainer.model))),
         *unused_settings(args, has_eval_data=trainer.eval_dataset is not None),
         *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
-        *reward_findings(args, trainer.reward_funcs, gold_rows, sets),
-        *length_findings(args, trainer.reward_funcs, sets, tokenizer),
+        *reward_findings(args, reward_funcs, gold_rows, sets),
+        *length_findings(args, reward_funcs, sets, tokenizer),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
     ]
     print(batch.table(), flush=True)

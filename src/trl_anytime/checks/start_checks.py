@@ -36,6 +36,8 @@ _SAMPLES = 8
 _SHARED = 0.01
 _ANSWERING_WORDS = frozenset(["yes", "no", "true", "false"])
 _MANY_WORDS = 5
+# Half of ten times 1e-6, the default and the rate of all recipes, which train all weights
+_LEAST_ADAPTER_RATE = 5e-6
 _TEXT_COMMAND = re.compile(r"\\(?:text\w*|math\w+|mbox)\s*\{([^{}]*)\}")
 _LETTERS = re.compile(r"[^\W\d_][^\W\d_ /'-]*(?:[ /'-]+[^\W\d_ /'-]+)*")
 _SKIP_BAD_GOLDS = "Or set `on_bad_gold` to 'skip', in the reward or the recipe, to drop rows without a usable answer."
@@ -364,6 +366,33 @@ def context_findings(
 
 
 # Rewards
+
+
+def learning_rate_findings(args: BRPOConfig, trains_adapters: bool) -> list[Finding]:
+    """
+    Find the learning rate of full fine-tuning in a training of adapters.
+
+    LoRA learns best at about ten times the rate that suits all weights (https://thinkingmachines.ai/blog/lora/).
+
+    Args:
+        args ([`BRPOConfig`]):
+            All settings.
+        trains_adapters (`bool`):
+            Whether adapters are trained in place of all weights.
+
+    Returns:
+        `list[Finding]`: a warning, or none.
+    """
+    if not trains_adapters or not 0 < args.learning_rate < _LEAST_ADAPTER_RATE:
+        return []
+    return [
+        Finding(
+            "settings",
+            WARNING,
+            f"`learning_rate={args.learning_rate:g}` suits full fine-tuning. Adapters learn little at it.",
+            f"Set `learning_rate` to {10 * args.learning_rate:g} or more.",
+        )
+    ]
 
 
 def reward_findings(

@@ -265,8 +265,8 @@ class Evaluation:
         instruction (`str`, *optional*):
             Text after each question. Defaults to the paper's.
         reward (`Callable`, *optional*):
-            Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.TaskReward`] for problems of a task, and to
-            [`~trl_anytime.rewards.MathReward`] for others.
+            Reward function in TRL's form. Defaults to [`~trl_anytime.rewards.TaskReward`] for problems of a task, and
+            to [`~trl_anytime.rewards.MathReward`] for others.
         batch_size (`int`, *optional*):
             Samples that are computed together. Defaults to 16 for a model, to 256 for an engine, and to 1 for a
             server, which batches by itself.
@@ -443,7 +443,7 @@ class Evaluation:
                         "answers": texts,
                         "well_formed": are_formed,
                         "clipped": clipped[context.budgets[0]],
-                        **self._missing_boxes(texts, are_formed),
+                        **self._missing_boxes(problems, texts, are_formed),
                         "rewards": rewards,
                     }
                 )
@@ -471,11 +471,12 @@ class Evaluation:
             records[0]["limited"] = dict(limited)
         return records
 
-    def _missing_boxes(self, texts: list[str], well_formed: list[bool]) -> dict[str, list[bool]]:
+    def _missing_boxes(self, problems: ProblemSet, texts: list[str], well_formed: list[bool]) -> dict[str, list[bool]]:
         """Return which well-formed summaries lack a box, for a reward that looks for one."""
-        if not isinstance(self._reward, AnswerReward):
+        reward = self._reward_of(problems)
+        if not isinstance(reward, AnswerReward):
             return {}
-        found = [self._reward.find_answer(text, formed) for text, formed in zip(texts, well_formed, strict=True)]
+        found = [reward.find_answer(text, formed) for text, formed in zip(texts, well_formed, strict=True)]
         return {"no_box": [answer == "" for answer in found]}
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:

@@ -19,23 +19,29 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
 
     Args:
         budgets (`Sequence[int]`):
-            Thinking budgets b_1 < … < b_m in tokens.
+            Thinking budgets b_1 < … < b_m in tokens. The first may be 0: the answer without thinking.
         name (`str`, *optional*, defaults to `"budgets"`):
             Name of the setting, for the error.
 
     Raises:
-        `ValueError`: If `budgets` is empty or not strictly increasing positive ints.
+        `ValueError`: If `budgets` is empty, not strictly increasing ints of at least 0, or 0 alone.
     """
     if isinstance(budgets, int | str) or not isinstance(budgets, Iterable):
         fix = f" Set `{name}=[{budgets}]`." if type(budgets) is int and budgets > 0 else ""
         raise ValueError(f"`{name}` must be a list of ints, such as [2000, 4000, 6000, 8000], got {budgets!r}.{fix}")
     values = list(budgets)
     are_ints = all(isinstance(b, int) and not isinstance(b, bool) for b in values)
-    if not values or not are_ints or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
-        in_order = sorted({b for b in values if b > 0}) if are_ints else []
+    if (
+        not values
+        or not are_ints
+        or values[0] < 0
+        or values[-1] == 0
+        or any(a >= b for a, b in zip(values, values[1:], strict=False))
+    ):
+        in_order = sorted({b for b in values if b >= 0}) if are_ints else []
         raise ValueError(
-            f"`{name}` must be strictly increasing positive ints (thinking tokens), such as [2000, 4000, 6000, 8000], "
-            f"got {values}.{f' Set {in_order}.' if in_order else ''}"
+            f"`{name}` must be strictly increasing ints (thinking tokens) that end above 0, such as "
+            f"[2000, 4000, 6000, 8000], got {values}.{f' Set {in_order}.' if in_order and in_order[-1] else ''}"
         )
     return values
 
@@ -113,4 +119,5 @@ def nonempty_segments(cuts: torch.Tensor, budgets: Sequence[int]) -> torch.Tenso
     Returns:
         `torch.Tensor`: bool of shape (..., M), True where a segment has tokens.
     """
-    return cuts[..., -1:] > torch.tensor([0, *budgets[:-1]], device=cuts.device)
+    starts, ends = (torch.tensor(list(x), device=cuts.device) for x in ([0, *budgets[:-1]], budgets))
+    return (cuts[..., -1:] > starts) & (ends > starts)  # that of a budget of 0 has none

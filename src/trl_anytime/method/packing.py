@@ -134,6 +134,16 @@ class PackedRollouts:
         sampled_RT = (branch_RT < 0) | (self.indices() >= summary_start_RT)
         return sampled_RT & (self.indices() < self.lengths[:, None])
 
+    def summary_lengths(self) -> torch.Tensor:
+        """Return the tokens of each summary, its bridge left out, shape (R, M, A)."""
+        return self.spans[..., 2] - self.spans[..., 1]
+
+    def summary_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` of shape (R, T) over the tokens of each summary, to shape (R, M, A)."""
+        summary_RT = (self.branches() + 1).masked_fill(~self.trained(), 0)  # 0 for all that is no summary
+        sums = values.new_zeros(len(values), self.spans[0, ..., 0].numel() + 1)
+        return sums.scatter_add(1, summary_RT, values)[:, 1:].view(self.spans.shape[:3])
+
     def visible(self) -> torch.Tensor:
         """
         Return what each token may see, as a dense mask for tests and drawings. Training never builds it.

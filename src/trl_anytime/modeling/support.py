@@ -120,10 +120,26 @@ def unsupported_structure(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _tolerance(model: PreTrainedModel, half_precision: bool = False) -> float:
-    # A right layout is off by rounding: by 1e-5 in float32, and in half precision by what rounds logits of 10 to 0.03.
-    # A wrong one is off by 1e-3 on a random model and by 0.1 to 4 on a trained one.
-    return 0.25 if half_precision or model.dtype != torch.float32 else 2e-4
+def _tolerance(model: PreTrainedModel, logprobs: torch.Tensor, half_precision: bool = False) -> float:
+    """
+    Return how far log-probabilities may differ through rounding alone.
+
+    In float32 a right layout is off by 1e-5 and a wrong one by 1e-3 or more. In half precision rounding grows with the
+    logits. SmolLM2-135M in bfloat16 has log-probabilities down to -40 over its vocabulary. There a right layout is off
+    by 0.2 to 0.7, as far as plain bfloat16 is from float32, and one with a token too few by 2.7 to 6.5.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model.
+        logprobs (`torch.Tensor`):
+            The log-probabilities that are compared with.
+        half_precision (`bool`, *optional*, defaults to `False`):
+            Whether a model with weights in float32 computes in half precision.
+    """
+    if model.dtype == torch.float32 and not half_precision:
+        return 2e-4
+    dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
+    return 8 * torch.finfo(dtype).eps * logprobs.abs().max().item()
 
 
 def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
@@ -163,7 +179,6 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
     Returns:
         `str`, *optional*: why the model must not train on packed rollouts.
     """
-    tolerance = _tolerance(model, half_precision)
     packed, row, _, _ = _example(model)
     training = wrapped.training
     wrapped.eval()  # dropout would differ between the two
@@ -175,6 +190,7 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
             )
     finally:
         wrapped.train(training)
+    tolerance = _tolerance(model, separate, half_precision)
     error = (tree - separate).abs().max().item()
     if error <= tolerance:  # false for NaN
         return None
@@ -197,7 +213,6 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
     Returns:
         `str`, *optional*: why the model must not train on packed rollouts.
     """
-    tolerance = _tolerance(model)
     packed, row, words, generator = _example(model)
     embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
     weights = torch.randn(row.size(1) - 1, generator=generator).to(words.device)
@@ -225,6 +240,7 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
     finally:
         hook.remove()
         model.train(training)
+    tolerance = _tolerance(model, separate)
     error = (tree - separate).abs().max().item()
     gradient_error = ((tree_gradient - separate_gradient).abs().max() / separate_gradient.abs().max()).item()
     if error <= tolerance and gradient_error <= tolerance:  # false for NaN
@@ -274,7 +290,11 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
         return f"its cache is not supported ({type(error).__name__}: {error})"
     finally:
         model.train(training)
-    difference = (decoded - separate.float().log_softmax(-1)).abs().max().item()
-    if difference <= _tolerance(model):  # false for NaN
+    logprobs = separate.float().log_softmax(-1)
+    difference, tolerance = (decoded - logprobs).abs().max().item(), _tolerance(model, logprobs)
+    if difference <= tolerance:  # false for NaN
         return None
-    return f"on a small example its log-probabilities differ by {difference:.2g} from those of a plain forward pass"
+    return (
+        f"on a small example its log-probabilities differ by {difference:.2g} from those of a plain forward pass "
+        f"(tolerance {tolerance:.2g})"
+    )

@@ -272,6 +272,8 @@ def _loaded_from(name_or_path: str | None) -> str | None:
 
 
 def _recipe(args: BRPOConfig) -> str:
+    if args.summary_reward is not None:  # in none of the papers
+        return "custom"
     return recipe_name(
         args.budgets,
         args.prior,
@@ -346,7 +348,9 @@ def _describe(dataset: Dataset | IterableDataset, given: str | None, otherwise: 
 def _settings(trainer: Any, config: AnytimeConfig, adapter: Any) -> dict[str, str]:
     args: BRPOConfig = trainer.args
     weights = zip(config.budgets, config.prior, strict=True)
-    rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True)
+    rewards = list(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    if args.summary_reward is not None:  # the functions grade evaluations only
+        rewards = [(f"{args.summary_reward} of the reference answer, without sampled summaries", 1.0)]
     is_stream = isinstance(trainer.train_dataset, IterableDataset)
     baseline = {"v1": f"v1, λ = {args.progress_decay:g}", "brpo": f"brpo, λ = {args.progress_decay:g}"}
     scheduler = SchedulerType(args.lr_scheduler_type).value

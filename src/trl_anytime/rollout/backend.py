@@ -25,7 +25,7 @@ class RolloutSettings:
         budgets (`list[int]`):
             M budgets in thinking tokens, increasing. Thinking is sampled up to the last one.
         num_summaries (`int`):
-            Number of summaries A at each budget.
+            Number of summaries A at each budget. With 0 the model thinks and does not answer.
         max_summary_length (`int`):
             Most tokens sampled for one summary.
         markers ([`ThinkingMarkers`]):
@@ -167,10 +167,12 @@ class PrefixGeneration(Generation):
             for i, k in slots
             for context_ids in [contexts[i][k].token_ids(prompts[i], traces[i])] * contexts[i][k].num_summaries
         ]
-        with self.times("summarising"):
-            sampled, logprobs = self._sample(
-                rows, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
-            )
+        sampled, logprobs = [], None if logprobs is None else []
+        if rows:
+            with self.times("summarising"):
+                sampled, logprobs = self._sample(
+                    rows, settings.max_summary_length, settings.eos_token_ids, settings.num_summaries
+                )
 
         def by_context(values: list) -> list[list[list]]:
             rest = iter(values)

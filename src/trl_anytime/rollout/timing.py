@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -13,6 +13,8 @@ class PhaseTimes:
     Attributes:
         seconds (`dict[str, float]`):
             Seconds by phase.
+        on_start (`Callable[[str], None]`, *optional*):
+            Called with the name of each phase that begins.
 
     Example:
 
@@ -27,11 +29,14 @@ class PhaseTimes:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.on_start: Callable[[str], None] | None = None
         self._nested = [0.0]  # seconds of the phases inside each open one
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the code inside as `phase`."""
+        if self.on_start is not None:
+            self.on_start(phase)
         start = time.perf_counter()
         self._nested.append(0.0)
         try:

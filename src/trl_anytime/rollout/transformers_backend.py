@@ -143,6 +143,11 @@ class TransformersGeneration(Generation):
             for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
         }
         contexts = [settings.contexts(thinking) for thinking in traces]
+        if not settings.num_summaries:
+            return [
+                Rollout.assemble(prompts[i], traces[i], contexts[i], [[] for _ in contexts[i]])
+                for i in range(len(prompts))
+            ]
         slots = [(i, context) for i, trace_contexts in enumerate(contexts) for context in trace_contexts]
         branch_contexts = []
         for i, context in slots:

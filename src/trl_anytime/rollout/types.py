@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..method.budgets import thinking_cuts
 from .markers import ThinkingMarkers
+
+# Arguments of reward functions, one value per summary, besides TRL's
+SUMMARY_FACTS = ("well_formed", "budget", "cut", "thinking_length", "finished", "thinking")
 
 
 @dataclass(frozen=True)
@@ -238,4 +242,43 @@ class Rollout:
         return [
             [len(summary) == max_summary_length and summary[-1] not in eos_token_ids for summary in budget_summaries]
             for budget_summaries in self.summaries
+        ]
+
+    def summary_facts(
+        self, budgets: Sequence[int], markers: ThinkingMarkers, tokenizer: PreTrainedTokenizerBase
+    ) -> list[dict[str, Any]]:
+        """
+        Return what reward functions are told about each summary.
+
+        Args:
+            budgets (`Sequence[int]`):
+                The M budgets in tokens.
+            markers ([`ThinkingMarkers`]):
+                Markers of the model.
+            tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+                Decodes the thinking.
+
+        Returns:
+            `list[dict[str, Any]]`: M·A dictionaries, ordered by budget, with the keys `SUMMARY_FACTS`.
+
+            - `well_formed`: whether the thinking was ended exactly once, see [`~Rollout.well_formed`].
+            - `budget`: the budget in tokens.
+            - `cut`: thinking tokens that the summary saw, its end of thinking included. At most `budget`.
+            - `thinking_length`: tokens of the whole trace, which is sampled up to the last budget.
+            - `finished`: whether the trace ended by itself within this budget.
+            - `thinking`: text of the thinking that the summary saw.
+        """
+        trace = self.thinking
+        texts = tokenizer.batch_decode([trace.token_ids[:cut] for cut in self.cuts])
+        return [
+            {
+                "well_formed": formed,
+                "budget": budget,
+                "cut": cut,
+                "thinking_length": len(trace.token_ids),
+                "finished": trace.finished and len(trace.token_ids) <= budget,
+                "thinking": text,
+            }
+            for budget, cut, text, row in zip(budgets, self.cuts, texts, self.well_formed(markers), strict=True)
+            for formed in row
         ]

@@ -296,6 +296,29 @@ class Alarms(TrainerCallback, ExportableState):
             for warning in self.update(state.global_step, logs):
                 logger.warning(warning)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge a run that was too short for a window by the updates that it had."""
+        if state.is_world_process_zero and state.global_step == state.max_steps < WINDOW:
+            for warning in self.judge_short_run(state.global_step):
+                logger.warning(warning)
+
+    def judge_short_run(self, step: int) -> list[str]:
+        """
+        Return the warnings of a run that ends before a window is full.
+
+        All its updates count as the window. Alarms that compare two windows stay silent.
+
+        Args:
+            step (`int`):
+                Optimiser steps of the run.
+        """
+        warnings = []
+        for alarm in ALARMS:
+            history = self._histories[alarm.name]
+            if alarm.compared_with is None and alarm.name not in self._gone_off and history.values:
+                warnings += self._judge(alarm, history, step, updates=sum(count for count, _ in history.values))
+        return warnings
+
     def update(self, step: int, metrics: Mapping[str, Any]) -> list[str]:
         """
         Add one log, and return the warnings that follow from it.
@@ -322,11 +345,16 @@ class Alarms(TrainerCallback, ExportableState):
             history = self._histories[alarm.name]
             history.values.append((step - history.last_step, value))
             history.last_step = step
-            finding = _finding(alarm, history)
-            if finding is not None:
-                self._gone_off.append(alarm.name)
-                warnings.append(f"Step {step}: {finding}.{self._sample(alarm)} Suggestion: {alarm.suggestion}.")
+            warnings += self._judge(alarm, history, step, WINDOW)
         return warnings
+
+    def _judge(self, alarm: Alarm, history: _History, step: int, updates: int) -> list[str]:
+        """Return the warning if an alarm goes off over the last `updates` updates, otherwise none."""
+        finding = _finding(alarm, history, updates)
+        if finding is None:
+            return []
+        self._gone_off.append(alarm.name)
+        return [f"Step {step}: {finding}.{self._sample(alarm)} Suggestion: {alarm.suggestion}."]
 
     def _sample(self, alarm: Alarm) -> str:
         """
@@ -369,24 +397,26 @@ class Alarms(TrainerCallback, ExportableState):
         self._histories |= {name: _History(*history) for name, history in saved["histories"].items()}
 
 
-def _finding(alarm: Alarm, history: _History) -> str | None:
+def _finding(alarm: Alarm, history: _History, window: int) -> str | None:
     """
     Describe what is wrong, if the last window is full and its figure has reached the threshold.
 
+    A window is full when its values stand for `window` updates.
+
     Values that no later window needs are dropped from `history`.
     """
-    last = _last_window(history.values, alarm.least_values)
+    last = _last_window(history.values, alarm.least_values, window)
     if not last:
         return None
     updates = sum(count for count, _ in last)
     figure = sum(count * value for count, value in last) / updates
     threshold, multiple = alarm.threshold, ""
     if alarm.compared_with == "before":
-        before = _last_window(history.values[: -len(last)], alarm.least_values)
+        before = _last_window(history.values[: -len(last)], alarm.least_values, window)
         if not before:
             return None
         history.values = before + last
-        figure, threshold = (median(value for _, value in window) for window in (last, before))
+        figure, threshold = (median(value for _, value in part) for part in (last, before))
         threshold *= alarm.threshold
         multiple = (
             f", which is {alarm.threshold:g} times that of the {sum(count for count, _ in before)} updates before"
@@ -405,11 +435,11 @@ def _finding(alarm: Alarm, history: _History) -> str | None:
     )
 
 
-def _last_window(values: list[tuple[int, float]], least_values: int) -> list[tuple[int, float]]:
-    """Return the last values that stand for at least [`WINDOW`] updates, or none if there are too few."""
+def _last_window(values: list[tuple[int, float]], least_values: int, window: int) -> list[tuple[int, float]]:
+    """Return the last values that stand for at least `window` updates, or none if there are too few."""
     updates = 0
     for length, (count, _) in enumerate(reversed(values), start=1):
         updates += count
-        if updates >= WINDOW and length >= least_values:
+        if updates >= window and length >= least_values:
             return values[-length:]
     return []

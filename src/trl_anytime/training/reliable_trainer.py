@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from ..brpo_config import check_on_nonfinite
+from ..outside.host_warnings import without_host_warnings
 from ..rollout.timing import PhaseTimes
 from . import checkpoint
 from .faults import FaultWatch, memory_advice
@@ -101,7 +102,8 @@ class ReliableGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         check_on_nonfinite(on_nonfinite, None if args is None else args.deepspeed_plugin)
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        with without_host_warnings():
+            super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if not self.use_vllm and not self.use_transformers_continuous_batching:
             # Logits that are not finite would be an assertion on a GPU: log-probabilities name the prompts later
             self.generation_config.remove_invalid_values = True
@@ -163,7 +165,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         # transformers starts a log of its own: what was evaluated before the first step is the curve before training
         self._evaluated = [] if self.state.global_step > 0 else self.state.log_history
-        with FaultWatch(), self._preemption:
+        with FaultWatch(), self._preemption, without_host_warnings():
             self._checkpoint = self._find_checkpoint(resume_from_checkpoint)
             output = super().train(
                 resume_from_checkpoint=None if self._checkpoint is None else str(self._checkpoint),
@@ -453,10 +455,11 @@ class ReliableGRPOTrainer(GRPOTrainer):
     # The update
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with memory_advice("update"), self._times("updating"):
+        with memory_advice("update"), self._times("step"):  # less the phases inside, such as those of rollouts
             output = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:
-            self._metrics["train"]["time/updating"].append(self._times.take("updating"))
+            seconds = self._times.take("step") + self._times.take("updating")
+            self._metrics["train"]["time/updating"].append(seconds)
         return output
 
     @property
