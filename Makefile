@@ -44,16 +44,16 @@ docs: $(VENV)/.installed
 	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_site.py site
 
-# The wheel, installed by itself; build/ could hold files that are no longer there
+# The wheel, installed by itself
 wheel: $(VENV)-wheel/.installed
-	rm -rf build dist
+	rm -rf dist
 	$(VENV)-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(VENV)-wheel/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV)-wheel/bin/pip check
 	$(VENV)-wheel/bin/python tools/measure_start.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel build dist site outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -65,7 +65,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
-	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton
+	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton \
+		hatchling hatch-fancy-pypi-readme
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
