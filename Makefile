@@ -38,6 +38,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry src
+	$(BIN)/codespell
 
 # The site of docs/, in site/, with the extensions in tools/
 docs: $(VENV)/.installed
