@@ -4,14 +4,10 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-# The lower ends of the ranges in pyproject.toml
-OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
-	matplotlib==3.9.0 openai==3.0.0
-
 # Workers of pytest, which take over each other's tests: each has its own processes, and needs some 2 GiB
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel clean
+.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -54,8 +50,14 @@ wheel: $(VENV)-wheel/.installed
 	$(VENV)-wheel/bin/pip check
 	$(VENV)-wheel/bin/python tools/measure_start.py
 
+# The versions that these targets install, newest of the ranges in pyproject.toml
+pins:
+	$(PYTHON) -m venv $(VENV)-pins
+	$(VENV)-pins/bin/pip install --quiet uv
+	$(PYTHON) tools/pins.py newest $(VENV)-pins/bin/uv
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel dist site outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel $(VENV)-pins dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -66,15 +68,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
-	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton \
+	$(VENV)-oldest/bin/pip install --quiet $$($(PYTHON) tools/pins.py lowest torch)
+	$(VENV)-oldest/bin/pip install --quiet $$($(PYTHON) tools/pins.py lowest) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton \
 		hatchling hatch-fancy-pypi-readme
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)-vllm/.installed: pyproject.toml Makefile tests/vllm_engine/requirements.txt
+$(VENV)-vllm/.installed: pyproject.toml Makefile constraints.txt tests/vllm_engine/requirements.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
