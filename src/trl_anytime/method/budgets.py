@@ -5,6 +5,7 @@ Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, ht
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -28,7 +29,7 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
     """
     values = list(budgets)
     are_ints = all(isinstance(b, int) and not isinstance(b, bool) for b in values)
-    if not values or not are_ints or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+    if not values or not are_ints or values[0] < 1 or any(a >= b for a, b in pairwise(values)):
         raise ValueError(
             f"`{name}` must be strictly increasing positive ints (thinking tokens), such as [2000, 4000, 6000, 8000], "
             f"got {values}."

@@ -277,7 +277,11 @@ def _read(text: str, depth: int) -> Form:
         base = int(match[2]) if match[2].isdigit() else _BASE_WORDS.get(match[2], 0)
         if digits.lstrip("-")[0].isdigit() and 2 <= base <= 36:
             return Formula(digits) if base == 10 else BasedNumber(digits.upper(), base)
-    text = _join_thousands(text) if depth == 0 else text
+    return _read_parts(_join_thousands(text) if depth == 0 else text, depth)
+
+
+def _read_parts(text: str, depth: int) -> Form:
+    """Read a list, a quantity, a relation, a set or a formula."""
     for separators in ({";"}, {",", r"\lor"}):
         parts = [part for part in _split(text, separators) if part[0] and not part[0].startswith(r"\forall")]
         if len(parts) > 1:
