@@ -225,7 +225,14 @@ def _prepared_sampling(
 ) -> tuple[LogitsProcessorList, bool]:
     """The processors that `generate()` makes of a configuration and the model's own, and whether it samples."""
 
-    def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def take(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
         return logits_processor, generation_config.do_sample
 
     some_token = torch.ones(1, 1, dtype=torch.long, device=model.device)
