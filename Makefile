@@ -9,7 +9,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # Where every optional package is there, --no-skips fails a test that skips for another reason than the machine's hardware
 
-.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel pins clean
+.PHONY: quickstart test test-all test-oldest test-vllm test-main lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -31,6 +31,16 @@ test-oldest: $(VENV)-oldest/.installed
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
+
+# What TRL's newest release or pre-release moved, allowed by pyproject.toml or not: what overrides it, and some training
+test-main:
+	$(PYTHON) -m venv --clear $(VENV)-main
+	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)-main/bin/pip install --quiet --pre --upgrade trl
+	$(VENV)-main/bin/pip show trl transformers | grep -E "Name|Version"
+	$(VENV)-main/bin/python -m pytest $(PARALLEL) tests/test_trl_contract.py tests/test_brpo_trainer.py \
+		--deselect tests/test_trl_contract.py::test_supported_versions
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -59,7 +69,7 @@ pins:
 	$(PYTHON) tools/pins.py newest $(VENV)-pins/bin/uv
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel $(VENV)-pins dist site outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel $(VENV)-pins $(VENV)-main dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
