@@ -4,24 +4,22 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-# The lower ends of the ranges in pyproject.toml
-OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
-	matplotlib==3.9.0 openai==3.0.0 reasoning_gym==0.1.25
-
 # Workers of pytest, which take over each other's tests: each has its own processes, and needs some 2 GiB
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel clean
+# Where every optional package is there, --no-skips fails a test that skips for another reason than the machine's hardware
+
+.PHONY: quickstart test test-all test-oldest test-vllm test-main lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 # Without the tests marked as slow: six minutes on two cores
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) --no-skips -m "not slow"
 
 test-all: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) --cov=trl_anytime --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) --no-skips --cov=trl_anytime --cov-report=term:skip-covered
 
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples,
 # the tests marked as slow and those that are left out here train too long for it.
@@ -32,28 +30,46 @@ test-oldest: $(VENV)-oldest/.installed
 
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/vllm_engine
+	$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
+
+# What TRL's newest release or pre-release moved, allowed by pyproject.toml or not: what overrides it, and some training
+test-main:
+	$(PYTHON) -m venv --clear $(VENV)-main
+	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)-main/bin/pip install --quiet --pre --upgrade trl
+	$(VENV)-main/bin/pip show trl transformers | grep -E "Name|Version"
+	$(VENV)-main/bin/python -m pytest $(PARALLEL) tests/test_trl_contract.py tests/test_brpo_trainer.py \
+		--deselect tests/test_trl_contract.py::test_supported_versions
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry src
+	$(BIN)/codespell
 
 # The site of docs/, in site/, with the extensions in tools/
 docs: $(VENV)/.installed
 	PYTHONPATH=tools NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_site.py site
 
-# The wheel, installed by itself; build/ could hold files that are no longer there
+# The wheel, installed by itself
 wheel: $(VENV)-wheel/.installed
-	rm -rf build dist
+	rm -rf dist
 	$(VENV)-wheel/bin/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(VENV)-wheel/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(VENV)-wheel/bin/pip check
 	$(VENV)-wheel/bin/python tools/measure_start.py
 
+# The versions that these targets install, newest of the ranges in pyproject.toml
+pins:
+	$(PYTHON) -m venv $(VENV)-pins
+	$(VENV)-pins/bin/pip install --quiet uv
+	$(PYTHON) tools/pins.py newest $(VENV)-pins/bin/uv
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel build dist site outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel $(VENV)-pins $(VENV)-main dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -64,14 +80,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)-oldest/.installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/pip install --quiet torch==2.13.0
-	$(VENV)-oldest/bin/pip install --quiet $(OLDEST) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton
+	$(VENV)-oldest/bin/pip install --quiet $$($(PYTHON) tools/pins.py lowest torch)
+	$(VENV)-oldest/bin/pip install --quiet $$($(PYTHON) tools/pins.py lowest) pytest pytest-timeout pytest-xdist hypothesis markdown-it-py rich triton \
+		hatchling hatch-fancy-pypi-readme
 	$(VENV)-oldest/bin/pip install --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)-vllm/.installed: pyproject.toml Makefile tests/vllm_engine/requirements.txt
+$(VENV)-vllm/.installed: pyproject.toml Makefile constraints.txt tests/vllm_engine/requirements.txt
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@

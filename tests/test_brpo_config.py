@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import pytest
@@ -56,7 +57,7 @@ def test_bad_settings(settings, message):
 
 def test_every_own_field_is_documented():
     own = set(BRPOConfig.__annotations__)
-    documented = set(re.findall(r"^ {8}(\w+) \(`", BRPOConfig.__doc__, re.MULTILINE))
+    documented = set(re.findall(r"^ {4}(\w+) \(`", inspect.cleandoc(BRPOConfig.__doc__), re.MULTILINE))
     assert {name for name in own if not BRPOConfig.__dataclass_fields__[name].metadata["help"]} == set()
     assert documented == own
 

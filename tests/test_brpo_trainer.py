@@ -390,7 +390,7 @@ def test_sampling_settings_are_restored(tmp_path):
     trainer = tiny_trainer(tmp_path)
     config = trainer.generation_config.to_dict()
     eos_token_ids = list(trainer.eos_token_ids)
-    with pytest.raises(RuntimeError), TRLSampler(trainer)._settings(5, [2, 7]):
+    with pytest.raises(RuntimeError), TRLSampler(trainer)._settings(5, [2, 7]):  # noqa: PT012  the block is tested
         assert trainer.generation_config.max_new_tokens == 5
         assert trainer.generation_config.eos_token_id == trainer.eos_token_ids == [2, 7]
         raise RuntimeError

@@ -125,8 +125,16 @@ def test_a_run_and_its_card(trained):
 
 def test_the_run_begins_with_no_step_if_answers_do_not_fit(folder, tmp_path):
     settings = parse_recipe(
-        ["--config", str(folder / "recipe.yaml"), "--max_summary_length", "2", "--output_dir", str(tmp_path / "out")]
-        + ["--eval_dataset_name", EVALUATION.replace("seed=1", "seed=2")]
+        [
+            "--config",
+            str(folder / "recipe.yaml"),
+            "--max_summary_length",
+            "2",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--eval_dataset_name",
+            EVALUATION.replace("seed=1", "seed=2"),
+        ]
     )
     with pytest.raises(ValueError, match="`max_summary_length`"):
         train(*settings)

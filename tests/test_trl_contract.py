@@ -99,8 +99,10 @@ def test_private_members_are_all_listed():
 
 
 def test_overridden_and_called_methods():
-    for name, expected in (OVERRIDDEN | CALLED).items():
-        assert parameters(getattr(GRPOTrainer, name)) == expected, name
+    expected = OVERRIDDEN | CALLED
+    found = {name: parameters(getattr(GRPOTrainer, name)) for name in expected if hasattr(GRPOTrainer, name)}
+    moved = {name: found.get(name, "gone") for name in expected if found.get(name) != expected[name]}
+    assert moved == {}
 
 
 def test_scoring_method():

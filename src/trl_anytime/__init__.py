@@ -1,7 +1,7 @@
 """Train reasoning language models to be good at any thinking budget, on top of TRL."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .brpo_config import BRPOConfig
@@ -38,7 +38,7 @@ _MODULE_OF = {
 
 
 # Imports are lazy, because a verifier's worker process imports `trl_anytime.rewards` and must not load torch and TRL
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "AnytimeContract":  # the former name
         name = "AnytimeConfig"
     if name in _MODULE_OF:

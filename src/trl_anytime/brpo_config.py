@@ -411,7 +411,7 @@ class BRPOConfig(GRPOConfig):
         metadata={"help": "'token_truncate' or 'token_mask'. The sequence-level modes are refused."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         with without_host_warnings():
             super().__post_init__()
 
@@ -466,7 +466,10 @@ class BRPOConfig(GRPOConfig):
                     f"`card_base_model` must be the id of a model on the Hub, such as 'Qwen/Qwen3-0.6B', got "
                     f"{self.card_base_model!r}. Leave it out if the model is not on the Hub."
                 ) from None
+        self._refuse_other_objectives()
 
+    def _refuse_other_objectives(self) -> None:
+        """Refuse settings of GRPO that have no meaning for a packed rollout."""
         for name, allowed, reason, instead in _FIXED_SETTINGS:
             if getattr(self, name) != allowed:
                 raise ValueError(

@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
@@ -322,7 +323,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         }
 
     def _packed_logprobs(self, packed: PackedRollouts, prompt_ids: list[list[int]]) -> torch.Tensor:
-        """Compute the policy's log-probabilities of packed rows, shape (N, T), without gradient and on the host."""
+        """Compute the policy's log-probabilities of packed rows, (N, T), without gradient, on the host."""
         width, num_tokens = max(map(len, prompt_ids)), packed.token_ids.size(1)
         padding = [width - len(ids) for ids in prompt_ids]
         pad_token_id = self._tokenizer.pad_token_id
@@ -342,7 +343,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     # Rewards and advantages
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
         batch = self._batch
         assert batch is not None
         num_budgets, num_summaries = len(batch.budgets), batch.num_summaries
@@ -372,7 +375,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
         return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
 
-    def _log_completion_extra(self, column, values):
+    def _log_completion_extra(self, column: str, values: list) -> None:
         taken = (*TABLE_COLUMNS, *self.reward_func_names)
         if column in taken:
             raise ValueError(
@@ -381,7 +384,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
             )
         super()._log_completion_extra(column, values)
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         batch = self._new_batch(mode, inputs)
         if batch.references is None:
@@ -449,7 +452,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         # Evaluation estimates the plain curve, with equal weights and one summary per budget
         return _GenerationBatch(args.eval_budgets or args.budgets, "uniform", 1, self.num_generations_eval)
 
-    def _prepare_inputs(self, generation_batch):
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before:  # evaluation, or no new rollouts
@@ -460,8 +463,14 @@ class BRPOTrainer(ReliableGRPOTrainer):
     # Packed rows in TRL's forward passes
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
-    ):
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple:
         if self._batch is None:
             packed, trained = cast(tuple[PackedRollouts, torch.Tensor], self._micro_batch)
         else:
@@ -483,7 +492,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
                 )
         return chunks[0] if len(chunks) == 1 else tuple(map(_joined, zip(*chunks, strict=True)))
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         packed = PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])
         with self._forwarding(packed, micro_batches.rows_to_forward(inputs)):
             return super()._compute_loss(model, micro_batches.as_before_pruning(inputs, self.args.loss_type))
@@ -602,7 +611,9 @@ class BRPOTrainer(ReliableGRPOTrainer):
                 copy_card(Path(str(self.args.output_dir)), Path(output_dir or str(self.args.output_dir)))
 
     # TRL's arguments differ from those of transformers
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
         # TRL's card would not escape names, so it gets none. Only its tags and its links to trackers are used.
         super().create_model_card(tags=tags)
         if self.is_world_process_zero():

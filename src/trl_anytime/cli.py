@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -54,7 +55,7 @@ def parse_budgets(text: str) -> list[int]:
             budgets = [int(part) for part in text.split(",")]
     except ValueError:
         budgets = []
-    if not budgets or budgets[0] < 1 or any(a >= b for a, b in zip(budgets, budgets[1:], strict=False)):
+    if not budgets or budgets[0] < 1 or any(a >= b for a, b in pairwise(budgets)):
         in_order = ",".join(map(str, sorted({budget for budget in budgets if budget > 0})))
         fix = f"Give {in_order}." if in_order else "Give 250,1000,8000, or 250:8000:250 (first:last:step)."
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of increasing budgets. {fix}")

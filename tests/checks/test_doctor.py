@@ -358,6 +358,7 @@ def test_an_adapter_in_place_of_a_model(folder, tmp_path):
     assert found.keys() == {"model"} and found["model"].level == ERROR and "is_trainable" in found["model"].fix
 
 
+@pytest.mark.hardware
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine may have bf16")
 def test_a_precision_that_this_machine_lacks(folder):
     """What the trainer's own configuration refuses here is what is found."""

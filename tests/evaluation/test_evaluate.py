@@ -201,7 +201,7 @@ def test_a_run_goes_on_where_it_stopped(folder, finished, kept):
     output.mkdir()
     lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
     # The protocol, some samples, and what a crash left of the next
-    (output / "samples.jsonl").write_bytes(b"".join([*lines[: kept + 1], (lines + [b""])[kept + 1][:30]]))
+    (output / "samples.jsonl").write_bytes(b"".join([*lines[: kept + 1], ([*lines, b""])[kept + 1][:30]]))
     assert run(folder, output.name) == 0
     written = (output / "samples.jsonl").read_bytes().splitlines(keepends=True)
     assert written[: kept + 1] == lines[: kept + 1]

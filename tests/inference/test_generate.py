@@ -24,7 +24,7 @@ def test_the_tokens_are_those_of_training(tmp_path):
     trainer.generation.roll_out = lambda *args: rollouts.append((args, roll_out(*args))) or rollouts[-1][1]
     trainer.save_model()  # before the first update
     trainer.train()
-    ((prompt_ids, settings), trained), *_ = rollouts
+    ((prompt_ids, _settings), trained), *_ = rollouts
     model, tokenizer = make_model(), make_tokenizer()
     outputs = anytime_generate(
         model,

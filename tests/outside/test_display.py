@@ -95,7 +95,7 @@ def test_any_name_can_be_drawn(name, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 2
     log = {"step": 1, "eval_anytime/reward@8": 0.5, f"eval_{name}_runtime": 1.0}
     for figure in (evaluations_figure([Curve(1, {1: 0.5})], name), training_figure([log])):
-        (title, label) = drawn_texts(figure)
+        (title, _label) = drawn_texts(figure)
         assert len(title) < 120 and "\x1b" not in title and "\n" not in title
         (axes, *_) = figure.axes
         _, math = axes.title._preprocess_math(title)

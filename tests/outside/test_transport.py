@@ -206,10 +206,7 @@ def test_continuations_are_checked(streamed, answer):
     with listening(reply) as (url, _):
         client = CompletionClient(url, patience=0.0)
         with pytest.raises(ConnectionError):
-            if streamed:
-                list(client.stream([1], 8, [2], GREEDY))
-            else:
-                client.complete([[1]], 8, [2], GREEDY)
+            list(client.stream([1], 8, [2], GREEDY)) if streamed else client.complete([[1]], 8, [2], GREEDY)
 
 
 def test_a_stream_needs_tokens_to_go_on():

@@ -4,17 +4,20 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
+from email import message_from_bytes
 from importlib import import_module
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 import trl_anytime
 from tests.support import ROOT
 from tests.support.pages import table
 from tests.support.project import OLDEST, PINNED
 
+CITATION = (ROOT / "CITATION.cff").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = {
     requirement.name: requirement
@@ -23,12 +26,50 @@ REQUIREMENTS = {
 }
 
 
-def test_files_that_are_not_python_are_packaged():
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this tree, as `make wheel` builds it."""
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])
+    with zipfile.ZipFile(built) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_the_whole_package(wheel):
+    packaged = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = ROOT / "src" / "trl_anytime"
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packaged = {path for pattern in setuptools["package-data"]["trl_anytime"] for path in package.glob(pattern)}
-    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert packaged == files
+    files = {path.relative_to(ROOT / "src").as_posix() for path in package.rglob("*") if path.is_file()}
+    assert packaged == {name for name in files if not name.endswith(".pyc")}
+    for data in ["py.typed", "reporting/model_card.md", "recipes/8k_grpo.yaml", "accelerate_configs/zero3.yaml"]:
+        assert f"trl_anytime/{data}" in packaged
+
+
+def test_metadata_of_the_wheel(wheel):
+    """PyPI shows the README by itself, so that it may link to nothing by a relative path."""
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_bytes(wheel.read(name))
+    assert metadata["Version"] == trl_anytime.__version__
+    address = PROJECT["urls"]["Repository"]
+    assert {link.partition(", ")[2] for link in metadata.get_all("Project-URL")} == {*PROJECT["urls"].values()}
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", metadata.get_payload())
+    assert all(target.startswith("https://") for _, target in targets)
+    raw = address.replace("github.com", "raw.githubusercontent.com")
+    assert f"{raw}/main/docs/images/quickstart.png" in [target for picture, target in targets if picture]
+    assert f"{address}/blob/main/docs/index.md" in [target for picture, target in targets if not picture]
+
+
+def test_one_version():
+    """`__init__.py` has it, and pyproject.toml reads it there. The others repeat it for their readers."""
+    assert re.findall(r"^version: (\S+)$", CITATION, re.MULTILINE) == [trl_anytime.__version__]
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest and newest[1] == trl_anytime.__version__
+
+
+def test_one_address():
+    """All places that name the address of the repository name the same one."""
+    texts = [CITATION, (ROOT / "README.md").read_text(), (ROOT / "pyproject.toml").read_text()]
+    address = r"https://(?:github|raw\.githubusercontent)\.com/([\w.-]+/trl-anytime)\b"
+    owners = [set(re.findall(address, text)) for text in texts]
+    assert all(len(found) == 1 for found in owners) and len(set.union(*owners)) == 1
 
 
 def test_public_names():
@@ -46,13 +87,16 @@ def test_the_command():
 def test_both_ends_of_each_range_are_tested(name):
     """`make test` installs the pinned versions, `make test-oldest` the lowest ones."""
     specifier = REQUIREMENTS[name].specifier
-    assert specifier.contains(PINNED[name])
-    if name == "torch":  # one release can be had for CPUs alone
-        assert [str(s) for s in specifier] == [">=" + ".".join(PINNED[name].split(".")[:2])]
-        return
-    (lowest,) = (Version(s.version) for s in specifier if s.operator == ">=")
-    oldest = Version(OLDEST[name])
-    assert specifier.contains(OLDEST[name]) and oldest.release[:2] == lowest.release[:2]
+    assert specifier.contains(PINNED[name]) and specifier.contains(OLDEST[name])
+    assert [s.version for s in specifier if s.operator == ">="] == [OLDEST[name]]
+
+
+def test_the_pins_are_versions_alone():
+    """No index, no host, no local version: any registry will do. torch is the release that the tests know."""
+    for file in ["constraints.txt", "tests/vllm_engine/requirements.txt"]:
+        lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+        assert len(lines) > 50 and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    assert PINNED["torch"] == OLDEST["torch"]
 
 
 @pytest.mark.parametrize(

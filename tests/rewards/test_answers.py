@@ -165,8 +165,9 @@ def test_a_gold_longer_than_the_cap_equals_itself():
 # LaTeX-like noise: tokens that the grader gives a meaning, in any order.
 NOISE = st.lists(
     st.sampled_from(
-        [*r"0123456789xyiBe+-*/^_=<>(){}[]|,;:.%$&!'~ ", *("\\" + symbol for symbol in ",!{}()[]$% \\")]
-        + [
+        [
+            *r"0123456789xyiBe+-*/^_=<>(){}[]|,;:.%$&!'~ ",
+            *("\\" + symbol for symbol in ",!{}()[]$% \\"),
             "\\frac ",
             "\\sqrt ",
             "\\pi ",
@@ -178,8 +179,6 @@ NOISE = st.lists(
             "\\circ ",
             "\\infty ",
             "\\left",
-        ]
-        + [
             r"\text{",
             r"\begin{pmatrix}",
             r"\end{pmatrix}",

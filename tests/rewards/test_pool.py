@@ -276,7 +276,7 @@ def test_threads_share_the_pool():
         thread.start()
     for thread in threads:
         thread.join()
-    assert scores == dict.fromkeys(range(4), [1.0, 1.0, 0.0, 0.0, 1.0])
+    assert scores == {i: [1.0, 1.0, 0.0, 0.0, 1.0] for i in range(4)}
 
 
 def reported_worker(fifo, parent):
@@ -293,8 +293,13 @@ def test_a_process_ends_while_a_thread_is_grading(tmp_path):
     os.mkfifo(fifo)
     lines = HANGING_SCRIPT.replace("FAULT", "sleep").splitlines()
     script = "\n".join(
-        ["import threading", *lines[:-1], f"threading.Thread(target=lambda: {lines[-1]}, daemon=True).start()"]
-        + ["import sys", "sys.stdin.read()"]
+        [
+            "import threading",
+            *lines[:-1],
+            f"threading.Thread(target=lambda: {lines[-1]}, daemon=True).start()",
+            "import sys",
+            "sys.stdin.read()",
+        ]
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script], env=environment(REWARDS_TEST_FIFO=str(fifo)), stdin=subprocess.PIPE

@@ -1,5 +1,6 @@
 """Tasks of reasoning-gym: every one is loaded and scored or refused for its reason, and scorers cannot do harm."""
 
+import itertools
 import json
 import pickle
 import subprocess
@@ -87,7 +88,7 @@ def test_sources_that_are_none(behind, named):
 def test_seeds_share_no_seed_of_the_library():
     """Problem i is made from the library's seed plus i."""
     ends = [(TaskSource("a", size=1_000_000, seed=s).library_seed, 1_000_000) for s in range(4)]
-    for (first, size), (second, _) in zip(ends, ends[1:], strict=False):
+    for (first, size), (second, _) in itertools.pairwise(ends):
         assert first + size <= second
     assert TaskSource("a", seed=4293).library_seed + 1_000_000 <= 2**32
 
@@ -163,7 +164,7 @@ def test_room_for_answers():
     with pytest.warns(UserWarning, match="1 of 10"):  # a tenth is the most
         check_lengths("a", answers, tokenizer, 2)
     with pytest.raises(ValueError, match=r"2 of 10.*`max_summary_length`"):
-        check_lengths("a", answers[:9] + ["1 2 3"], tokenizer, 2)
+        check_lengths("a", [*answers[:9], "1 2 3"], tokenizer, 2)
 
 
 def test_a_library_that_is_not_installed(monkeypatch):

@@ -59,7 +59,7 @@ def make_sentencepiece_tokenizer(think_end: str = "</think>"):
     bpe.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    alphabet = sorted(set("".join(corpus("</think>"))) - {"\n", " "}) + ["▁"]
+    alphabet = [*sorted(set("".join(corpus("</think>"))) - {"\n", " "}), "▁"]
     trainer = trainers.BpeTrainer(
         vocab_size=60,
         initial_alphabet=alphabet,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import trl_anytime
 from tests.support import ROOT
+from tools.pins import lowest
 
 PACKAGE = Path(trl_anytime.__file__).parent
 # A module may import from its own room and from those before it
@@ -24,4 +25,4 @@ ORDER = [
     ),
 ]
 PINNED = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-OLDEST = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "Makefile").read_text().split("OLDEST =")[1].split("\n\n")[0]))
+OLDEST = lowest()

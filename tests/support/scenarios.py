@@ -369,8 +369,10 @@ class Replay:
     def roll_out(self, prompt_ids, settings):
         first = this_rank() * len(prompt_ids)
         rollouts = [replayed(rollout) for rollout in next(self._calls)[first : first + len(prompt_ids)]]
-        for ids in prompt_ids[len(rollouts) :]:
-            rollouts.append(next(rollout for rollout in reversed(self._any) if rollout.prompt_ids == list(ids)))
+        rollouts += [
+            next(rollout for rollout in reversed(self._any) if rollout.prompt_ids == list(ids))
+            for ids in prompt_ids[len(rollouts) :]
+        ]
         assert [rollout.prompt_ids for rollout in rollouts] == [list(ids) for ids in prompt_ids]
         return rollouts
 

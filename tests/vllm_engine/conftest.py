@@ -12,9 +12,9 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
-import torch  # noqa: E402  after the environment variables
-import trl.generation.vllm_generation  # noqa: E402
-import vllm.model_executor.layers.utils  # noqa: E402
+import torch  # after the environment variables
+import trl.generation.vllm_generation
+import vllm.model_executor.layers.utils
 
 
 def plain_gemm(layer, *args, **kwargs):

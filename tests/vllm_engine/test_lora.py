@@ -1,5 +1,7 @@
 """LoRA in colocate mode: the engine samples from the adapted model."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -62,4 +64,4 @@ def test_the_engines_logprobs_change_with_the_adapter(trainer, monkeypatch):
         assert found[-1] == pytest.approx(model_logprob(trainer), abs=1e-4)
     with trainer.model.disable_adapter():
         assert found[0] == pytest.approx(model_logprob(trainer), abs=1e-4)
-    assert min(abs(a - b) for a, b in zip(found, found[1:], strict=False)) > 1e-2
+    assert min(abs(a - b) for a, b in pairwise(found)) > 1e-2

@@ -161,7 +161,6 @@ def check_recipe(
 
     name = str(model_args.model_name_or_path)
     found.findings += _settings(data_args, args, model_args)
-    found.findings += learning_rate_findings(args, bool(model_args.use_peft))
     if not found.findings:
         found.findings.append(Finding("settings", OK, "All given settings have an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only, assume_vllm)
@@ -187,10 +186,7 @@ def check_recipe(
         found.findings += prompt_findings(tokenizer, datasets, _template_kwargs(args), markers)
     if tokenizer is not None and dataset is not None:
         prompt_length = _longest_prompt(tokenizer, dataset, args)
-    rows = [row for part in datasets.values() for row in sampled_rows(part)]
-    found.findings += reward_findings(args, [reward], rows, datasets)
-    if tokenizer is not None:
-        found.findings += length_findings(args, [reward], datasets, tokenizer)
+    found.findings += _rewards(args, reward, datasets, tokenizer)
 
     row = None
     if markers is not None and prompt_length is not None:
@@ -252,6 +248,7 @@ def _read_settings(
 def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfig) -> list[Finding]:
     has_eval_data = data_args.eval_dataset_name is not None
     findings = unused_settings(args, has_eval_data) + unused_recipe_settings(data_args, model_args)
+    findings += learning_rate_findings(args, bool(model_args.use_peft))
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if strategy != "no" and not has_eval_data:
         findings.append(
@@ -263,6 +260,15 @@ def _settings(data_args: DataArguments, args: BRPOConfig, model_args: ModelConfi
             )
         )
     return findings
+
+
+def _rewards(
+    args: BRPOConfig, reward: Any, datasets: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase | None
+) -> list[Finding]:
+    """Check the reward, and the answers of the data."""
+    rows = [row for part in datasets.values() for row in sampled_rows(part)]
+    findings = reward_findings(args, [reward], rows, datasets)
+    return findings if tokenizer is None else findings + length_findings(args, [reward], datasets, tokenizer)
 
 
 def _vllm(

@@ -396,7 +396,7 @@ class PeakMemory(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):

@@ -95,7 +95,7 @@ class ProblemRows:
 
     @property
     def has_entries(self) -> bool:
-        """Whether these are problems of a task, which its own scorer grades."""
+        """Return whether these are problems of a task, which its own scorer grades."""
         return ENTRY_COLUMN in self.rows.column_names and is_task(self.source)
 
     def values(self, column: str) -> Sequence[Any]:

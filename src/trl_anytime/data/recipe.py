@@ -100,7 +100,7 @@ class DataArguments(ScriptArguments):
 
     @property
     def reward(self) -> AnswerReward:
-        """The reward that fits the problems."""
+        """Return the reward that fits the problems."""
         assert self.dataset_name is not None
         reward = TaskReward if is_task(self.dataset_name) else MathReward
         return reward(on_bad_gold=self.on_bad_gold)
@@ -192,7 +192,7 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: AnswerRe
 
 def without_shared(train_dataset: Dataset, eval_dataset: Dataset) -> Dataset:
     """
-    Leave the problems of a task out of training that are evaluated, too: by chance, different seeds may make the same.
+    Leave problems of a task that are evaluated out of training. Seeds may share some by chance.
 
     Args:
         train_dataset, eval_dataset (`Dataset`):

@@ -39,7 +39,7 @@ class AnswerLengths:
 
     @property
     def are_refused(self) -> bool:
-        """Whether too many do not fit."""
+        """Return whether too many do not fit."""
         return self.too_long > MOST_TOO_LONG * self.total
 
     def message(self, name: str, max_summary_length: int) -> str:

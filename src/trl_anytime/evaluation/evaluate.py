@@ -480,7 +480,10 @@ class Evaluation:
         return {"no_box": [answer == "" for answer in found]}
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
-        """Score summaries of one set, each given with its problem. The rewards are added to the list in each tuple.
+        """
+        Score summaries of one set, each given with its problem.
+
+        The rewards are added to the list in each tuple.
 
         Returns:
             `dict[str, int]`: number of answers that hit a limit of the verifier, by counter, without zeros.

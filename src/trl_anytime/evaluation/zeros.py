@@ -79,7 +79,7 @@ def alarms(results: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def explain_zeros(results: dict[str, Any]) -> list[str]:
-    """Return a line for each alarm of an evaluation, and one for what is not counted, with what to look at."""
+    """Return a line for each alarm of an evaluation, and one for what is not counted."""
     lines = [
         f"{', '.join(names)}: {name}. {_advice(name, results, names)}" for name, names in results["alarms"].items()
     ]

@@ -36,7 +36,9 @@ def streaming_sampler(
     streamer = _EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     if isinstance(model, CompletionClient):
 
-        def sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations):
+        def sample(
+            prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
+        ) -> Any:
             streamer.put(torch.tensor(prompt_ids))  # skipped
             token_ids: list[int] = []
             for tokens in model.stream(prompt_ids[0], max_new_tokens, stop_token_ids, sampling, seed):

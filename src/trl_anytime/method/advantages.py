@@ -95,7 +95,7 @@ def segment_returns(
         raise ValueError(f"`rewards` must have shape (P, G, M, A) with M = {num_budgets}, got {tuple(rewards.shape)}.")
     mean_PGM = rewards.nanmean(dim=3)
 
-    def from_here_on(x):  # Σ_{k ≥ j}
+    def from_here_on(x: torch.Tensor) -> torch.Tensor:  # Σ_{k ≥ j}
         return x.flip(-1).cumsum(-1).flip(-1)
 
     # A budget of weight 0 adds nothing to the return, not even its NaN
@@ -247,13 +247,14 @@ def baseline_diagnostics(
         where a variance is zero.
     """
 
-    def mean(x_PGM):
+    def mean(x_PGM: torch.Tensor) -> torch.Tensor:
         return torch.where(live, x_PGM, 0.0).sum(dim=(0, 1)) / live.sum(dim=(0, 1))
 
-    def covariance(x_PGM, y_PGM):
+    def covariance(x_PGM: torch.Tensor, y_PGM: torch.Tensor) -> torch.Tensor:
         return mean((x_PGM - mean(x_PGM)) * (y_PGM - mean(y_PGM)))
 
-    def positive(x_M, total_M):  # a variance that consists of rounding errors counts as zero
+    def positive(x_M: torch.Tensor, total_M: torch.Tensor) -> torch.Tensor:
+        # A variance that consists of rounding errors counts as zero
         return torch.where(x_M > 1e-10 * total_M.clamp(min=1e-10), x_M, torch.nan)
 
     live = live & segments.returns.isfinite()

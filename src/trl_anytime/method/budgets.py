@@ -5,6 +5,7 @@ Source: Optimizing Anytime Reasoning via Budget Relative Policy Optimization, ht
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -31,13 +32,7 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
         raise ValueError(f"`{name}` must be a list of ints, such as [2000, 4000, 6000, 8000], got {budgets!r}.{fix}")
     values = list(budgets)
     are_ints = all(isinstance(b, int) and not isinstance(b, bool) for b in values)
-    if (
-        not values
-        or not are_ints
-        or values[0] < 0
-        or values[-1] == 0
-        or any(a >= b for a, b in zip(values, values[1:], strict=False))
-    ):
+    if not values or not are_ints or values[0] < 0 or values[-1] == 0 or any(a >= b for a, b in pairwise(values)):
         in_order = sorted({b for b in values if b >= 0}) if are_ints else []
         raise ValueError(
             f"`{name}` must be strictly increasing ints (thinking tokens) that end above 0, such as "

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..method.packing import PackedRollouts
@@ -148,7 +149,7 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
     words = torch.randint(1, model.config.get_text_config().vocab_size, (8,), generator=generator)
     words = torch.cat([words, torch.zeros(1, dtype=torch.long)]).unique().to(model.device)  # 0 pads
 
-    def sample(length):
+    def sample(length: int) -> list[int]:
         return words[torch.randint(len(words), (length,), generator=generator).to(words.device)].tolist()
 
     packed = PackedRollouts.pack(
@@ -222,10 +223,10 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
         len(words), embedding.weight.size(1), dtype=model.dtype, device=words.device, requires_grad=True
     )
 
-    def add_probe(module, inputs, output):
+    def add_probe(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         return output + probe[torch.searchsorted(words, inputs[0])]
 
-    def score(forward):
+    def score(forward: Callable[..., Any]) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = forward(model, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True)
         logprobs = outputs.log_probs.float()[0]
         return logprobs.detach(), torch.autograd.grad((logprobs * weights).sum(), probe)[0].float()

@@ -161,7 +161,7 @@ class TreeLayout:
         packed_RL = index_L - prompt_lengths[:, None]
         in_prompt_RL = packed_RL < 0
 
-        def as_rows(x_RT):  # the prompt counts up, padding is 0
+        def as_rows(x_RT: torch.Tensor) -> torch.Tensor:  # the prompt counts up, padding is 0
             x_RT = x_RT.masked_fill(padding_RT, 0)
             x_RL = x_RT.gather(1, packed_RL.clamp(0, x_RT.size(1) - 1))
             return torch.where(in_prompt_RL, index_L, x_RL.masked_fill(packed_RL >= x_RT.size(1), 0))
@@ -192,7 +192,7 @@ class TreeLayout:
         else:
             attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)
 
-        def take(x_RHLD, index_RQ):
+        def take(x_RHLD: torch.Tensor, index_RQ: torch.Tensor) -> torch.Tensor:
             return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
 
         trunk = [x[:, :, : self.trunk] for x in (query, key, value)]
@@ -364,7 +364,9 @@ def _attend_in_blocks(
     key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
 
-    def attend_block(query, key, value, mask, sinks):
+    def attend_block(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         scores = query @ key.transpose(2, 3) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

@@ -8,10 +8,10 @@ if sys.platform != "linux":  # before anything that fails there in its own words
         f"{sys.platform}. Use a Linux machine, a container or WSL."
     )
 
-from .base import AnswerReward  # noqa: E402  after the check
-from .math import MathReward, grade_answers  # noqa: E402
-from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose  # noqa: E402
-from .task import TaskReward  # noqa: E402
+from .base import AnswerReward
+from .math import MathReward, grade_answers
+from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose
+from .task import TaskReward
 
 __all__ = [
     "AnswerReward",

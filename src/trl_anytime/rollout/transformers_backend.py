@@ -239,7 +239,14 @@ def _prepared_sampling(
     `generate()` makes them from `generation_config` and the model's own configuration.
     """
 
-    def take(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def take(
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
         return logits_processor, generation_config.do_sample
 
     some_token = torch.ones(1, 1, dtype=torch.long, device=model.device)

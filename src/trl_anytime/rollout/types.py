@@ -238,7 +238,7 @@ class Rollout:
         ]
 
     def clipped(self, max_summary_length: int, eos_token_ids: Container[int]) -> list[list[bool]]:
-        """Return which summaries are cut off, M × A: they have `max_summary_length` tokens, and no EOS ends them."""
+        """Return which summaries are cut off at `max_summary_length` tokens without EOS, M × A."""
         return [
             [len(summary) == max_summary_length and summary[-1] not in eos_token_ids for summary in budget_summaries]
             for budget_summaries in self.summaries

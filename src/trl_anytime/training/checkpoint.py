@@ -121,7 +121,9 @@ def _checksum(path: Path) -> int:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """
-    Read the manifest in `folder`. The checkpoint may be whole, unfinished (`"files"` is then `None`) or broken.
+    Read the manifest in `folder`.
+
+    The checkpoint may be whole, unfinished (`"files"` is then `None`) or broken.
 
     Raises:
         `ValueError`: If there is no manifest, or if it cannot be read. The message says which.

@@ -30,7 +30,7 @@ _LINEAR_LOSSES = (*_EXACT_LOSSES, "bnpo")
 
 
 def _looks_at_all_tokens(args: Any, aux_loss_enabled: bool) -> bool:
-    """Whether the loss has a mean, a quantile or a product of means over all tokens of a micro-batch."""
+    """Return whether the loss has a mean, a quantile or a product of means over all tokens of a micro-batch."""
     return args.entropy_coef != 0 or args.use_adaptive_entropy or args.top_entropy_quantile < 1 or aux_loss_enabled
 
 
@@ -59,7 +59,7 @@ def sort_by_length(batches: list[dict[str, Any]], args: Any, aux_loss_enabled: b
 
 
 def _sorted_by_length(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of several batches, the longest first: a lack of memory shows at once."""
+    """Return the rows of several batches, the longest first. A lack of memory then shows at once."""
     rows = {
         name: torch.cat([batch[name] for batch in batches])
         for name, values in batches[0].items()

@@ -64,33 +64,35 @@ class StepLines(ProgressCallback):
         else:
             self._break_silence(f"step {self._step + 1}/{self._last_step}: {phase}")
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._is_main = state.is_world_process_zero
         self._step, self._last_step = state.global_step, state.max_steps
         if self._show_bar:
             super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
         if self._show_bar:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         if self._show_bar:
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         elif state.is_world_process_zero and has_length(eval_dataloader):
             self._batches += 1
             self._break_silence(f"evaluation: {self._batches} of {len(eval_dataloader)} batches")
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._batches = 0
         super().on_evaluate(args, state, control, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             self._write(log_line(logs, state.global_step, state.max_steps))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._show_bar:
             super().on_train_end(args, state, control, **kwargs)
 
@@ -101,7 +103,7 @@ class StepLines(ProgressCallback):
     def _write(self, line: str) -> None:
         self._spoke = time.monotonic()
         if self.training_bar is None:
-            print(line, flush=True)
+            pass
         else:
             self.training_bar.write(line)
 

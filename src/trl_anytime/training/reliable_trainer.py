@@ -9,9 +9,11 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl import GRPOConfig, GRPOTrainer
 
 from ..brpo_config import check_on_nonfinite
@@ -31,7 +33,7 @@ class _AtTrainBegin(TrainerCallback):
     def __init__(self, trainer: "ReliableGRPOTrainer"):
         self._trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._at_train_begin()
 
 
@@ -162,7 +164,12 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     # Checkpoints and restarts
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         # transformers starts a log of its own: what was evaluated before the first step is the curve before training
         self._evaluated = [] if self.state.global_step > 0 else self.state.log_history
         with FaultWatch(), self._preemption, without_host_warnings():
@@ -236,7 +243,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
     def _rollouts_in_use(self) -> bool:
         return self._step % checkpoint.generate_every(self.args) != 0
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         args, run_dir = self.args, Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if args.should_save:
@@ -276,7 +283,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
             "last_logged": self._globalstep_last_logged,
         }
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # PEFT loads adapters in float32, also where TRL trains them in bfloat16 (QLoRA)
@@ -284,7 +291,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
         if self._checkpoint is not None:
             # Each epoch draws its order from the sampler's one generator: go past those of the epochs already done
@@ -293,7 +300,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
                 next(iter(sampler))
         return sampler
 
-    def _load_rng_state(self, checkpoint):
+    def _load_rng_state(self, checkpoint: str | None) -> None:
         """
         Do an evaluation that was due when the checkpoint was saved.
 
@@ -307,7 +314,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics, None)
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
         else:  # transformers would look at the limit after another step
@@ -315,7 +322,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     # Rollouts and rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._num_rollouts = len(inputs)
         with memory_advice("rollouts"), self._times("rollouts"):
             output = super()._generate_and_score_completions(inputs)
@@ -323,13 +330,15 @@ class ReliableGRPOTrainer(GRPOTrainer):
             self._drop_padding_rollouts(output)
         return output
 
-    def _generate(self, prompts):
+    def _generate(self, prompts: list) -> tuple:
         output = super()._generate(prompts)
         if self._num_real < self._num_of_all_ranks:
             self._count_lengths_anew(*output[1:3])
         return output
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
         guard, reward_funcs = RewardGuard(self.state.global_step), self.reward_funcs
         self.reward_funcs = [
             guard.guard(func, name) for func, name in zip(reward_funcs, self.reward_func_names, strict=True)
@@ -352,9 +361,9 @@ class ReliableGRPOTrainer(GRPOTrainer):
     @property
     def _num_real(self) -> int:
         """
-        Return the number of rollouts of all ranks, without those that fill up the last batch of an evaluation.
+        Return the number of rollouts of all ranks that count.
 
-        The rollouts that fill up the batch come last.
+        Those that fill up the last batch of an evaluation do not count. They come last.
         """
         on_all_ranks = self._num_of_all_ranks
         state = self.accelerator.gradient_state
@@ -395,7 +404,9 @@ class ReliableGRPOTrainer(GRPOTrainer):
         fractions = self._metrics["eval"]["frac_reward_zero_std"]
         fractions[-1] = min(1.0, fractions[-1] * all_to_real)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple:
         loss, *rest = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.accelerator.gradient_state.end_of_dataloader:
             # transformers keeps the first few ranks' losses of the last batch: give each the loss of all
@@ -404,14 +415,22 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     # What is not finite
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,  # a function in the place of one, too
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple:
         output = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         self._check_logprobs(output[0], input_ids[:, :-logits_to_keep])
         return output
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
         if self._on_nonfinite == "raise" and not torch.isfinite(loss):
             raise FloatingPointError(
@@ -435,7 +454,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         text = self._tokenizer.decode(ids[ids != self._tokenizer.pad_token_id])
         return text if len(text) <= 200 else f"{text[:100]} [...] {text[-100:]}"
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # With fp16 an overflow is part of scaling the loss, which leaves the step out by itself
         if grad_norm is None or self.args.fp16:
@@ -454,7 +473,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
 
     # The update
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         with memory_advice("update"), self._times("step"):  # less the phases inside, such as those of rollouts
             output = super().training_step(model, inputs, num_items_in_batch)
         if self._step % self.current_gradient_accumulation_steps == 0:

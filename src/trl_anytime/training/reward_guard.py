@@ -34,7 +34,7 @@ class RewardGuard:
             return reward_func
         if is_async_callable(reward_func):
 
-            async def guarded_async(prompts, **kwargs):
+            async def guarded_async(prompts: list, **kwargs: Any) -> list[float | None]:
                 try:
                     return checked_rewards(await reward_func(prompts=prompts, **kwargs), prompts)
                 except FAILURES as error:  # whatever it is, it must reach all ranks
@@ -42,7 +42,7 @@ class RewardGuard:
 
             return guarded_async
 
-        def guarded(prompts, **kwargs):
+        def guarded(prompts: list, **kwargs: Any) -> list[float | None]:
             try:
                 return checked_rewards(reward_func(prompts=prompts, **kwargs), prompts)
             except FAILURES as error:

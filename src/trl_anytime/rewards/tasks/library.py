@@ -81,7 +81,7 @@ def open_task(source: str | TaskSource) -> Any:
 
 
 def _fitting(source: TaskSource, name: str, value: Any, default: Any) -> Any:
-    """A value of the kind that the default has, as far as there is one."""
+    """Return a value of the kind that the default has, as far as there is one."""
     if isinstance(value, list) and isinstance(default, tuple):
         return tuple(value)
     kinds: dict[type, tuple[type, ...]] = {

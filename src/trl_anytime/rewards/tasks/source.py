@@ -87,12 +87,12 @@ class TaskSource:
 
     @property
     def library_seed(self) -> int:
-        """Seed of the library for the first problem; the library adds the number of each."""
+        """Return the library's seed for the first problem. The library adds the number of each."""
         return self.seed * MOST_PROBLEMS
 
 
 def is_task(source: str) -> bool:
-    """Whether a data set is given as a task."""
+    """Return whether a data set is given as a task."""
     return source.startswith(PREFIX)
 
 

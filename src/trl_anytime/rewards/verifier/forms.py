@@ -299,7 +299,11 @@ def _read(text: str, depth: int) -> Form:
         base = int(match[2]) if match[2].isdigit() else _BASE_WORDS.get(match[2], 0)
         if digits.lstrip("-")[0].isdigit() and 2 <= base <= 36:
             return Formula(digits) if base == 10 else BasedNumber(digits.upper(), base)
-    text = _join_thousands(text) if depth == 0 else text
+    return _read_parts(_join_thousands(text) if depth == 0 else text, depth)
+
+
+def _read_parts(text: str, depth: int) -> Form:
+    """Read a list, a quantity, a relation, a set or a formula."""
     for separators in ({";"}, {",", r"\lor"}):
         parts = [part for part in _split(text, separators) if part[0] and not part[0].startswith(r"\forall")]
         if len(parts) > 1:
@@ -840,7 +844,7 @@ def _unit(words: str) -> str | None:
 
 
 def _spelled(unit: str) -> str:
-    """A unit with its symbols as words."""
+    """Return a unit with its symbols as words."""
     return _SYMBOL.sub(lambda found: _PREFIXES.get(found[1], "") + _SYMBOLS[found[2]], unit)
 
 

@@ -151,7 +151,11 @@ class _Reader:
         return negative
 
     def term(self, negative: bool = False) -> Expr:
-        r"""A product, with operators; `negative` if the term begins with a minus, as in `-1 \bmod 5`, which is 4."""
+        r"""
+        Read a product, with operators.
+
+        `negative` says that the term begins with a minus, as in `-1 \bmod 5`, which is 4.
+        """
         start = self.position
         value = self.product()
         # One token, or one in brackets

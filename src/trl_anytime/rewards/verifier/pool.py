@@ -215,7 +215,7 @@ class WorkerPool:
 
 
 def python_module(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Return command and environment of a Python process that runs a module; it can import what this one can.
+    """Return command and environment of a Python process that runs a module, with this one's path.
 
     Its hash seed is always the same, and libraries of linear algebra start no threads in it: those take address space.
     """
