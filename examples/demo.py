@@ -6,8 +6,8 @@ From a chat model to an anytime reasoner, on two CPU cores and without a GPU:
 or, with the package and its extra `demo` installed, `python examples/demo.py` (`--help` lists the options).
 
 SmolLM2-135M-Instruct does not think. A warm start teaches it to think about sums (`arithmetic.py`), wastefully and
-fallibly. BRPO then teaches it to be right as early as possible. Each stage is a folder in `outputs/demo`. A run that is
-interrupted goes on from there: repeat the command.
+fallibly. BRPO then teaches it to be right as early as possible. Each stage is a folder in `outputs/demo`. To go on with
+a run that was interrupted, repeat the command.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import arithmetic
+import datasets
 import torch
-from datasets import Dataset
+import transformers
 from peft import LoraConfig
 from smollm2 import HUB_ID, Unavailable, get_model, whole_folder
 from toy_task import show_progress
@@ -37,7 +38,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.cli import main as trl_anytime
-from trl_anytime.inference import AnytimeConfig
+from trl_anytime.inference.anytime_config import AnytimeConfig
+from trl_anytime.method.budgets import check_budgets, prior_weights
 from trl_anytime.rewards import ExactMatch
 
 BUDGETS = [16, 32, 64, 96]
@@ -66,7 +68,7 @@ def main(options: argparse.Namespace) -> None:
     print("\n3. Accuracy before", flush=True)
     with timed("evaluation before", output):
         evaluate(warm_start, output / "before", options)
-    if not (trained / "anytime_config.json").exists():
+    if not (trained / "trainer_state.json").exists():  # written last
         print(f"\n4. BRPO at budgets {options.budgets}, {options.updates} updates", flush=True)
         with timed("BRPO", output):
             train(warm_start, trained, set(problems["question"]), options)
@@ -102,17 +104,19 @@ def write(file: Path, content: Any) -> None:
 
 @contextmanager
 def timed(stage: str, output: Path) -> Iterator[None]:
-    """Add the seconds of a stage, also of one that is interrupted, to `costs.json`."""
+    """Add the seconds of a stage, also of one that is interrupted, to `costs.json`, with the memory at its peak."""
     file, start = output / "costs.json", time.time()
     try:
         yield
     finally:
-        costs = json.loads(file.read_text()) if file.exists() else {}
-        costs[stage] = round(costs.get(stage, 0) + time.time() - start, 1)
+        costs = json.loads(file.read_text()) if file.exists() else {"seconds": {}, "gibibytes": 0}
+        costs["seconds"][stage] = round(costs["seconds"].get(stage, 0) + time.time() - start, 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # of kibibytes
+        costs["gibibytes"] = round(max(costs["gibibytes"], peak), 2)
         write(file, costs)
 
 
-def held_out_problems(file: Path, options: argparse.Namespace) -> Dataset:
+def held_out_problems(file: Path, options: argparse.Namespace) -> datasets.Dataset:
     """Return the problems of the evaluations, and write them to a file for `trl-anytime eval`."""
     problems = arithmetic.make_problems(options.eval_problems, 10 * options.seed + EVAL_SEED)
     problems.to_json(file)
@@ -179,7 +183,11 @@ def supervised_fine_tune(base: Path, folder: Path, held_out: set[str], options: 
     )
     sampling = replace(config.sampling, temperature=1.0)
     config = replace(
-        config, budgets=options.budgets, max_summary_length=arithmetic.MAX_SUMMARY_LENGTH, sampling=sampling
+        config,
+        budgets=options.budgets,
+        prior=prior_weights("uniform", options.budgets).tolist(),
+        max_summary_length=arithmetic.MAX_SUMMARY_LENGTH,
+        sampling=sampling,
     )
     with whole_folder(folder) as part:
         trainer.save_model(str(part))
@@ -229,6 +237,7 @@ def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.
     trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     trainer.save_model()
     trainer.create_model_card(model_name="Sums at any thinking budget")
+    trainer.save_state()
 
 
 def evaluate(model: Path, folder: Path, options: argparse.Namespace, baseline: Path | None = None) -> None:
@@ -257,12 +266,20 @@ def report(output: Path, options: argparse.Namespace) -> None:
         (curve,) = results["curves"].values()
         print(f"{when:8}" + "".join(f"{estimate['mean']:7.3f}" for estimate in curve["accuracy"]))
     costs = json.loads((output / "costs.json").read_text())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(f"\n{', '.join(f'{stage} {seconds:.0f} s' for stage, seconds in costs.items())}; at most {peak:.1f} GiB")
+    for what, values in {"Seconds": costs["seconds"], "of BRPO": phases(output / "trained")}.items():
+        print(f"{what}: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in values.items()))
+    print(f"Memory: at most {costs['gibibytes']} GiB")
     print(
         f"In {output}: trained/ (the model with its card, README.md), after/curve.png (both curves), before/ and "
         "after/ (all samples), warm_start/, base/"
     )
+
+
+def phases(trained: Path) -> dict[str, float]:
+    """Return the seconds of training by phase."""
+    logs = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    names = sorted({name for log in logs for name in log if name.startswith("time/")})
+    return {name.removeprefix("time/"): sum(log.get(name, 0) for log in logs) for name in names}
 
 
 def read_samples(file: Path) -> list[dict[str, Any]]:
@@ -284,6 +301,7 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("sft_steps", "updates", "eval_problems", "threads"):
         if getattr(options, name) < 1:
             raise Unavailable(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    check_budgets(options.budgets)
     if options.model is not None and not (options.model / "config.json").is_file():
         raise Unavailable(f"There is no model in {options.model}: config.json is missing. Set --model to its folder.")
 
@@ -305,6 +323,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
+    datasets.disable_progress_bars()  # those of files, which would hide the stages'
+    transformers.utils.logging.disable_progress_bar()
     try:
         parsed = parse()
         check_options(parsed)
