@@ -1,7 +1,7 @@
 """
 The task of the demo: `chain_sum` of reasoning-gym, and made chains of thought for it, which are wasteful and fallible.
 
-A question asks for a sum such as `15 - 43 - 75`. The shortest thinking is `15-43=-28. -28-75=-103.`, and SmolLM2's
+A question asks for a sum such as `5 - 8 - 7`. The shortest thinking is `5-8=-3. -3-7=-10.`, and SmolLM2's
 tokenizer writes each digit as a token.
 """
 
@@ -19,7 +19,7 @@ from trl_anytime.data.recipe import set_chat_template
 THINK_START, THINK_END = "<think>", "</think>"
 # The shortest that close a trace and open the answer. A long bridge would cost more than so short a trace.
 TRUNCATION_BRIDGE, ANSWER_BRIDGE = THINK_END, "\n\\boxed{"
-MAX_SUMMARY_LENGTH = 8  # a sign, three digits, the end of the box, the end of the text
+MAX_SUMMARY_LENGTH = 8  # a sign, two digits, the end of the box, the end of the text
 
 PREAMBLES = (
     "Okay, let me think about this.",
@@ -76,7 +76,7 @@ def make_thinking(question: str, rng: random.Random) -> tuple[str, str]:
 
 def make_problems(count: int, seed: int, held_out: Container[str] = ()) -> Dataset:
     """
-    Draw problems of three or four terms with one or two digits.
+    Draw problems of three or four terms with one digit each.
 
     Args:
         count (`int`):
@@ -90,7 +90,7 @@ def make_problems(count: int, seed: int, held_out: Container[str] = ()) -> Datas
         `Dataset`: rows with the columns `question`, `answer` and what the reward needs.
     """
     drawn = create_dataset(
-        "chain_sum", size=count, seed=1_000_000 * seed, min_terms=3, max_terms=4, min_digits=1, max_digits=2
+        "chain_sum", size=count, seed=1_000_000 * seed, min_terms=3, max_terms=4, min_digits=1, max_digits=1
     )
     rows = [{"question": entry["question"], "answer": entry["answer"]} for entry in drawn]
     return Dataset.from_list([row for row in rows if row["question"] not in held_out])
