@@ -6,7 +6,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 # The lower ends of the ranges in pyproject.toml
 OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 peft==0.18.0 math-verify==0.9.0 \
-	matplotlib==3.9.0 openai==3.0.0
+	matplotlib==3.9.0 openai==3.0.0 reasoning_gym==0.1.25
 
 # Workers of pytest, which take over each other's tests: each has its own processes, and needs some 2 GiB
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal

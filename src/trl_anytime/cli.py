@@ -162,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="datasets",
         action="append",
         metavar="NAME",
-        help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]) or a json, jsonl, "
-        "parquet or csv file; NAME=SOURCE names it; can be repeated",
+        help="aime24, aime25, amc, math500, minerva, olympiadbench, a Hub id (owner/name[:config]), a json, jsonl, "
+        "parquet or csv file, or reasoning_gym:TASK?setting=value&size=500&seed=0; NAME=SOURCE names it; can be "
+        "repeated",
     )
     problems.add_argument("--problem-column", metavar="COLUMN", help="(default: problem, question or prompt)")
     problems.add_argument(
@@ -188,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--samples", type=int, metavar="N", help="traces for each question (default: 1)")
     measure.add_argument("--summaries", type=int, default=1, metavar="N", help="answers at each cut (default: 1)")
     measure.add_argument(
-        "--reward", metavar="FILE.py:NAME", help="a reward function as TRL's (default: this package's maths verifier)"
+        "--reward",
+        metavar="FILE.py:NAME",
+        help="a reward function as TRL's (default: this package's maths verifier, and a task's own scorer)",
     )
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")

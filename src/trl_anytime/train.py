@@ -32,9 +32,11 @@ from .data.recipe import (
     name_in_card,
     parse_recipe,
     set_chat_template,
+    without_shared,
 )
+from .data.tasks import check_lengths
 from .outside.display import for_terminal
-from .rewards import MathReward
+from .rewards.task import ENTRY_COLUMN
 
 
 def train(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
@@ -64,11 +66,16 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
         training_args.card_eval_dataset = training_args.card_eval_dataset or name_in_card(data_args.eval_dataset_name)
     training_args.card_question = training_args.card_question or f"What is 2 + 2? {data_args.instruction}".strip()
 
-    reward = MathReward(on_bad_gold=data_args.on_bad_gold)
+    reward = data_args.reward
     # One process prepares the data, the others read its cache
     with PartialState().local_main_process_first():
         datasets = [load_prompts(source, data_args, tokenizer, reward) for source in data_args.sources]
+    for source, dataset in zip(data_args.sources, datasets, strict=True):
+        if ENTRY_COLUMN in dataset.column_names:  # before an evaluation has taken its time
+            check_lengths(str(source), dataset["answer"][:], tokenizer, training_args.max_summary_length)
     train_dataset, eval_dataset = (*datasets, None)[:2]
+    if eval_dataset is not None:
+        train_dataset = without_shared(train_dataset, eval_dataset)
 
     trainer = BRPOTrainer(
         model_name,

@@ -502,6 +502,9 @@ def test_limits_stand_in_results(folder, tmp_path, finished):
         "timeouts": 0,
         "dead_workers": 0,
         "too_long": 0,
+        "scorer_errors": 0,
+        "bad_scores": 0,
+        "unsafe_answers": 0,
     }
     records = [dict(record) for record in records_of(finished)]
     records[3]["limited"], records[7]["limited"] = {"timeouts": 2}, {"timeouts": 1, "too_long": 1}

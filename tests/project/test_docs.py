@@ -188,8 +188,11 @@ def workplace(tmp_path_factory):
 
 def write_own_data(folder: Path) -> None:
     """The file and the recipe of docs/data.md; the recipe with a model and sizes for a CPU."""
-    page = [block for language in ("text", "yaml") for block in blocks(language) if block.page == "docs/data.md"]
-    rows, recipe = (block.code for block in page)
+    first = {
+        language: next(block.code for block in blocks(language) if block.page == "docs/data.md")
+        for language in ("text", "yaml")
+    }
+    rows, recipe = first["text"], first["yaml"]
     (folder / "problems.csv").write_text(rows + "".join(f"What is {n} + {n}?,{2 * n}\n" for n in range(6)))
     tiny = {"model_name_or_path": "outputs/model", "budgets": [4, 8], "max_summary_length": 4, "num_generations": 2}
     tiny |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "bf16": False}

@@ -9,7 +9,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.pages import table
 from tests.support.servers import LoopbackServer, QuietHandler, serving
-from trl_anytime.rewards import MathReward, grade_answers
+from trl_anytime.rewards import MathReward, TaskReward, grade_answers
 
 PAGE = (ROOT / "docs" / "rewards.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -42,7 +42,8 @@ def test_limits_are_as_documented():
 
 
 def test_counters_are_as_documented():
-    assert {row[0].strip("`") for row in table("docs/rewards.md", "counter")} == set(MathReward().COUNTERS)
+    assert {row[0].strip("`") for row in table("docs/rewards.md", "counter")} == set(TaskReward().COUNTERS)
+    assert set(MathReward().COUNTERS) < set(TaskReward().COUNTERS)
 
 
 class Sandbox(QuietHandler):

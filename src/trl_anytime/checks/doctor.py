@@ -25,10 +25,11 @@ from ..data.recipe import (
     read_recipe,
     set_chat_template,
     to_prompts,
+    without_shared,
 )
 from ..modeling.support import admit, branching_mismatch, packing_mismatch, unsupported_structure
 from ..outside.validation import fields, integer, or_null, read_yaml, string
-from ..rewards import MathReward
+from ..rewards import AnswerReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.vllm_server import check_server, server_url
 from .batch_sizes import BatchArithmetic, most_tokens
@@ -37,6 +38,7 @@ from .memory import Launch, memory_finding, planned_model, without_memory
 from .prompts import shortest_and_longest
 from .start_checks import (
     context_findings,
+    length_findings,
     prompt_findings,
     reward_findings,
     sampled_rows,
@@ -156,7 +158,7 @@ def check_recipe(
         found.findings.append(Finding("settings", OK, "Every setting that is given has an effect."))
     engine_findings, engine_context = _vllm(args, name, launch, settings_only)
     found.findings += engine_findings
-    reward = MathReward(on_bad_gold=data_args.on_bad_gold)
+    reward = data_args.reward
     tokenizer = config = dataset = markers = None
     datasets: dict[str, Dataset] = {}
     if not settings_only:
@@ -179,6 +181,8 @@ def check_recipe(
         prompt_length = _longest_prompt(tokenizer, dataset, args)
     rows = [row for part in datasets.values() for row in sampled_rows(part)]
     found.findings += reward_findings(args, [reward], rows, datasets)
+    if tokenizer is not None:
+        found.findings += length_findings(args, [reward], datasets, tokenizer)
 
     row = None
     if markers is not None and prompt_length is not None:
@@ -347,7 +351,7 @@ def _model_files(
 
 
 def _data(
-    found: Report, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: MathReward
+    found: Report, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase | None, reward: AnswerReward
 ) -> dict[str, Dataset]:
     """The problems to train and to evaluate on, as the training script reads them; why there are none is a finding."""
     datasets = {}
@@ -372,7 +376,21 @@ def _data(
         found.findings.append(_of_problems(source.name, len(rows.rows), prompts, kept, data_args, said))
         if len(kept):
             datasets[str(source)] = kept
+    names = [str(source) for source in data_args.sources]
+    if len(names) > 1 and datasets.keys() >= {*names}:
+        _leave_out_shared(found, datasets, *names)
     return datasets
+
+
+def _leave_out_shared(found: Report, datasets: dict[str, Dataset], train_name: str, eval_name: str) -> None:
+    """Leave out of the training what is evaluated, as the training script does."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        try:
+            datasets[train_name] = without_shared(datasets[train_name], datasets[eval_name])
+        except ValueError as error:
+            found.findings.append(Finding("data", ERROR, str(error), "Change `eval_dataset_name`."))
+    found.findings += [Finding("data", OK, f"{train_name}: {warning.message}") for warning in raised]
 
 
 def _of_problems(

@@ -15,7 +15,7 @@ from ..rollout.markers import ThinkingMarkers, render_prompt
 from .batch_sizes import BatchArithmetic, most_tokens
 from .finding import ERROR, OK, WARNING, Finding
 from .memory import Launch, memory_finding
-from .start_checks import reward_findings, sampled_rows, splice_findings, template_findings, text_of
+from .start_checks import length_findings, reward_findings, sampled_rows, splice_findings, template_findings, text_of
 from .unused_settings import unused_settings
 
 logger = get_logger(__name__)
@@ -89,6 +89,7 @@ def report_start(trainer: ReadyTrainer, prompt_length: int) -> None:
         *template_findings(tokenizer, rendered, generation_prompt, args, markers),
         *splice_findings(tokenizer, rendered, text_of(prompt), markers, trainer.eos_token_ids, in_boxes),
         *reward_findings(args, trainer.reward_funcs, gold_rows, sets),
+        *length_findings(args, trainer.reward_funcs, sets, tokenizer),
         *(_memory(trainer, prompt_length) if trainer.accelerator.device.type == "cuda" else ()),
     ]
     print(batch.table(), flush=True)

@@ -11,7 +11,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..brpo_config import BRPOConfig
-from ..rewards import AnswerReward, MathReward
+from ..data.tasks import ADVICE, AnswerLengths
+from ..rewards import AnswerReward, MathReward, TaskReward
+from ..rewards.task import ENTRY_COLUMN
+from ..rewards.tasks.boxes import write_box
 from ..rewards.verifier.gold_answers import column_values, count_words, has_column
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.templates import (
@@ -389,8 +392,37 @@ def reward_findings(
     return findings
 
 
+def length_findings(
+    args: BRPOConfig, reward_funcs: Sequence[Any], datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> list[Finding]:
+    """
+    Check that a summary has room for the answers of tasks.
+
+    Args:
+        args ([`BRPOConfig`]):
+            Settings.
+        reward_funcs (`Sequence`):
+            The rewards; only [`~trl_anytime.rewards.TaskReward`] is looked at.
+        datasets (`Mapping[str, Dataset]`):
+            Data by what they are called in the findings. Those without a column `answer` are left out.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+    """
+    if not any(isinstance(reward, TaskReward) for reward in reward_funcs):
+        return []
+    findings = []
+    for name, dataset in datasets.items():
+        if {"answer", ENTRY_COLUMN} <= {*dataset.column_names}:
+            lengths = AnswerLengths.measure(dataset["answer"][:], tokenizer, args.max_summary_length)
+            level = ERROR if lengths.are_refused else WARNING if lengths.too_long else OK
+            message = lengths.message(name, args.max_summary_length)
+            findings.append(Finding("gold answers", level, message, "" if level == OK else ADVICE))
+    return findings
+
+
 def _grade(reward: AnswerReward, answers: Sequence[str], gold_answers: Sequence[str]) -> list[float | None]:
-    summaries = [rf"\boxed{{{answer}}}" for answer in answers]
+    is_task = isinstance(reward, TaskReward)
+    summaries = [write_box(answer) if is_task else rf"\boxed{{{answer}}}" for answer in answers]
     formed = [True] * len(summaries)
     columns: dict[str, Any] = {reward.answer_columns[0]: list(gold_answers)}
     return reward([""] * len(summaries), summaries, well_formed=formed, **columns)
@@ -447,7 +479,12 @@ def _gold_answers(args: BRPOConfig, reward: AnswerReward, rows: Sequence[dict[st
         ]
     values = [gold_of(row, column) for row, column in zip(rows, columns, strict=True) if column is not None]
     gold_answers = [alternatives[0] for value in values if (alternatives := reward._gold(value))]
-    scores = _grade(reward, gold_answers, gold_answers)
+    own = gold_answers
+    if isinstance(reward, TaskReward):  # its gold answers are names of problems
+        own = [str(row["answer"]) for row in rows if "answer" in row]
+        if len(own) < len(gold_answers):
+            return []
+    scores = _grade(reward, own, gold_answers)
     wrong = [gold for gold, score in zip(gold_answers, scores, strict=True) if score != 1.0]
     if len(gold_answers) < len(rows) or wrong:
         bad = [repr(value) for value in values if not reward._gold(value)] + [repr(gold) for gold in wrong]

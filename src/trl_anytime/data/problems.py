@@ -1,4 +1,4 @@
-"""Read problems with known answers: benchmarks by name, data sets of the Hub, or local files."""
+"""Read problems with known answers: benchmarks, tasks of reasoning-gym, data sets of the Hub, or local files."""
 
 import glob
 import json
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ..outside.display import did_you_mean
 from ..outside.validation import MEBIBYTE, check_file, free_form, list_of, mapping_of, parse_json, read_text
 from ..rewards.base import ANSWER_COLUMNS
+from ..rewards.task import ENTRY_COLUMN
+from ..rewards.tasks.problems import task_problems
+from ..rewards.tasks.source import PREFIX, TaskSource, is_task
 from ..rewards.verifier.gold_answers import column_values, has_column
 
 if TYPE_CHECKING:
@@ -90,6 +93,11 @@ class ProblemRows:
     problem_column: str
     answer_column: str
 
+    @property
+    def has_entries(self) -> bool:
+        """Whether these are problems of a task, which its own scorer grades."""
+        return ENTRY_COLUMN in self.rows.column_names and is_task(self.source)
+
     def values(self, column: str) -> Sequence[Any]:
         """Return the values of one of the two columns."""
         return column_values(self.rows, column, self.rows.column_names)
@@ -118,7 +126,7 @@ def problem_text(value: Any) -> str | None:
 
 def is_file(source: str) -> bool:
     """Whether a data set is given as a local file."""
-    return Path(source).suffix in _FILE_TYPES
+    return Path(source).suffix in _FILE_TYPES and not is_task(source)
 
 
 def find_benchmark(source: str) -> Benchmark | None:
@@ -129,6 +137,17 @@ def find_benchmark(source: str) -> Benchmark | None:
 def set_name(source: str) -> str:
     """Return a short name of a data set: of a benchmark its own, of a file that without folders and ending."""
     return Path(source).stem if is_file(source) else _key(source) if find_benchmark(source) else source
+
+
+def split_name(source: str) -> tuple[str, str]:
+    """Split `name=source` into the name that a data set is given, `""` without one, and where it is."""
+    name, is_it, behind = source.partition(f"={PREFIX}")
+    if is_it:
+        return name, PREFIX + behind
+    if is_task(source):
+        return "", source
+    name, _, where = source.rpartition("=")
+    return name, where.strip()
 
 
 def _key(source: str) -> str:
@@ -148,8 +167,8 @@ def read_rows(
 
     Args:
         source (`str`):
-            Name of a benchmark, a file (json, jsonl, parquet or csv), or a Hub id, with a configuration behind a colon
-            if it has several.
+            Name of a benchmark, a task of reasoning-gym (`reasoning_gym:TASK?setting=value&size=500&seed=0`), a file
+            (json, jsonl, parquet or csv), or a Hub id, with a configuration behind a colon if it has several.
         config (`str`, *optional*):
             Configuration of a Hub data set, instead of behind a colon.
         split (`str`, *optional*):
@@ -159,12 +178,17 @@ def read_rows(
         spell (`Callable`, *optional*):
             How a message names a setting: [`as_setting`] or [`as_flag`].
 
+    Returns:
+        [`ProblemRows`]: The rows; of a task, with the columns `question`, `answer` and `entry`.
+
     Raises:
         `ValueError`: If there is no such set, file, split, column or row; the message says what there is instead.
         `ConnectionError`: If the Hub does not answer.
     """
     benchmark = find_benchmark(source)
-    if is_file(source):
+    if is_task(source):
+        rows = _load_task(source, config, split, spell)
+    elif is_file(source):
         rows = _load_file(Path(source))
     elif benchmark is not None:
         problem_column = problem_column or benchmark.problem
@@ -202,9 +226,21 @@ def _unknown(source: str) -> str:
     files = [str(path) for path in Path(".").glob("*") if path.suffix in _FILE_TYPES]
     return (
         f"There is no data set {source!r}.{did_you_mean(source.lower(), [*BENCHMARKS, *files])} Known are "
-        f"{', '.join(BENCHMARKS)}; others are given by their Hub id (owner/name) or as a file that ends in .json, "
-        ".jsonl, .parquet or .csv."
+        f"{', '.join(BENCHMARKS)}; others are given by their Hub id (owner/name), as a file that ends in .json, "
+        f".jsonl, .parquet or .csv, or as {PREFIX}TASK."
     )
+
+
+def _load_task(source: str, config: str | None, split: str | None, spell: Callable[[str], str]) -> "Dataset":
+    from datasets import Dataset
+
+    for value, what in ((config, "configuration"), (split, "split")):
+        if value is not None:
+            raise ValueError(
+                f"A task of reasoning-gym has no {what} {value!r}. Remove it. Settings, size and seed are written "
+                f"behind the name in {spell('dataset_name')}: {PREFIX}TASK?size=500&seed=1."
+            )
+    return Dataset.from_list(task_problems(TaskSource.parse(source)))
 
 
 def _load_file(path: Path) -> "Dataset":

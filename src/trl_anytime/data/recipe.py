@@ -1,5 +1,6 @@
 """Read a training recipe: its settings, and problems that become prompts."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from ..brpo_config import BRPOConfig
 from ..outside.display import did_you_mean
 from ..outside.validation import MEBIBYTE, Unfit, read_text, read_yaml
-from ..rewards import MathReward
+from ..rewards import AnswerReward, MathReward, TaskReward
+from ..rewards.task import ENTRY_COLUMN
+from ..rewards.tasks.source import PREFIX, is_task
 from ..rewards.verifier.gold_answers import check_on_bad_gold, column_values
 from .problems import ProblemRows, find_benchmark, is_file, problem_text, read_rows
 
@@ -25,7 +28,8 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Problems to train on: a data set of the Hub (owner/name, or owner/name:config), a benchmark such "
-            "as math500, or a JSON, JSONL, Parquet or CSV file."
+            "as math500, a task of reasoning-gym (reasoning_gym:chain_sum?max_terms=4&size=500&seed=0), or a JSON, "
+            "JSONL, Parquet or CSV file."
         },
     )
     dataset_config: str | None = field(
@@ -83,6 +87,18 @@ class DataArguments(ScriptArguments):
             )
         if self.ignore_bias_buffers:
             raise ValueError("`ignore_bias_buffers` is not supported. Remove it.")
+        if self.eval_dataset_name and is_task(self.eval_dataset_name) != is_task(self.dataset_name):
+            raise ValueError(
+                "Only one of `dataset_name` and `eval_dataset_name` is a task of reasoning-gym. Their rewards differ: "
+                f"give two tasks ({PREFIX}TASK?seed=1), or none."
+            )
+
+    @property
+    def reward(self) -> AnswerReward:
+        """The reward that fits the problems."""
+        assert self.dataset_name is not None
+        reward = TaskReward if is_task(self.dataset_name) else MathReward
+        return reward(on_bad_gold=self.on_bad_gold)
 
     @property
     def sources(self) -> "list[Source]":
@@ -91,9 +107,11 @@ class DataArguments(ScriptArguments):
         sources = [Source(self.dataset_name, self.dataset_config, self.dataset_train_split)]
         if self.eval_dataset_name:
             sources.append(Source(self.eval_dataset_name, None, self.dataset_test_split))
-        # A benchmark has a split of its own
+        # A benchmark has a split of its own, and a task has none
         return [
-            replace(source, split=None) if find_benchmark(source.name) and source.split == default else source
+            replace(source, split=None)
+            if (find_benchmark(source.name) or is_task(source.name)) and source.split == default
+            else source
             for source, default in zip(
                 sources, (DataArguments.dataset_train_split, DataArguments.dataset_test_split), strict=False
             )
@@ -107,7 +125,7 @@ class Source:
 
     Args:
         name (`str`):
-            A benchmark, a file or a data set of the Hub.
+            A benchmark, a task of reasoning-gym, a file or a data set of the Hub.
         config, split (`str`, *optional*):
             Configuration and split of a data set of the Hub.
     """
@@ -129,7 +147,7 @@ def name_in_card(dataset_name: str) -> str:
     return Path(dataset_name).name if is_file(dataset_name) else dataset_name
 
 
-def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathReward) -> Dataset:
+def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: AnswerReward) -> Dataset:
     """
     Make prompts of problems.
 
@@ -138,20 +156,19 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathRewa
             The rows.
         data_args ([`DataArguments`]):
             System prompt and instruction.
-        reward ([`MathReward`]):
+        reward ([`AnswerReward`]):
             Checks the gold answers, and says what becomes of those that cannot be used.
 
     Returns:
-        `Dataset`: rows with the columns `prompt`, a conversation, and `answer`.
+        `Dataset`: rows with the columns `prompt`, a conversation, and `answer`; of a task also `entry`.
 
     Raises:
         `ValueError`: If a row has no problem, or a gold answer cannot be used.
     """
     problems.check_problems()
     # Before anything is renamed, so that an error names row and column as the data has them
-    problems = replace(
-        problems, rows=replace(reward, answer_columns=(problems.answer_column,)).check_dataset(problems.rows)
-    )
+    gold_column = ENTRY_COLUMN if problems.has_entries else problems.answer_column
+    problems = replace(problems, rows=replace(reward, answer_columns=(gold_column,)).check_dataset(problems.rows))
     system = [] if data_args.system_prompt is None else [{"role": "system", "content": data_args.system_prompt}]
 
     columns = (problems.problem_column, problems.answer_column)
@@ -162,7 +179,38 @@ def to_prompts(problems: ProblemRows, data_args: DataArguments, reward: MathRewa
         content = f"{problem_text(problem)} {data_args.instruction}".strip()
         return {"prompt": [*system, {"role": "user", "content": content}], "answer": answer}
 
-    return problems.rows.map(to_prompt, remove_columns=problems.rows.column_names)
+    kept = [ENTRY_COLUMN] if problems.has_entries else []
+    return problems.rows.map(
+        to_prompt, remove_columns=[name for name in problems.rows.column_names if name not in kept]
+    )
+
+
+def without_shared(train_dataset: Dataset, eval_dataset: Dataset) -> Dataset:
+    """
+    Leave the problems of a task out of training that are evaluated, too: by chance, different seeds may make the same.
+
+    Args:
+        train_dataset, eval_dataset (`Dataset`):
+            Rows of [`to_prompts`]. Those of other data than tasks are returned as they are.
+
+    Raises:
+        `ValueError`: If nothing is left.
+    """
+    if ENTRY_COLUMN not in train_dataset.column_names:
+        return train_dataset
+    evaluated = {prompt[-1]["content"] for prompt in eval_dataset["prompt"]}
+    kept = [i for i, prompt in enumerate(train_dataset["prompt"]) if prompt[-1]["content"] not in evaluated]
+    if not kept:
+        raise ValueError(
+            "Every problem of `dataset_name` is evaluated, too. Give `eval_dataset_name` another `seed`, or the task "
+            "settings with more problems."
+        )
+    if shared := len(train_dataset) - len(kept):
+        warnings.warn(
+            f"Left out {shared:,} of {len(train_dataset):,} problems to train on, which are evaluated.", stacklevel=2
+        )
+        return train_dataset.select(kept)
+    return train_dataset
 
 
 def drop_long_prompts(dataset: Dataset, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -178,7 +226,7 @@ def drop_long_prompts(dataset: Dataset, data_args: DataArguments, tokenizer: Pre
 
 
 def load_prompts(
-    source: Source, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, reward: MathReward
+    source: Source, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, reward: AnswerReward
 ) -> Dataset:
     """Read a data set; returns the rows of [`to_prompts`] without those that are too long."""
     return drop_long_prompts(to_prompts(source.read(data_args), data_args, reward), data_args, tokenizer)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tasks import check_lengths
 from ..inference.anytime_config import BUDGETS, AnytimeConfig
 from ..inference.generate import context_length, is_transformers_model, open_backend
 from ..outside.display import for_terminal
@@ -41,8 +42,9 @@ from ..outside.validation import (
     read_lines,
     string,
 )
-from ..rewards import AnswerReward, FormatReward, MathReward
+from ..rewards import AnswerReward, FormatReward, MathReward, TaskReward
 from ..rewards.returned import checked_rewards, failure_text
+from ..rewards.task import ENTRY_COLUMN
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import Rollout
 from .problems import ProblemSet
@@ -66,8 +68,8 @@ _RESULTS = fields(
     curves=mapping_of(fields(accuracy=list_of(_ESTIMATE), anytime_average=_ESTIMATE), least=1, most=_MOST_SETS + 1),
     questions=mapping_of(list_of(list_of(_REWARD), least=1), least=1, most=_MOST_SETS),
 )
-# Counters of a reward with gold answers: of answers that score 0 because of its limits
-_LIMITS = ("timeouts", "dead_workers", "too_long")
+# Counters of a reward with gold answers: of answers that score 0 because of its limits, or because it failed on them
+_LIMITS = ("timeouts", "dead_workers", "too_long", "scorer_errors", "bad_scores", "unsafe_answers")
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,8 @@ class Evaluation:
         system_prompt (`str`, *optional*):
             System message before each question.
         reward (`Callable`, *optional*):
-            A reward function as TRL's. Defaults to [`~trl_anytime.rewards.MathReward`].
+            A reward function as TRL's. Defaults to [`~trl_anytime.rewards.TaskReward`] for problems of a task, and to
+            [`~trl_anytime.rewards.MathReward`] for others.
         batch_size (`int`, *optional*):
             Samples that are computed together. Defaults to 1 for a server, which batches by itself, else to 16 for a
             model and 256 for an engine.
@@ -298,6 +301,9 @@ class Evaluation:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.config.sampling.temperature == 0 and self.num_samples * self.num_summaries > 1:
             raise ValueError("At temperature 0 all samples are the same: set one sample, or a temperature.")
+        for problems in self.problem_sets:
+            if problems.entries is not None:
+                check_lengths(problems.name, problems.answers, self.tokenizer, self.config.max_summary_length)
         names = [problems.name for problems in self.problem_sets]
         if len(set(names)) < len(names) or not names or AVERAGE in names:
             raise ValueError(f"Data sets need names of their own, other than {AVERAGE!r}, got {names}.")
@@ -312,17 +318,22 @@ class Evaluation:
             self.instruction,
             self.num_samples,
             self.num_summaries,
-            getattr(self._reward, "__name__", type(self._reward).__name__),
+            " and ".join(dict.fromkeys(map(self._reward_name, self.problem_sets))),
             self.seed,
             self.system_prompt,
         )
 
-    @cached_property
-    def _reward(self) -> Any:
-        reward = MathReward() if self.reward is None else self.reward
+    def _reward_of(self, problems: ProblemSet) -> Any:
+        reward = self.reward
+        if reward is None:
+            reward = MathReward() if problems.entries is None else TaskReward()
         if isinstance(reward, AnswerReward | FormatReward):  # as in training
             return replace(reward, answer_bridge=self.config.markers.answer_bridge)
         return reward
+
+    def _reward_name(self, problems: ProblemSet) -> str:
+        reward = self._reward_of(problems)
+        return getattr(reward, "__name__", type(reward).__name__)
 
     @cached_property
     def _prompt_ids(self) -> dict[str, list[list[int]]]:
@@ -454,23 +465,28 @@ class Evaluation:
                     "cuts": cuts,
                 }
             )
-        limited = self._score(summaries)
+        limited: Counter[str] = Counter()
+        for name in {problems.name: None for problems, *_ in summaries}:
+            limited.update(self._score([summary for summary in summaries if summary[0].name == name]))
         if limited:  # a reward counts for all its answers: the batch's numbers stand with its first sample
-            records[0]["limited"] = limited
+            records[0]["limited"] = dict(limited)
         return records
 
     def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
-        """Score summaries, each given with its problem; the rewards go to the lists at their ends.
+        """Score summaries of one set, each given with its problem; the rewards go to the lists at their ends.
 
         Returns:
             `dict[str, int]`: how many answers hit a limit of the verifier, by its counter, without zeros.
         """
         conversational = self.tokenizer.chat_template is not None
+        problem_set, *_ = summaries[0]
+        reward_func, reward_name = self._reward_of(problem_set), self._reward_name(problem_set)
+        entries = problem_set.entries
         questions = [problems.questions[question] for problems, question, *_ in summaries]
         counters: dict[str, float] = {}
         prompts = [self.config.question(self.tokenizer, question) for question in questions]
         try:
-            returned = self._reward(
+            returned = reward_func(
                 prompts=prompts,
                 completions=[
                     [{"role": "assistant", "content": text}] if conversational else text
@@ -478,26 +494,27 @@ class Evaluation:
                 ],
                 completion_ids=[ids for *_, ids, _, _ in summaries],
                 well_formed=[formed for *_, formed, _ in summaries],
-                answer=[problems.answers[question] for problems, question, *_ in summaries],
-                **({"log_metric": counters.__setitem__} if isinstance(self._reward, AnswerReward) else {}),
+                answer=[problem_set.answers[question] for _, question, *_ in summaries],
+                **({} if entries is None else {ENTRY_COLUMN: [entries[question] for _, question, *_ in summaries]}),
+                **({"log_metric": counters.__setitem__} if isinstance(reward_func, AnswerReward) else {}),
             )
         except SystemExit as error:
-            raise ValueError(f"The reward `{self.protocol.reward}` failed: {failure_text(error)}.") from error
+            raise ValueError(f"The reward `{reward_name}` failed: {failure_text(error)}.") from error
         try:
             rewards = checked_rewards(returned, prompts)
         except ValueError as error:
-            raise ValueError(f"The reward `{self.protocol.reward}` failed: {error}.") from error
+            raise ValueError(f"The reward `{reward_name}` failed: {error}.") from error
         missing = rewards.count(None)
         if missing:
             raise ValueError(
-                f"The reward `{self.protocol.reward}` left {missing} of {len(rewards)} answers without a number: they "
+                f"The reward `{reward_name}` left {missing} of {len(rewards)} answers without a number: they "
                 "were not looked at in time, or it does not apply to them. What is finished is kept: repeat the "
                 "command when the machine is free, or set another --reward."
             )
         for reward, (*_, into) in zip(rewards, summaries, strict=True):
             assert reward is not None
             into.append(reward)
-        counts = {name: int(counters.get(f"rewards/{type(self._reward).__name__}/{name}", 0)) for name in _LIMITS}
+        counts = {name: int(counters.get(f"rewards/{type(reward_func).__name__}/{name}", 0)) for name in _LIMITS}
         return {name: count for name, count in counts.items() if count}
 
 
@@ -564,14 +581,14 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
 
 
 def limited_answers(results: dict[str, Any]) -> str:
-    """Say how many answers count as wrong because they hit a limit of the verifier; `""` if none did."""
-    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"][name]}
+    """Say how many answers count as wrong because of a limit or failure of the reward; `""` if none did."""
+    counts = {name: results["limited"][name] for name in _LIMITS if results["limited"].get(name)}
     answers = results["limited"]["answers"]
     if not counts:
         return ""
     message = ", ".join(f"{count} {name}" for name, count in counts.items())
     share = sum(counts.values()) / answers
-    return f"Of {answers} answers, {share:.2%} count as wrong because they hit a limit of the verifier: {message}."
+    return f"Of {answers} answers, {share:.2%} count as wrong because of a limit or failure of the reward: {message}."
 
 
 def _cost(records: list[dict[str, Any]]) -> dict[str, float]:

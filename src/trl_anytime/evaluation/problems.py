@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.problems import as_setting, problem_text, read_rows, set_name
+from ..data.problems import as_setting, problem_text, read_rows, set_name, split_name
+from ..rewards.task import ENTRY_COLUMN
 from ..rewards.verifier.gold_answers import bad_gold_message, check_on_bad_gold, gold_alternatives
 
 logger = logging.get_logger(__name__)
@@ -27,16 +28,20 @@ class ProblemSet:
             Q questions.
         answers (`list`):
             Q gold answers, as [`~trl_anytime.rewards.MathReward`] takes them.
+        entries (`list[str]`, *optional*):
+            Q names of problems of a task, as [`~trl_anytime.rewards.TaskReward`] takes them.
     """
 
     name: str
     questions: list[str]
     answers: list[Any]
+    entries: list[str] | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Differs for other questions or answers."""
-        text = json.dumps([self.questions, self.answers], ensure_ascii=False, default=str)
+        values = [self.questions, self.answers, *([] if self.entries is None else [self.entries])]
+        text = json.dumps(values, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -75,12 +80,14 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ValueError(f"{spell('limit')} must be at least 1, got {limit}.")
     check_on_bad_gold(on_bad_gold, spell("on_bad_gold"))
-    name, _, where = source.rpartition("=")
-    where = where.strip()
+    name, where = split_name(source)
     found = read_rows(where, None, split, problem_column, answer_column, spell)
     if limit is not None:
         found = replace(found, rows=found.rows.select(range(min(limit, len(found.rows)))))
     found.check_problems()
+    if found.has_entries:
+        columns = ([*found.rows[column]] for column in (found.problem_column, found.answer_column, ENTRY_COLUMN))
+        return ProblemSet(name or set_name(where), *columns)
     questions, answers = [], []
     values = zip(found.values(found.problem_column), found.values(found.answer_column), strict=True)
     for row, (value, answer) in enumerate(values):

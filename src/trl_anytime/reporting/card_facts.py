@@ -17,7 +17,8 @@ from trl.data_utils import is_conversational
 
 from ..brpo_config import BRPOConfig
 from ..inference.anytime_config import AnytimeConfig
-from ..rewards import AnswerReward
+from ..rewards import AnswerReward, TaskReward
+from ..rewards.tasks.source import library_licence, library_version
 from .learning_curves import Curve, before_and_after, evaluations, training_curves
 from .recipe_names import recipe_name
 
@@ -203,6 +204,7 @@ def card_facts(
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = next(iter(model.peft_config.values())) if is_peft_model(model) else None
     question = args.card_question or "What is 2 + 2?"
+    uses_tasks = any(isinstance(func, TaskReward) for func in trainer.reward_funcs)
     libraries = [*_LIBRARIES, *(["peft"] if adapter else []), *(["vllm"] if args.use_vllm else [])]
     return CardFacts(
         name=model_name or Path(str(args.output_dir)).absolute().name,
@@ -223,7 +225,11 @@ def card_facts(
         num_steps=max(trainer.state.max_steps, args.max_steps, 0),
         settings=_settings(trainer, anytime_config, adapter),
         question=[{"role": "user", "content": question}] if is_conversational({"prompt": prompt}) else question,
-        versions={"trl_anytime": version("trl-anytime"), **{name: version(name) for name in libraries}},
+        versions={
+            "trl_anytime": version("trl-anytime"),
+            **{name: version(name) for name in libraries},
+            **({"reasoning-gym": f"{library_version()} ({library_licence()})"} if uses_tasks else {}),
+        },
         paper=paper,
     )
 
@@ -271,13 +277,17 @@ def _recipe(args: BRPOConfig) -> str:
 
 
 def _is_accuracy(trainer: Any) -> bool:
-    """Whether the mean reward is an accuracy for sure: one of our verifiers, which give 0 or 1, and nothing else."""
+    """Whether the mean reward is an accuracy for sure: one of our verifiers that give 0 or 1, and nothing else."""
     weighted = [
         (func, weight)
         for func, weight in zip(trainer.reward_funcs, trainer.reward_weights.tolist(), strict=True)
         if weight != 0
     ]
-    return len(weighted) == 1 and isinstance(weighted[0][0], AnswerReward) and weighted[0][1] == 1
+    if len(weighted) != 1:
+        return False
+    ((func, weight),) = weighted
+    gives_parts = isinstance(func, TaskReward)  # some scorers, for an answer that is nearly right
+    return weight == 1 and isinstance(func, AnswerReward) and not gives_parts
 
 
 def _step_of_weights(trainer: Any) -> int:

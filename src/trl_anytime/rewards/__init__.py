@@ -3,6 +3,7 @@
 from .base import AnswerReward
 from .math import MathReward, grade_answers
 from .simple import ExactMatch, FormatReward, MultipleChoice, NumericClose
+from .task import TaskReward
 
 __all__ = [
     "AnswerReward",
@@ -11,5 +12,6 @@ __all__ = [
     "MathReward",
     "MultipleChoice",
     "NumericClose",
+    "TaskReward",
     "grade_answers",
 ]

@@ -2,20 +2,18 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from .base import AnswerReward
+from .pooled import PooledReward, shortfall
 from .verifier.equality import Exact, answers_equal
 from .verifier.gold_answers import bad_gold_message, gold_alternatives
-from .verifier.pool import PoolSettings, default_workers, get_pool
-
-_LIMITS = ("cpu_limit", "hard_limit", "batch_limit", "memory_limit", "tasks_per_worker")
+from .verifier.pool import get_pool
 
 
 @dataclass(frozen=True, kw_only=True)
-class MathReward(AnswerReward):
+class MathReward(PooledReward):
     r"""Reward 1 for a completion whose final answer is mathematically equal to a gold answer, 0 otherwise.
 
     See [`AnswerReward`] for how the answer is found. What is plain (numbers, words, choices, lists of these) is graded
@@ -53,31 +51,6 @@ class MathReward(AnswerReward):
     ```
     """
 
-    workers: int | None = None
-    cpu_limit: float = 2.0
-    hard_limit: float = 10.0
-    batch_limit: float = 60.0
-    memory_limit: int = 1024
-    tasks_per_worker: int = 2000
-
-    COUNTERS: ClassVar[tuple[str, ...]] = (*AnswerReward.COUNTERS, "timeouts", "dead_workers", "ungraded")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in _LIMITS:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, not {self.workers!r}; leave it out for the default.")
-
-    def _grade(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
-        scores = self._score(pairs, counts)
-        settings = self._pool_settings()
-        if settings not in _warned and (said := _shortfall(counts, len(pairs))):
-            _warned.add(settings)
-            warnings.warn(f"{said} From now on they are only counted.", stacklevel=3)
-        return scores
-
     def _score(self, pairs: Sequence[tuple[list[str], str]], counts: Counter[str]) -> list[float | None]:
         exact = Exact()
         outcomes: dict[tuple[str, str], str | None] = {}  # of a gold and an answer, each pair once; None: for a worker
@@ -100,30 +73,6 @@ class MathReward(AnswerReward):
                 counts["timeouts"] += "timeout" in found
                 counts["dead_workers"] += "dead" in found
         return scores
-
-    def _pool_settings(self) -> PoolSettings:
-        limits = {name: getattr(self, name) for name in _LIMITS}
-        return PoolSettings(workers=self.workers or default_workers(), **limits)
-
-
-_warned: set[PoolSettings] = set()
-
-
-def _shortfall(counts: Mapping[str, float], total: int) -> str:
-    """Say what share of answers was not graded to the end, and what to do; `""` if all were."""
-    limited = int(counts["timeouts"] + counts["dead_workers"])
-    said = []
-    if limited:
-        said.append(
-            f"{limited} of {total} answers ({limited / total:.1%}) hit the limits on time or memory, and score 0. "
-            "Raise `cpu_limit`, `hard_limit` or `memory_limit` if they are more than a few."
-        )
-    if ungraded := int(counts["ungraded"]):
-        said.append(
-            f"{ungraded} of {total} answers ({ungraded / total:.1%}) were not looked at within the time of the call, "
-            "and get None. Raise `batch_limit` or `workers`, or free the machine."
-        )
-    return " ".join(said)
 
 
 def grade_answers(
@@ -180,7 +129,7 @@ def grade_answers(
         scores[row] = score
     found["graded"] = len(pairs) - found["ungraded"]
     found["too_long"] = len(answers) - len(pairs)
-    said = _shortfall(found, len(answers))
+    said = shortfall(found, len(answers))
     if found["too_long"]:
         share = f"{found['too_long']} of {len(answers)} answers ({found['too_long'] / len(answers):.1%})"
         said += f" {share} have more than {reward.max_answer_length} characters (`max_answer_length`), and score 0."

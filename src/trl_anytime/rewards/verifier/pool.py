@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ _SIGXCPU_EXIT = -24  # how Popen reports a child that the kernel ended at its CP
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Number of workers and their limits, see [`MathReward`].
+    """Number of workers, their limits, see [`MathReward`], and the module that they run, by default the verifier's.
 
     `cpu_limit` is CPU time, so that a reward does not depend on the machine's load.
     """
@@ -48,6 +49,7 @@ class PoolSettings:
     batch_limit: float
     memory_limit: int
     tasks_per_worker: int
+    worker_module: str | None = None
 
 
 @dataclass
@@ -77,12 +79,12 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._failed_starts = 0
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
         """Grade pairs of gold answer and answer. Threads that call this at the same time wait for each other.
 
         Returns:
-            `list[str]`: One of `"equal"`, `"different"`, `"timeout"`, `"dead"` (the worker died) and `"late"` (the
-            call's time was over before this pair's) for each pair.
+            `list`: What the worker says of each pair, for the verifier `"equal"` or `"different"`; else `"timeout"`,
+            `"dead"` (the worker died) or `"late"` (the call's time was over before this pair's).
 
         Raises:
             `RuntimeError`: If workers do not start, or fail their self-test.
@@ -108,11 +110,11 @@ class WorkerPool:
             for worker in list(self._workers):
                 worker.process.kill()
 
-    def _grade(self, pairs: Sequence[tuple[str, str]], selector: selectors.BaseSelector) -> list[str]:
+    def _grade(self, pairs: Sequence[tuple[str, str]], selector: selectors.BaseSelector) -> list[Any]:
         seconds = self.settings.batch_limit + len(pairs) * self.settings.cpu_limit / self.settings.workers
         batch_deadline = time.monotonic() + seconds
         queue = deque(range(len(pairs)))
-        outcomes: list[str | None] = [None] * len(pairs)
+        outcomes: list[Any] = [None] * len(pairs)
         was_ready = False
         while None in outcomes:
             now = time.monotonic()
@@ -150,15 +152,9 @@ class WorkerPool:
     def _start(self, selector: selectors.BaseSelector) -> None:
         settings = self.settings
         arguments = [str(settings.cpu_limit), str(settings.memory_limit), str(os.getpid())]
-        path = os.pathsep.join([_PACKAGE_ROOT, *(entry for entry in sys.path if entry)])
+        command, environment = python_module(settings.worker_module or _WORKER_MODULE, *arguments)
         with _blocked(SIGNALS_FOR_THE_PARENT):
-            process = subprocess.Popen(
-                # -P: a file of the current directory must not stand in for a module of the standard library
-                [sys.executable, "-P", "-m", _WORKER_MODULE, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": path},
-            )
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             worker = _Worker(process, time.monotonic() + _START_SECONDS)
             self._workers.append(worker)
             selector.register(_output(worker), selectors.EVENT_READ, worker)
@@ -172,7 +168,7 @@ class WorkerPool:
             worker.task = queue.popleft()
             worker.deadline = time.monotonic() + self.settings.hard_limit
 
-    def _receive(self, worker: _Worker, outcomes: list[str | None], selector: selectors.BaseSelector) -> None:
+    def _receive(self, worker: _Worker, outcomes: list[Any], selector: selectors.BaseSelector) -> None:
         chunk = os.read(_output(worker), 65536)
         if not chunk:
             self._drop(worker, selector)
@@ -191,7 +187,7 @@ class WorkerPool:
             outcomes[worker.task] = reply["outcome"]
             worker.task = None
             worker.tasks_done += 1
-        elif reply.get("self_test") == ["equal", "different"]:
+        elif reply.get("ready"):
             worker.ready = True
             self._failed_starts = 0
         else:
@@ -211,6 +207,17 @@ class WorkerPool:
         selector.unregister(_output(worker))
         self._workers.remove(worker)
         _end(worker)
+
+
+def python_module(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of a Python process that runs a module; it can import what this one can.
+
+    Its hash seed is always the same, and libraries of linear algebra start no threads in it: those take address space.
+    """
+    path = os.pathsep.join([_PACKAGE_ROOT, *(entry for entry in sys.path if entry)])
+    fixed = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # -P: a file of the current directory must not stand in for a module of the standard library
+    return [sys.executable, "-P", "-m", module, *arguments], os.environ | fixed
 
 
 @contextlib.contextmanager

@@ -13,7 +13,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from .pool import SIGNALS_FOR_THE_PARENT
 
@@ -25,7 +27,12 @@ class OutOfTime(BaseException):
     """The soft CPU limit. No `Exception`, so that no handler in a library swallows it."""
 
 
+_is_out_of_time = False
+
+
 def _out_of_time(signum: int, frame: FrameType | None) -> None:
+    global _is_out_of_time
+    _is_out_of_time = True
     raise OutOfTime
 
 
@@ -45,24 +52,54 @@ def _limit_cpu(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
+def limited(compute: Callable[[], Any], cpu_seconds: float) -> Any:
+    """Return what a computation returns, or `"timeout"` if it ends at a limit on time, memory or depth."""
+    global _is_out_of_time
+    _is_out_of_time = False
+    try:
+        try:
+            _limit_cpu(cpu_seconds)
+            found = compute()
+            return "timeout" if _is_out_of_time else found  # a bare `except:` swallows even this exception
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except (OutOfTime, MemoryError, RecursionError):
+        return "timeout"
+
+
 def _grade(gold: str, answer: str, cpu_seconds: float) -> str:
     from .equality import answers_equal
     from .symbolic import Symbolic, TooLarge
 
-    try:
+    def compare() -> str:
         try:
-            _limit_cpu(cpu_seconds)
             verdict = answers_equal(gold, answer, Symbolic())
-            return "timeout" if verdict is None else "equal" if verdict else "different"
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-    except (OutOfTime, TooLarge, MemoryError, OverflowError, RecursionError):
-        return "timeout"
-    except Exception:  # a bug of a library on odd input makes the answer wrong, not the run
-        return "different"
+        except (MemoryError, RecursionError):
+            raise
+        except (TooLarge, OverflowError):
+            return "timeout"
+        except Exception:  # a bug of a library on odd input makes the answer wrong, not the run
+            return "different"
+        return "timeout" if verdict is None else "equal" if verdict else "different"
+
+    return limited(compare, cpu_seconds)
 
 
-def main() -> None:
+def _self_test() -> tuple[bool, Any]:
+    found = [_grade(r"\frac12", "\\sqrt{0.25}", 10.0), _grade("1", r"\sqrt{4}", 10.0)]
+    return found == ["equal", "different"], found
+
+
+def serve(grade: Callable[[str, str, float], Any], self_test: Callable[[], tuple[bool, Any]]) -> None:
+    """
+    Reply to the pool's tasks until the input ends.
+
+    Args:
+        grade (`Callable`):
+            Returns the outcome, for JSON, for a gold answer, an answer and the CPU seconds it may take.
+        self_test (`Callable`):
+            Returns whether the worker grades as it should, and what it found.
+    """
     cpu_seconds, memory_mib, parent = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w", encoding="ascii")
     for signum in SIGNALS_FOR_THE_PARENT:
@@ -80,17 +117,22 @@ def main() -> None:
         replies.flush()
 
     try:
-        self_test = [_grade(r"\frac12", "\\sqrt{0.25}", 10.0), _grade("1", r"\sqrt{4}", 10.0)]
+        passed, found = self_test()
     except BaseException:
         reply({"error": traceback.format_exc()})
         raise
-    reply({"self_test": self_test})
+    reply({"ready": passed, "self_test": found})
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # what libraries print is no reply
     os.dup2(nowhere, 2)
     for line in sys.stdin:
         task = json.loads(line)
-        reply({"outcome": _grade(task["gold"], task["answer"], cpu_seconds)})
+        reply({"outcome": grade(task["gold"], task["answer"], cpu_seconds)})
+
+
+def main() -> None:
+    """Grade mathematical answers."""
+    serve(_grade, _self_test)
 
 
 if __name__ == "__main__":
