@@ -11,10 +11,14 @@ OLDEST = trl==1.15.0 transformers==5.10.1 accelerate==1.12.0 datasets==4.7.0 pef
 # Workers of pytest, which take over each other's tests: each has its own processes, and needs some 2 GiB
 PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: quickstart test test-all test-oldest test-vllm lint docs wheel clean
+.PHONY: quickstart demo test test-all test-oldest test-vllm lint docs wheel clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+# A real language model, in about an hour
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
 
 # Without the tests marked as slow: six minutes on two cores
 test: $(VENV)/.installed
@@ -60,6 +64,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
 $(VENV)-oldest/.installed: pyproject.toml Makefile

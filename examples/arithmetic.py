@@ -7,19 +7,19 @@ tokenizer writes each digit as a token.
 
 import random
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Iterable
 
 from datasets import Dataset
-from reasoning_gym import create_dataset
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_anytime.data.problems import read_rows
 from trl_anytime.data.recipe import set_chat_template
 
 THINK_START, THINK_END = "<think>", "</think>"
 # The shortest that close a trace and open the answer. A long bridge would cost more than so short a trace.
 TRUNCATION_BRIDGE, ANSWER_BRIDGE = THINK_END, "\n\\boxed{"
-MAX_SUMMARY_LENGTH = 8  # a sign, two digits, the end of the box, the end of the text
+MAX_SUMMARY_LENGTH = 16  # a summary of this task has at most five; `eval` counts the whole box
 
 PREAMBLES = (
     "Okay, let me think about this.",
@@ -74,26 +74,33 @@ def make_thinking(question: str, rng: random.Random) -> tuple[str, str]:
     return " ".join(parts), str(total)
 
 
-def make_problems(count: int, seed: int, held_out: Container[str] = ()) -> Dataset:
+def problems_name(size: int, seed: int) -> str:
+    """Name a set of problems with three or four terms of one digit, as `trl-anytime eval --dataset` takes it."""
+    return f"reasoning_gym:chain_sum?min_terms=3&max_terms=4&min_digits=1&max_digits=1&size={size}&seed={seed}"
+
+
+def make_problems(count: int, seed: int, held_out: Collection[str] = ()) -> Dataset:
     """
-    Draw problems of three or four terms with one digit each.
+    Draw problems, of which none is held out.
 
     Args:
         count (`int`):
             How many to draw.
         seed (`int`):
-            Seed of the draw. Sets of different seeds share no problem by more than chance.
-        held_out (`Container[str]`, *optional*):
-            Questions to leave out, of which one draw in ten may be one.
+            Seed of the draw.
+        held_out (`Collection[str]`, *optional*):
+            Questions to leave out.
 
     Returns:
-        `Dataset`: rows with the columns `question`, `answer` and what the reward needs.
+        `Dataset`: rows with the columns `question`, `answer` and `entry`, which the reward needs.
     """
-    drawn = create_dataset(
-        "chain_sum", size=count, seed=1_000_000 * seed, min_terms=3, max_terms=4, min_digits=1, max_digits=1
-    )
-    rows = [{"question": entry["question"], "answer": entry["answer"]} for entry in drawn]
-    return Dataset.from_list([row for row in rows if row["question"] not in held_out])
+    size = count
+    while True:
+        rows = read_rows(problems_name(size, seed)).rows
+        kept = [i for i, question in enumerate(rows["question"]) if question not in held_out]
+        if len(kept) >= count:
+            return rows.select(kept[:count])
+        size += size // 4 + 1
 
 
 def open_thinking(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

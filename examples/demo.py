@@ -6,8 +6,8 @@ From a chat model to an anytime reasoner, on two CPU cores and without a GPU:
 or, with the package and its extra `demo` installed, `python examples/demo.py` (`--help` lists the options).
 
 SmolLM2-135M-Instruct does not think. A warm start teaches it to think about sums (`arithmetic.py`), wastefully and
-fallibly. BRPO then teaches it to be right as early as possible. Each stage is a folder in `outputs/demo`. To go on with
-a run that was interrupted, repeat the command.
+fallibly. BRPO then teaches it to be right as early as possible. Each stage is a folder in `outputs/demo`. A run that
+was interrupted goes on when the command is repeated.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.cli import main as trl_anytime
 from trl_anytime.inference.anytime_config import AnytimeConfig
 from trl_anytime.method.budgets import check_budgets, prior_weights
-from trl_anytime.rewards import ExactMatch
+from trl_anytime.rewards import TaskReward
 
 BUDGETS = [16, 32, 64, 96]
 SFT_BATCH_SIZE = 16
@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> None:
         print(f"\n1. Get {HUB_ID}", flush=True)
         with timed("download", output):
             print(f"   From {get_model(base)}")
-    problems = held_out_problems(output / "held_out.jsonl", options)
+    problems = arithmetic.make_problems(options.eval_problems, EVAL_SEED + 10 * options.seed)
     if not warm_start.exists():
         print(f"\n2. Warm start: {options.sft_steps} steps of {SFT_BATCH_SIZE} made chains of thought", flush=True)
         with timed("warm start", output):
@@ -116,13 +116,6 @@ def timed(stage: str, output: Path) -> Iterator[None]:
         write(file, costs)
 
 
-def held_out_problems(file: Path, options: argparse.Namespace) -> datasets.Dataset:
-    """Return the problems of the evaluations, and write them to a file for `trl-anytime eval`."""
-    problems = arithmetic.make_problems(options.eval_problems, 10 * options.seed + EVAL_SEED)
-    problems.to_json(file)
-    return problems
-
-
 def bfloat16_is_faster() -> bool:
     """Whether this CPU multiplies faster in bfloat16, as those with AVX512-BF16 or AMX do."""
     seconds = {}
@@ -156,10 +149,9 @@ def supervised_fine_tune(base: Path, folder: Path, held_out: set[str], options: 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     arithmetic.open_thinking(model, tokenizer)
-    wanted = options.sft_steps * SFT_BATCH_SIZE
-    problems = arithmetic.make_problems(wanted + wanted // 4, 10 * options.seed + SFT_SEED, held_out)
-    questions = problems["question"][:wanted]
-    dataset = arithmetic.make_sft_dataset(questions, tokenizer, options.budgets[-1], random.Random(options.seed))
+    problems = arithmetic.make_problems(options.sft_steps * SFT_BATCH_SIZE, SFT_SEED + 10 * options.seed, held_out)
+    rng = random.Random(options.seed)
+    dataset = arithmetic.make_sft_dataset(problems["question"], tokenizer, options.budgets[-1], rng)
     checkpoints = folder.with_name(f"{folder.name}_checkpoints")
     args = SFTConfig(
         str(checkpoints),
@@ -202,9 +194,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:
     """Train by BRPO, and save the model with its card."""
-    wanted = options.updates * PROMPTS_PER_UPDATE
-    problems = arithmetic.make_problems(wanted + wanted // 4, 10 * options.seed + RL_SEED, held_out)
-    dataset = problems.select(range(wanted)).map(lambda row: {"prompt": arithmetic.make_prompt(row["question"])})
+    problems = arithmetic.make_problems(options.updates * PROMPTS_PER_UPDATE, RL_SEED + 10 * options.seed, held_out)
+    dataset = problems.map(lambda row: {"prompt": arithmetic.make_prompt(row["question"])})
     args = BRPOConfig(
         str(folder),
         budgets=options.budgets,
@@ -229,7 +220,7 @@ def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.
         str(warm_start),
         args,
         dataset,
-        reward_funcs=ExactMatch(),
+        reward_funcs=TaskReward(),
         processing_class=AutoTokenizer.from_pretrained(warm_start),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if options.lora else None,
     )
@@ -244,7 +235,8 @@ def evaluate(model: Path, folder: Path, options: argparse.Namespace, baseline: P
     """Measure the curve by `trl-anytime eval`. One that was interrupted goes on."""
     if (folder / "results.json").exists():
         return
-    words = ["eval", model, "--dataset", f"chain_sum={options.output_dir / 'held_out.jsonl'}", "--instruction", ""]
+    problems = arithmetic.problems_name(options.eval_problems, EVAL_SEED + 10 * options.seed)
+    words = ["eval", model, "--dataset", f"chain_sum={problems}", "--instruction", ""]
     words += ["--budgets", ",".join(map(str, options.budgets)), "--batch-size", 64, "--output", folder]
     # In bfloat16, answers on top of the trace's cache differ too much from a plain forward pass to be used
     words += ["--dtype", "float32", "--device", "cpu"]

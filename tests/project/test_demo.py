@@ -91,7 +91,7 @@ def test_problems_are_held_out():
     problems = arithmetic.make_problems(40, 1)
     held_out = set(problems["question"][:10])
     others = arithmetic.make_problems(40, 1, held_out)
-    assert len(problems) == 40 and not held_out & set(others["question"])
+    assert len(problems) == len(others) == 40 and not held_out & set(others["question"])
     assert arithmetic.make_problems(40, 2)["question"] != problems["question"]
     for row in problems:
         expression = row["question"].partition(": ")[2].rstrip(" =")
