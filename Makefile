@@ -9,10 +9,14 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # Where every optional package is there, --no-skips fails a test that skips for another reason than the machine's hardware
 
-.PHONY: quickstart test test-all test-oldest test-vllm test-main lint docs wheel pins clean
+.PHONY: quickstart demo test test-all test-oldest test-vllm test-main lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+# A real language model, in about an hour
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
 
 # Without the tests marked as slow: six minutes on two cores
 test: $(VENV)/.installed
@@ -76,6 +80,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
 $(VENV)-oldest/.installed: pyproject.toml Makefile

@@ -30,7 +30,7 @@ _LINEAR_LOSSES = (*_EXACT_LOSSES, "bnpo")
 
 
 def _looks_at_all_tokens(args: Any, aux_loss_enabled: bool) -> bool:
-    """Return whether the loss has a mean, a quantile or a product of means over all tokens of a micro-batch."""
+    """Return whether the loss has a mean, a quantile or a product of means over a whole micro-batch."""
     return args.entropy_coef != 0 or args.use_adaptive_entropy or args.top_entropy_quantile < 1 or aux_loss_enabled
 
 
