@@ -50,7 +50,7 @@ def write_pins(uv: str) -> None:
         torch, unused = Path(folder, "torch.txt"), Path(folder, "unused.txt")
         torch.write_text(f"torch=={lowest()['torch']}\n")
         unused.write_text("\n".join(UNUSED))
-        together = newest(uv, "--constraints", str(torch), "--extra", "dev", "--extra", "docs")
+        together = newest(uv, "--constraints", str(torch), "--extra", "dev", "--extra", "demo", "--extra", "docs")
         extras = [word for extra in ("client", "peft", "plot") for word in ("--extra", extra)]
         engine = newest(uv, "--overrides", str(torch), "--excludes", str(unused), *extras, "--group", "vllm-engine")
     (ROOT / "constraints.txt").write_text(CONSTRAINTS + "\n".join(together) + "\n")
