@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import arithmetic
@@ -143,9 +144,9 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with smollm2.whole_folder(tmp_path / "there") as folder:
         (folder / "file").write_text("1")
         assert not (tmp_path / "there").exists()
-    with pytest.raises(RuntimeError, match="broken"), smollm2.whole_folder(tmp_path / "broken") as folder:
+    with suppress(RuntimeError), smollm2.whole_folder(tmp_path / "broken") as folder:
         (folder / "file").write_text("1")
-        raise RuntimeError("broken")
+        raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
