@@ -305,7 +305,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter instead of all weights")
     parser.add_argument("--model", type=Path, help="folder of another ChatML model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="thinking budgets in tokens")
-    parser.add_argument("--sft_steps", type=int, default=60, help="steps of the warm start")
+    parser.add_argument("--sft_steps", type=int, default=110, help="steps of the warm start")
     parser.add_argument("--updates", type=int, default=40, help="updates by BRPO")
     parser.add_argument("--learning_rate", type=float, help="of BRPO (default: 2e-5, with LoRA 1e-3)")
     parser.add_argument("--eval_problems", type=int, default=256, help="held-out problems")
