@@ -200,6 +200,7 @@ def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.
         str(folder),
         budgets=options.budgets,
         num_summaries=2,
+        summary_weight="objective",
         max_summary_length=arithmetic.MAX_SUMMARY_LENGTH,
         truncation_bridge=arithmetic.TRUNCATION_BRIDGE,
         answer_bridge=arithmetic.ANSWER_BRIDGE,
@@ -207,7 +208,7 @@ def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.
         per_device_train_batch_size=GROUP_SIZE,  # the logits of more rows would be what takes the memory
         gradient_accumulation_steps=PROMPTS_PER_UPDATE,
         max_steps=options.updates,
-        learning_rate=options.learning_rate or (1e-3 if options.lora else 2e-5),
+        learning_rate=options.learning_rate or (1e-3 if options.lora else 5e-5),
         lr_scheduler_type="constant",
         adam_beta2=0.95,
         save_steps=5,
@@ -305,9 +306,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter instead of all weights")
     parser.add_argument("--model", type=Path, help="folder of another ChatML model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS, help="thinking budgets in tokens")
-    parser.add_argument("--sft_steps", type=int, default=60, help="steps of the warm start")
+    parser.add_argument("--sft_steps", type=int, default=110, help="steps of the warm start")
     parser.add_argument("--updates", type=int, default=40, help="updates by BRPO")
-    parser.add_argument("--learning_rate", type=float, help="of BRPO (default: 2e-5, with LoRA 1e-3)")
+    parser.add_argument("--learning_rate", type=float, help="of BRPO (default: 5e-5, with LoRA 1e-3)")
     parser.add_argument("--eval_problems", type=int, default=256, help="held-out problems")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads (default: as many as cores)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import arithmetic
+import demo
 import pytest
 import smollm2
 from huggingface_hub import ModelCard
@@ -199,9 +200,14 @@ def test_demo_in_short(chat_model, tmp_path, lora):
     ],
     ids=["updates", "budgets", "model"],
 )
-def test_bad_options(tmp_path, words, named):
-    output = tmp_path / "demo"
-    done = run(*words, "--output_dir", output)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert named in done.stderr.splitlines()[-1]
-    assert not output.exists()
+def test_bad_options(words, named):
+    with pytest.raises((smollm2.Unavailable, ValueError), match=named):
+        demo.check_options(demo.parse([str(word) for word in words]))
+
+
+def test_settings_of_another_run(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--updates"]
+    demo.check_settings(tmp_path, demo.parse([*words, "3"]))
+    demo.check_settings(tmp_path, demo.parse([*words, "3", "--threads", "7"]))  # changes no result
+    with pytest.raises(smollm2.Unavailable, match="updates=3"):
+        demo.check_settings(tmp_path, demo.parse([*words, "4"]))
