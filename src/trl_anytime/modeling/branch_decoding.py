@@ -11,6 +11,7 @@ one trunk, H heads, F key heads, E = H / F heads that share one, D head size, V 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -88,8 +89,25 @@ class _TrunkReaders:
 
     trunk: Trunk
     index: torch.Tensor  # int64 of shape (R, K), rows of the batch, filled up with 0
-    real: torch.Tensor  # bool of shape (R, K), False where filled up
+    # The places of `index` that are not filled up, as numbers: a mask would make the host wait for a GPU at each use
+    trunk_rows: torch.Tensor  # int64 of shape (B',), ascending
+    columns: torch.Tensor  # int64 of shape (B',)
+    branches: torch.Tensor  # int64 of shape (B',), what stands there
+    ends: list[int]  # R + 1 numbers: the places of trunk r are those from ends[r] to ends[r + 1]
     sees: torch.Tensor  # bool of shape (R, K, N)
+
+    @classmethod
+    def from_rows(cls, trunk: Trunk, rows: list[list[int]], seen: torch.Tensor) -> "_TrunkReaders":
+        """Lay out which rows of the batch read each of R trunks. `seen` is the number of tokens that each row sees."""
+        device = seen.device
+        most = max(map(len, rows))
+        index = torch.tensor([branches + [0] * (most - len(branches)) for branches in rows], device=device)
+        places = [(r, k, branch) for r, branches in enumerate(rows) for k, branch in enumerate(branches)]
+        trunk_rows, columns, branches = torch.tensor(places, device=device).unbind(1)
+        key = torch.arange(trunk.layers[0][0].size(2), device=device)
+        start = trunk.starts[:, None, None]
+        sees = (key >= start) & (key < start + seen[index][..., None])
+        return cls(trunk, index, trunk_rows, columns, branches, [0, *accumulate(map(len, rows))], sees)
 
 
 @dataclass(frozen=True)
@@ -163,7 +181,7 @@ class BranchLayout:
             num_rows = max(1, _MAX_SCORES // (query.size(1) * query.size(2) * readers.sees[0].numel()))
             for start in range(0, len(keys), num_rows):
                 rows = slice(start, start + num_rows)
-                index, real, sees_RKSN = readers.index[rows], readers.real[rows], readers.sees[rows, :, None]
+                index, sees_RKSN = readers.index[rows], readers.sees[rows, :, None]
                 if sliding_window is not None:
                     key_positions = torch.arange(keys.size(2), device=keys.device) - readers.trunk.starts[rows, None]
                     distance = self.position_ids[index][..., None] - key_positions[:, None, None]
@@ -173,8 +191,10 @@ class BranchLayout:
                 part_output, part_mass = _attend(
                     part, keys[rows], values[rows], sees_RKSN[:, None, :, None], scaling, softcap
                 )
-                branch = index[real]
-                part_output, part_mass = part_output.transpose(1, 2)[real], part_mass.transpose(1, 2)[real]
+                places = slice(readers.ends[start], readers.ends[min(start + num_rows, len(keys))])
+                branch = readers.branches[places]
+                place = readers.trunk_rows[places] - start, readers.columns[places]
+                part_output, part_mass = part_output.transpose(1, 2)[place], part_mass.transpose(1, 2)[place]
                 total = torch.logaddexp(mass[branch], part_mass)
                 output[branch] = (
                     output[branch] * (mass[branch] - total).exp() + part_output * (part_mass - total).exp()
@@ -273,13 +293,7 @@ class BranchRows:
             if len(used) <= len(trunk.rollouts) // 2:  # few enough to be worth a copy
                 trunk = trunk.select(used)
             branches = [in_rollout.get(rollout, []) for rollout in trunk.rollouts]
-            most = max(map(len, branches))
-            index = torch.tensor([rows + [0] * (most - len(rows)) for rows in branches], device=self.device)
-            real = torch.tensor([[k < len(rows) for k in range(most)] for rows in branches], device=self.device)
-            key = torch.arange(trunk.layers[0][0].size(2), device=self.device)
-            start = trunk.starts[:, None, None]
-            sees = (key >= start) & (key < start + self.seen[index][..., None])
-            self.readers.append(_TrunkReaders(trunk, index, real, sees))
+            self.readers.append(_TrunkReaders.from_rows(trunk, branches, self.seen))
             self.trunks.append(trunk)
 
 
@@ -337,9 +351,9 @@ def decode_branches(
         tokens = choose(so_far, logits)
         sampled[slots, step] = tokens
         ends = torch.isin(tokens, eos) & ~finished
-        lengths[slots[ends]] = step + 1
+        lengths[slots] = torch.where(ends, step + 1, lengths[slots])
         finished = finished | ends
-        num_finished = int(finished.sum())
+        num_finished = int(finished.sum())  # the one wait for the device of a token
         if num_finished == len(finished) or step + 1 == max_new_tokens:
             break
         if num_finished > _FINISHED_SHARE * len(finished):
