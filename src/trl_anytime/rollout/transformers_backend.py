@@ -92,7 +92,7 @@ class TransformersGeneration(Generation):
         token_ids = torch.tensor(padded, device=model.device)
         starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
         rows = list(range(len(prompts)))  # the index of the prompt that each row thinks about
-        cache = growing_cache()
+        cache = growing_cache(max_length=width + most)
         sampled: list[list[int]] = [[] for _ in prompts]
         scans = [EndScan(settings.markers) for _ in prompts]
         running, trunks = set(rows), []
