@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-# A full buffer grows by this share, but by at least so many tokens. A trace of 8,000 tokens has 13 buffers. Growth by 64
-# tokens would make 125, each a little too large for the memory of the one before.
+# A full buffer grows by this share, but by at least so many tokens. A trace of 8,000 tokens has 13 buffers. Growth by
+# 64 tokens would make 125, each a little too large for the memory of the one before.
 _GROWTH = 0.5
 _BLOCK = 64
 
