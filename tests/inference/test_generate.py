@@ -224,7 +224,7 @@ def test_an_answer_is_limited_after_an_early_end(model, tokenizer):
 
 
 def test_a_budget_that_is_none():
-    with pytest.raises(ValueError, match="positive ints"):
+    with pytest.raises(ValueError, match=r"`budgets`.*\[0\]"):
         ThinkingBudgetLogitsProcessor(make_anytime_config(), 0, 5)
 
 

@@ -159,8 +159,8 @@ def workplace(tmp_path_factory):
     (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, questions)))
     problems = ["--dataset", str(folder / "held_out.jsonl"), "--instruction", "", "--budgets", "4,8"]
     reward = ["--reward", f"{ROOT / 'examples' / 'toy_task.py'}:end_of_chain_reward"]
-    model, curve = (str(folder / "outputs" / "quickstart" / name) for name in ("model", "curve"))
-    assert main(["eval", model, *problems, *reward, "--output", curve]) == 0
+    model = str(folder / "outputs" / "quickstart" / "model")
+    assert main(["eval", model, *problems, *reward, "--output", str(folder / "curve")]) == 0
 
     # The model of no task in particular, trained for a step
     tokenizer = make_tokenizer()
@@ -264,8 +264,10 @@ def tiny_settings(monkeypatch, tmp_path):
 @pytest.mark.parametrize("typed", typed_pages("python"))
 def test_python(typed, tiny_settings, workplace, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs" / "quickstart").symlink_to(workplace / "outputs" / "quickstart")
+    quickstart = tmp_path / "outputs" / "quickstart"
+    quickstart.mkdir(parents=True)
+    (quickstart / "model").symlink_to(workplace / "outputs" / "quickstart" / "model")
+    (quickstart / "curve").symlink_to(workplace / "curve")  # of its own: commands write to the other one
     tokenizer = make_tokenizer(extra_words=("Time", "is", "up.", "The"))  # those of the bridges
     model_dir = tmp_path / "outputs" / "tiny"
     make_model(vocab_size=len(tokenizer)).save_pretrained(model_dir)

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 @contextmanager
 def without_host_warnings() -> Iterator[None]:
     """
-    Hide each `FutureWarning` that the code of TRL, transformers and their like causes by itself.
+    Hide each `FutureWarning` that TRL, transformers and their like cause by themselves, or this package does.
 
     TRL 1.16, for example, sets `gradient_checkpointing`, which transformers 5.23 has renamed. A user cannot act on
     that. Warnings that the user's own code causes are shown.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", category=FutureWarning, module=r"(accelerate|datasets|peft|torch|transformers|trl)(\.|$)"
+            "ignore",
+            category=FutureWarning,
+            module=r"(accelerate|datasets|peft|torch|transformers|trl|trl_anytime)(\.|$)",
         )
         yield

@@ -103,7 +103,7 @@ class StepLines(ProgressCallback):
     def _write(self, line: str) -> None:
         self._spoke = time.monotonic()
         if self.training_bar is None:
-            pass
+            print(line, flush=True)
         else:
             self.training_bar.write(line)
 
