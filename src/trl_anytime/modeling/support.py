@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..method.packing import PackedRollouts
+from ..outside.host_warnings import without_host_warnings
 from .branch_decoding import BranchContext, BranchRows, Trunk
 from .growing_cache import growing_cache
 from .separate_rows import forward_rows
@@ -273,7 +274,7 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_host_warnings():
             cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)

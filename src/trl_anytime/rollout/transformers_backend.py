@@ -14,6 +14,7 @@ from transformers.generation import GenerationMode, logits_process
 
 from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
 from ..modeling.growing_cache import growing_cache
+from ..outside.host_warnings import without_host_warnings
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
 from .types import Rollout, Thinking
@@ -74,7 +75,7 @@ class TransformersGeneration(Generation):
         per_rollout = max(map(len, prompts)) + settings.budgets[-1] + settings.num_summaries * per_branch
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
         rollouts: list[Rollout] = []
-        with self._hold_model() as model, torch.no_grad():
+        with self._hold_model() as model, torch.no_grad(), without_host_warnings():
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
                 with self.times("thinking"):
