@@ -26,6 +26,7 @@ from trl_anytime.evaluation.problems import ProblemSet, load_problems
 from trl_anytime.inference.generate import anytime_generate
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.markers import ThinkingMarkers
+from trl_anytime.rollout.types import SUMMARY_FACTS
 
 BOXES = tuple(rf"\boxed{{{digit}}}" for digit in range(10))
 BUDGETS = [2, 4, 8, 16, 32]
@@ -164,6 +165,19 @@ def test_a_reward_of_the_user(folder):
     expected = [["boxed" in cut["answers"][0] for cut in record["cuts"]] for record in records_of(folder / "boxes")]
     found = [[cut["rewards"][0] for cut in record["cuts"]] for record in records_of(folder / "boxes")]
     assert found == expected
+
+
+def test_a_reward_of_the_user_sees_where_the_thinking_was_cut(folder):
+    """As in training. Budgets that share a cut share its summaries, which are of the first of them."""
+    (folder / "facts.py").write_text(
+        "def facts(budget, cut, thinking_length, finished, thinking, **kwargs):\n"
+        "    assert all(c == min(b, n) for b, c, n in zip(budget, cut, thinking_length, strict=True))\n"
+        "    return [float(c) for c in cut]\n"
+    )
+    assert run(folder, "facts", "--reward", f"{folder / 'facts.py'}:facts", "--samples", 2) == 0
+    cuts = [cut for record in records_of(folder / "facts") for cut in record["cuts"]]
+    assert [cut["rewards"] for cut in cuts] == [[cut["thinking_tokens"]] * len(cut["answers"]) for cut in cuts]
+    assert len({cut["thinking_tokens"] for cut in cuts}) > 1
 
 
 def test_the_preset_of_the_paper(folder):
@@ -545,7 +559,8 @@ def test_answers_that_hit_a_limit_are_counted(folder):
 
     def evaluate(**limits):
         evaluation = Evaluation(model, tokenizer, config, [problems], "tiny", reward=MathReward(**limits))
-        summaries = [(problems, 0, rf"\boxed{{{text}}}", [1], True, []) for text in (r"\sqrt[3]{8}", "2" * 99)]
+        told = {**dict.fromkeys(SUMMARY_FACTS), "well_formed": True}
+        summaries = [(problems, 0, rf"\boxed{{{text}}}", [1], told, []) for text in (r"\sqrt[3]{8}", "2" * 99)]
         return evaluation._score(summaries), [rewards for *_, rewards in summaries]
 
     assert evaluate(max_answer_length=50, answer_bridge="") == ({"too_long": 1}, [[0.0], [0.0]])

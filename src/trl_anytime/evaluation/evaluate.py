@@ -46,7 +46,7 @@ from ..rewards import AnswerReward, FormatReward, MathReward, TaskReward
 from ..rewards.returned import checked_rewards, failure_text
 from ..rewards.task import ENTRY_COLUMN
 from ..rollout.http_backend import CompletionClient
-from ..rollout.types import Rollout
+from ..rollout.types import SUMMARY_FACTS, Rollout
 from .problems import ProblemSet
 from .statistics import Estimate, compare, estimates
 from .zeros import COUNTERS, alarms, answer_counts
@@ -426,14 +426,17 @@ class Evaluation:
         records, summaries = [], []
         for (problems, question, sample), rollout in zip(batch, rollouts, strict=True):
             thinking = rollout.thinking
-            formed = rollout.well_formed(self.config.markers)
+            facts = rollout.summary_facts(self.config.budgets, self.config.markers, self.tokenizer)
             clipped = rollout.clipped(self.config.max_summary_length, self.config.eos_token_ids)
             cuts = []
             for context in settings.contexts(thinking):
                 ids = rollout.summaries[context.budgets[0]]
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 rewards: list[float] = []
-                are_formed = formed[context.budgets[0]]
+                # Budgets that share a cut share its summaries, of which the first budget is told
+                first = context.budgets[0] * self.num_summaries
+                facts_here = facts[first : first + self.num_summaries]
+                are_formed = [told["well_formed"] for told in facts_here]
                 cuts.append(
                     {
                         "budgets": [self.config.budgets[j] for j in context.budgets],
@@ -448,8 +451,8 @@ class Evaluation:
                     }
                 )
                 summaries += [
-                    (problems, question, text, summary, is_formed, rewards)
-                    for text, summary, is_formed in zip(texts, ids, are_formed, strict=True)
+                    (problems, question, text, summary, told, rewards)
+                    for text, summary, told in zip(texts, ids, facts_here, strict=True)
                 ]
             records.append(
                 {
@@ -479,7 +482,9 @@ class Evaluation:
         found = [reward.find_answer(text, formed) for text, formed in zip(texts, well_formed, strict=True)]
         return {"no_box": [answer == "" for answer in found]}
 
-    def _score(self, summaries: list[tuple[ProblemSet, int, str, list[int], bool, list[float]]]) -> dict[str, int]:
+    def _score(
+        self, summaries: list[tuple[ProblemSet, int, str, list[int], dict[str, Any], list[float]]]
+    ) -> dict[str, int]:
         """
         Score summaries of one set, each given with its problem.
 
@@ -503,7 +508,7 @@ class Evaluation:
                     for _, _, text, *_ in summaries
                 ],
                 completion_ids=[ids for *_, ids, _, _ in summaries],
-                well_formed=[formed for *_, formed, _ in summaries],
+                **{name: [told[name] for *_, told, _ in summaries] for name in SUMMARY_FACTS},
                 answer=[problem_set.answers[question] for _, question, *_ in summaries],
                 **({} if entries is None else {ENTRY_COLUMN: [entries[question] for _, question, *_ in summaries]}),
                 **({"log_metric": counters.__setitem__} if isinstance(reward_func, AnswerReward) else {}),
