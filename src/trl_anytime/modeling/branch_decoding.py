@@ -98,7 +98,7 @@ class _TrunkReaders:
 
     @classmethod
     def from_rows(cls, trunk: Trunk, rows: list[list[int]], seen: torch.Tensor) -> "_TrunkReaders":
-        """Lay out which rows of the batch read each of R trunks. `seen` is the number of tokens that each row sees."""
+        """Lay out which rows of the batch read each of R trunks, and how many tokens each row has `seen`."""
         device = seen.device
         most = max(map(len, rows))
         index = torch.tensor([branches + [0] * (most - len(branches)) for branches in rows], device=device)

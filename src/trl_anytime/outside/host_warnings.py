@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def without_host_warnings() -> Iterator[None]:
     """
-    Hide each `FutureWarning` that TRL, transformers and their like cause by themselves, or this package does.
+    Hide each `FutureWarning` that this package, TRL, transformers and their like cause.
 
     TRL 1.16, for example, sets `gradient_checkpointing`, which transformers 5.23 has renamed. A user cannot act on
     that. Warnings that the user's own code causes are shown.
