@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.support.tiny import (
     Gradients,
+    Recorder,
     make_config,
     make_dataset,
     make_model,
@@ -32,25 +33,6 @@ from trl_anytime.rewards.returned import checked_rewards
 from trl_anytime.rollout.backend import PrefixGeneration
 from trl_anytime.rollout.trl_backend import TRLSampler
 from trl_anytime.training.micro_batches import prune_batch
-
-
-class Recorder(BRPOTrainer):
-    """Keeps what was rolled out, and scored batches."""
-
-    def __init__(self, *args, **kwargs):
-        self.rolled, self.scored = [], []
-        super().__init__(*args, **kwargs)
-
-    def _roll_out(self, prompts, trainer):
-        output = super()._roll_out(prompts, trainer)
-        self.rolled.append((output, self._batch, torch.get_rng_state()))
-        return output
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.scored.append(output)
-        return output
-
 
 # The special case that is GRPO
 

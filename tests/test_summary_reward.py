@@ -5,32 +5,21 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 
-from tests.support.tiny import byte_tokenizer, make_config, make_dataset, make_model, parity_reward, tiny_trainer
-from trl_anytime import BRPOTrainer
+from tests.support.tiny import (
+    Recorder,
+    byte_tokenizer,
+    make_config,
+    make_dataset,
+    make_model,
+    parity_reward,
+    tiny_trainer,
+)
 from trl_anytime.rewards import ExactMatch
 
 KINDS = ["likelihood", "log_likelihood", "mean_log_likelihood"]
 BUDGETS = [0, 3, 6, 9]
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 EOS = 2
-
-
-class Recorder(BRPOTrainer):
-    """Keeps the generation batches and what the loss gets of them."""
-
-    def __init__(self, *args, **kwargs):
-        self.batches, self.outputs = [], []
-        super().__init__(*args, **kwargs)
-
-    def _roll_out(self, prompts, trainer):
-        output = super()._roll_out(prompts, trainer)
-        self.batches.append(self._batch)
-        return output
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        self.outputs.append(output)
-        return output
 
 
 def recorder(output_dir, **settings):
@@ -72,7 +61,7 @@ def test_the_reward_is_what_sampled_summaries_estimate(tmp_path, packing):
     model = make_model()
     trainer = recorder(tmp_path, model=model, learning_rate=0.0, packing=packing)
     trainer.train()
-    (batch,) = trainer.batches
+    ((_, batch, _),) = trainer.rolled
     rewards = batch.references.rewards
     assert rewards.shape == (8, len(BUDGETS)) and 0 < rewards.min() < rewards.max()
     tokens = torch.arange(20)
@@ -101,7 +90,7 @@ def test_the_gradient_by_the_answers_tokens(tmp_path, kind, packing):
     model = make_model()
     trainer = recorder(tmp_path, model=model, summary_reward=kind, learning_rate=0.0, packing=packing)
     trainer.train()
-    (batch,), (output,) = trainer.batches, trainer.outputs
+    ((_, batch, _),), (output,) = trainer.rolled, trainer.scored
     model.train()
     model.zero_grad()
     thinking = batch.packed.branches() < 0
@@ -136,7 +125,7 @@ def test_the_thinking_earns_what_lies_ahead(tmp_path):
     """R_j without a baseline, P = 0.1 0.2 0.3 0.4: the first token's is the sum over the budgets 3, 6 and 9."""
     trainer = recorder(tmp_path, baseline="none")
     trainer.train()
-    (batch,), (output,) = trainer.batches, trainer.outputs
+    ((_, batch, _),), (output,) = trainer.rolled, trainer.scored
     expected = (batch.references.rewards[:, 1:] * torch.tensor(WEIGHTS[1:])).sum(1)
     torch.testing.assert_close(output["advantages"][:, 0], expected)
 
@@ -161,7 +150,7 @@ def test_it_learns_the_answers(tmp_path, kind, settings):
 def test_answers_of_weight_0_are_not_trained(tmp_path):
     trainer = recorder(tmp_path, summary_weight=0.0)
     trainer.train()
-    (batch,), (output,) = trainer.batches, trainer.outputs
+    ((_, batch, _),), (output,) = trainer.rolled, trainer.scored
     branches = batch.packed.branches() >= 0
     assert (output["advantages"][branches] == 0).all() and (output["advantages"][~branches] != 0).any()
 

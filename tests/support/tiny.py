@@ -162,3 +162,21 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+class Recorder(BRPOTrainer):
+    """Keeps what was rolled out, and scored batches."""
+
+    def __init__(self, *args, **kwargs):
+        self.rolled, self.scored = [], []
+        super().__init__(*args, **kwargs)
+
+    def _roll_out(self, prompts, trainer):
+        output = super()._roll_out(prompts, trainer)
+        self.rolled.append((output, self._batch, torch.get_rng_state()))
+        return output
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.scored.append(output)
+        return output
