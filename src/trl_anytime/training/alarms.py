@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..evaluation.zeros import CLIPPED, NO_BOX
 from ..rollout.types import Rollout
 
 logger = get_logger(__name__)
@@ -23,11 +24,6 @@ SAME = 1e-6
 # Share of the rollouts whose tokens all have advantage 0. It rises as problems get solved. In a run of the learning
 # study that reached a reward of .98 it rose to .86 over ten updates.
 NO_ADVANTAGE = 0.95
-# Share of the graded summaries without a box. If most lack a box, the reward mainly grades the form.
-NO_BOX = 0.5
-# Share of the summaries that are cut off. A few repeat themselves in every run (1 % in the quickstart). At a quarter,
-# correct answers no longer fit.
-CLIPPED = 0.25
 # Share of the graded answers that timed out. They score 0 whatever they say. That noise is as large as a typical gain.
 TIMEOUTS = 0.05
 # Mean difference between vLLM's and the trainer's log-probabilities, in nats per token. With bfloat16 on both sides,
