@@ -146,7 +146,11 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     logs = [log for log in history if "loss" in log]
     per_rollout = len(budgets) * trainer.args.num_summaries
     rollouts = study.training["prompts_per_update"] * study.training["num_generations"]
-    tokens = [rollouts * (log["thinking/mean_length"] + per_rollout * log["summary/mean_length"]) for log in logs]
+    tokens = [
+        # With a likelihood reward, no summary is sampled
+        rollouts * (log["thinking/mean_length"] + per_rollout * log.get("summary/mean_length", 0))
+        for log in logs
+    ]
     record = {
         "budgets": budgets,
         "phase_seconds": {
