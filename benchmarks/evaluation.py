@@ -18,8 +18,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trl_anytime import AnytimeConfig, Sampling
-from trl_anytime.evaluation.evaluate import Evaluation, results_of
+from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet
+from trl_anytime.evaluation.results import results_of
 from trl_anytime.rollout.markers import ThinkingMarkers
 
 LAST = 1000

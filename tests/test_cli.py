@@ -15,7 +15,8 @@ import trl_anytime
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
-from trl_anytime.cli import BAD_INPUT, FAILED, PIPE_CLOSED, main
+from trl_anytime.cli import main
+from trl_anytime.commands.common import BAD_INPUT, FAILED, PIPE_CLOSED
 from trl_anytime.rollout.markers import ThinkingMarkers
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -12,6 +12,7 @@ import trl_anytime
 from tests.support.anytime import make_anytime_config
 from tests.support.tiny import make_tokenizer
 from trl_anytime import cli
+from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.data import problems
 from trl_anytime.data.recipe import (
     DataArguments,
@@ -21,8 +22,9 @@ from trl_anytime.data.recipe import (
     set_chat_template,
     to_prompts,
 )
-from trl_anytime.evaluation.evaluate import Evaluation, differences
+from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet
+from trl_anytime.evaluation.protocol import differences
 from trl_anytime.rewards import MathReward
 from trl_anytime.train import main
 
@@ -115,7 +117,7 @@ def test_where_data_sets_are(monkeypatch):
 )
 def test_errors_of_the_command_name_its_flags(tmp_path, capsys, rows, words, flag):
     path = write(tmp_path / "a.jsonl", rows)
-    assert cli.main(["eval", "nowhere", "--dataset-name", path, *words]) == cli.BAD_INPUT
+    assert cli.main(["eval", "nowhere", "--dataset-name", path, *words]) == BAD_INPUT
     error = capsys.readouterr().err
     assert flag in error and not re.search(r"`\w+_\w+`", error)
 
@@ -184,13 +186,13 @@ def test_words_that_are_wrong(words, named, tmp_path, monkeypatch, capsys):
 )
 def test_the_command_with_words_that_are_wrong(words, named, capsys):
     """`accelerate launch` would print all of its options."""
-    assert cli.main(["train", "--config", "8k_grpo", *words]) == cli.BAD_INPUT
+    assert cli.main(["train", "--config", "8k_grpo", *words]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
 
 
 def test_the_command_of_a_recipe_that_is_not_there(capsys):
-    assert cli.main(["train", "--config", "8k_grop"]) == cli.BAD_INPUT
+    assert cli.main(["train", "--config", "8k_grop"]) == BAD_INPUT
     assert "8k_grpo" in capsys.readouterr().err
 
 

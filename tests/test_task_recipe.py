@@ -14,8 +14,9 @@ from trl_anytime import BRPOConfig, cli
 from trl_anytime.checks.doctor import check_recipe
 from trl_anytime.checks.finding import ERROR, OK, WARNING
 from trl_anytime.checks.memory import Launch
+from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.data.recipe import DataArguments, parse_recipe, without_shared
-from trl_anytime.evaluation.evaluate import load_results
+from trl_anytime.evaluation.results import load_results
 from trl_anytime.rewards import MathReward, TaskReward
 from trl_anytime.rewards.tasks.plain import EXECUTING
 from trl_anytime.rewards.tasks.source import REFUSED
@@ -156,7 +157,7 @@ def test_an_evaluation(trained, tmp_path, capsys):
         str(tmp_path / "b"),
     ]
     capsys.readouterr()
-    assert cli.main(short) == cli.BAD_INPUT
+    assert cli.main(short) == BAD_INPUT
     assert "20 of 20 answers" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 

@@ -44,6 +44,7 @@ from trl_anytime.checks.unused_settings import (
     unused_recipe_settings,
     unused_settings,
 )
+from trl_anytime.commands.common import FAILED
 from trl_anytime.data.recipe import DataArguments
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
@@ -250,7 +251,7 @@ def test_vllm_that_is_missing_or_does_not_fit(folder, monkeypatch):
     assert found.keys() == {"vllm"} and "pip install 'trl-anytime[vllm]'" in found["vllm"].fix
     assert "--assume-vllm" in found["vllm"].fix
     words = ["doctor", str(folder / "changed.yaml"), "--settings-only"]
-    assert [cli.main([*words, *more]) for more in ([], ["--assume-vllm"])] == [cli.FAILED, 0]
+    assert [cli.main([*words, *more]) for more in ([], ["--assume-vllm"])] == [FAILED, 0]
     monkeypatch.setattr(doctor, "is_vllm_available", lambda: True)
     found = look(folder, 3, settings_only=True, use_vllm=True, vllm_tensor_parallel_size=2)
     assert "`vllm_tensor_parallel_size=2`" in found["vllm"].message and "3" in numbers(found["vllm"].message)

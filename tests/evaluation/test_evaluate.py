@@ -20,9 +20,11 @@ from tests.support.pages import table
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import byte_tokenizer, make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
-from trl_anytime.cli import BAD_INPUT, FAILED, SERVER_FAILED, main, parse_budgets
-from trl_anytime.evaluation.evaluate import Evaluation, accuracies, limited_answers, load_results, results_of
+from trl_anytime.cli import main
+from trl_anytime.commands.common import BAD_INPUT, FAILED, SERVER_FAILED, parse_budgets
+from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet, load_problems
+from trl_anytime.evaluation.results import accuracies, limited_answers, load_results, results_of
 from trl_anytime.inference.generate import anytime_generate
 from trl_anytime.rewards import MathReward
 from trl_anytime.rollout.markers import ThinkingMarkers

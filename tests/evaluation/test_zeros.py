@@ -10,8 +10,9 @@ from datasets import load_dataset
 from tests.support.anytime import make_anytime_config
 from tests.support.tiny import make_tokenizer
 from trl_anytime import Sampling
-from trl_anytime.evaluation.evaluate import Evaluation, results_of, save_answers, table
+from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet
+from trl_anytime.evaluation.results import results_of, save_answers, table
 from trl_anytime.evaluation.zeros import alarms, answer_counts, explain_zeros
 
 

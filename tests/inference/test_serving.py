@@ -13,7 +13,8 @@ from tests.support.anytime import make_anytime_config
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import CompletionClient
-from trl_anytime.cli import BAD_INPUT, main
+from trl_anytime.cli import main
+from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.inference.serving import Adapter, check_served, deployment, find_adapter, reasoning_parser
 
 HOSTILE = [

@@ -11,9 +11,12 @@ import pytest
 from tests.support.anytime import make_anytime_config
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
-from trl_anytime.cli import BAD_INPUT, main
-from trl_anytime.evaluation.evaluate import Journal, Protocol, load_results, results_of
+from trl_anytime.cli import main
+from trl_anytime.commands.common import BAD_INPUT
+from trl_anytime.evaluation.journal import Journal
 from trl_anytime.evaluation.problems import load_problems
+from trl_anytime.evaluation.protocol import Protocol
+from trl_anytime.evaluation.results import load_results, results_of
 from trl_anytime.inference.anytime_config import generation_eos_token_ids
 from trl_anytime.outside.validation import Unfit
 

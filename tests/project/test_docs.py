@@ -32,7 +32,7 @@ from tests.support.packed import drawing
 from tests.support.pages import table
 from tests.support.project import OLDEST, ORDER, PINNED
 from tests.support.tiny import make_config, make_dataset, make_grpo_config, make_model, make_tokenizer, parity_reward
-from trl_anytime.cli import _parser, main
+from trl_anytime.cli import main, make_parser
 from trl_anytime.method.advantages import segment_returns, thinking_advantages
 
 DOCS = ROOT / "docs"
@@ -106,7 +106,7 @@ def test_a_command_can_be_what_it_says(block):
     """Of all commands, run or not: they parse, and the files and targets that they name exist."""
     for words in block.commands():
         if words[0] == "trl-anytime":
-            assert _parser().parse_args(words[1:]).command == words[1]
+            assert make_parser().parse_args(words[1:]).command == words[1]
         if words[0] == "make":
             assert all(recipe(target) for target in words[1:])
         for word in words:

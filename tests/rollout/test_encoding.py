@@ -8,7 +8,8 @@ from tests.support.anytime import make_anytime_config
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import CompletionClient, anytime_generate
-from trl_anytime.cli import BAD_INPUT, main
+from trl_anytime.cli import main
+from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.inference.probe import probe
 from trl_anytime.rollout.encoding import encode
 

@@ -20,6 +20,7 @@ ORDER = [
         "brpo_trainer",
         "__init__",
         "train",
+        "commands",
         "cli",
         "__main__",
     ),

@@ -14,7 +14,8 @@ from tests.support.anytime import expected_tokens
 from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
 from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
-from trl_anytime.cli import FAILED, main
+from trl_anytime.cli import main
+from trl_anytime.commands.common import FAILED
 from trl_anytime.inference.generate import open_backend
 from trl_anytime.inference.serving import deployment, find_adapter
 from trl_anytime.outside.validation import free_form

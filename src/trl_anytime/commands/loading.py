@@ -1,0 +1,121 @@
+"""Load what a command's options name: tokenizer and anytime config, model, engine, a server's client."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..inference.anytime_config import AnytimeConfig
+
+
+def load_tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeConfig]":
+    """Load the model's tokenizer and anytime config, and apply the options for budgets and sampling."""
+    from dataclasses import replace
+
+    from transformers import AutoTokenizer
+
+    from ..inference.anytime_config import AnytimeConfig
+
+    tokenizer = _loaded("tokenizer", options.model, AutoTokenizer.from_pretrained)
+    config = AnytimeConfig.from_pretrained(
+        options.model,
+        tokenizer,
+        think_end=options.think_end,
+        truncation_bridge=options.truncation_bridge,
+        answer_bridge=options.answer_bridge,
+    )
+    given = vars(options)
+    sampling = {
+        name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if given.get(name) is not None
+    }
+    changes = {name: given[name] for name in ("budgets", "max_summary_length") if given.get(name) is not None}
+    if given.get("system_prompt") is not None:
+        changes["system_prompt"] = given["system_prompt"] or None
+    return tokenizer, replace(config, sampling=replace(config.sampling, **sampling), **changes)
+
+
+def make_client(options: argparse.Namespace) -> Any:
+    from ..inference.serving import check_served
+    from ..rollout.http_backend import CompletionClient
+
+    client = CompletionClient(
+        options.base_url,
+        options.served_name,
+        options.api_key,
+        options.timeout,
+        options.patience,
+        concurrency=vars(options).get("concurrency", 1),
+        folder=options.model,
+    )
+    if options.served_name is None:
+        check_served(client, options.model)
+    return client
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    """Return a server's client, an engine, or a model, as the options say."""
+    if options.base_url:
+        return make_client(options)
+    if vars(options).get("backend") == "vllm":
+        return _vllm()(
+            options.model,
+            dtype=options.dtype,
+            max_model_len=options.max_model_len,
+            generation_config="vllm",
+            enable_prefix_caching=True,
+        )
+    from transformers import AutoModelForCausalLM
+
+    device = _device(options.device)
+    model = _loaded("weights", options.model, AutoModelForCausalLM.from_pretrained, dtype=options.dtype)
+    return model.to(device)
+
+
+def check_machine(options: argparse.Namespace) -> None:
+    """Refuse a missing library or device before anything is loaded."""
+    if options.base_url:
+        return
+    if vars(options).get("backend") == "vllm":
+        _vllm()
+    else:
+        _device(options.device)
+
+
+def _vllm() -> Any:
+    """Return vLLM's engine."""
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ValueError(
+            f"vLLM cannot be imported ({error}). Run `pip install 'trl-anytime[vllm]'`, or leave out --backend vllm."
+        ) from error
+    return LLM
+
+
+def _device(name: str | None) -> str:
+    """Return a device that works. The default is a GPU, if there is one."""
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {device} cannot be used ({reason}). Leave it out, or set --device cpu.") from error
+    return device
+
+
+def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
+    """Load a model's files with transformers. An error has one line."""
+    from ..outside.validation import check_folder
+
+    if Path(model).is_dir():
+        check_folder(Path(model))
+    try:
+        return load(model, **kwargs)
+    except ConnectionError:
+        raise
+    except Exception as error:  # a damaged file may raise anything in its reader
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"The {what} of {model} cannot be loaded: {said[:500]}") from error
