@@ -19,23 +19,14 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from tests.support import ROOT
-from tests.support.tiny import byte_tokenizer, make_model
+from tests.support.tiny import make_model, save_chat_model
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 QUESTION = "State the final answer to the following arithmetic problem: 15 - 43 + 7 ="
 
 
 @pytest.fixture
 def chat_model(tmp_path) -> Path:
-    """A random chat model, whose template knows no thinking."""
-    folder = tmp_path / "chat_model"
-    tokenizer = byte_tokenizer([], 300, CHATML, special_tokens=("<|im_end|>", "<|im_start|>"), end="<|im_end|>")
-    tokenizer.save_pretrained(folder)
-    make_model("llama", len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path / "chat_model")
 
 
 # Chains of thought
