@@ -108,7 +108,8 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         assert isinstance(trainer, Recorder)
         return trainer
 
-    trainer = recorder(budgets=even_budgets(full, max(NUM_BUDGETS)), num_summaries=NUM_SUMMARIES)
+    rolled_out = max(NUM_BUDGETS) if settings["group_sizes"] else NUM_BUDGETS[0]
+    trainer = recorder(budgets=even_budgets(full, rolled_out), num_summaries=NUM_SUMMARIES)
     rng = random.Random(f"{job.task} {job.seed} measure")
     held_out = {problem.question for problem in make_held_out(study, job)}
     problems = toy_task.make_problems(TASKS[job.task], 2 * settings["prompts"], rng, held_out)
@@ -118,9 +119,7 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     for num_budgets in NUM_BUDGETS:
         for group_size in settings["group_sizes"]:
             for prior in PRIORS:
-                of_setting = (
-                    select(rollouts, num_budgets, group_size, max(NUM_BUDGETS)) for rollouts in (fit, judged)
-                )
+                of_setting = (select(rollouts, num_budgets, group_size, rolled_out) for rollouts in (fit, judged))
                 budgets = even_budgets(full, num_budgets)
                 name = {"num_budgets": num_budgets, "group_size": group_size, "prior": prior}
                 record["variance"].append({**name, **variance_record(*of_setting, budgets, prior)})
@@ -128,8 +127,8 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         prior: gradient_record(trainer, fit, judged, even_budgets(full, 4), prior, settings["gradient_prompts"])
         for prior in settings["gradient_priors"]
     }
-    if settings.get("likelihood_budgets"):
-        sampled = [select(rollouts, NUM_BUDGETS[0], group, max(NUM_BUDGETS)) for rollouts in (fit, judged)]
+    if "likelihood_budgets" in settings:
+        sampled = [select(rollouts, NUM_BUDGETS[0], group, rolled_out) for rollouts in (fit, judged)]
         by_budgets: dict[int, tuple[Recorder, Rollouts, Rollouts]] = {}
         for num_budgets in settings["likelihood_budgets"]:
             scorer = recorder(
@@ -144,7 +143,7 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
             by_budgets[num_budgets] = scorer, rescored[0], rescored[1]
         record["likelihood"] = {
             prior: likelihood_record(trainer, judged, sampled, by_budgets, full, prior, settings["gradient_prompts"])
-            for prior in settings["gradient_priors"]
+            for prior in settings["likelihood_priors"]
         }
     return record
 

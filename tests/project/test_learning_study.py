@@ -29,6 +29,7 @@ MINIATURE = {
             "group_sizes": [4],
             "gradient_prompts": 2,
             "gradient_priors": ["uniform"],
+            "likelihood_priors": ["uniform"],
             "likelihood_budgets": [4, 8],
         },
     },
