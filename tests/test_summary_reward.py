@@ -1,5 +1,8 @@
 """Training by the likelihood of reference answers: exact rewards, exact gradients, and what is refused."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -15,6 +18,7 @@ from tests.support.tiny import (
     tiny_trainer,
 )
 from trl_anytime.rewards import ExactMatch
+from trl_anytime.rollout.backend import Generation
 
 KINDS = ["likelihood", "log_likelihood", "mean_log_likelihood"]
 BUDGETS = [0, 3, 6, 9]
@@ -145,6 +149,61 @@ def test_it_learns_the_answers(tmp_path, kind, settings):
     )
     assert f"rewards/{kind}/mean" in logs[0] and not [name for name in logs[0] if name.startswith("summary/")]
     assert trainer.reward_func_names == ["MathReward"]  # for evaluations, as before
+
+
+class AsAnEngine(Generation):
+    """The traces of another backend with log-probabilities of its own: half a unit below the policy's, as it says."""
+
+    def __init__(self, inside, policy):
+        super().__init__()
+        self.inside, self.policy = inside, policy
+
+    def roll_out(self, prompt_ids, settings):
+        rollouts = self.inside.roll_out(prompt_ids, settings)
+        assert all(summaries == [] for rollout in rollouts for summaries in rollout.summaries)  # nothing is sampled
+        pairs = zip(prompt_ids, rollouts, strict=True)
+        return [replace(rollout, thinking=self.known(ids, rollout)) for ids, rollout in pairs]
+
+    def known(self, prompt_ids, rollout):
+        ids = rollout.thinking.token_ids
+        logits = self.policy(torch.tensor([[*prompt_ids, *ids]]), use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        return replace(rollout.thinking, logprobs=(logprobs - 0.5).tolist())
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("likelihood", {}),
+        ("likelihood", {"peft_config": LoraConfig(r=4, target_modules="all-linear")}),
+        ("mean_log_likelihood", {}),
+    ],
+)
+def test_rollouts_of_an_engine(tmp_path, kind, settings):
+    """
+    vLLM samples the thinking and knows its log-probabilities; the reward is the trainer's own. The importance
+    correction is for the thinking only, whose ratio is e^0.5, and 1 for answers, which nothing has sampled.
+    """
+    runs = []
+    for is_engine in (False, True):
+        trainer = recorder(tmp_path, summary_reward=kind, vllm_importance_sampling_mode="token_truncate", **settings)
+        if is_engine:
+            policy = trainer.model
+            trainer.generation = AsAnEngine(trainer.generation, policy.eval())
+            trainer.use_vllm, trainer.vllm_generation = True, SimpleNamespace(sync_weights=lambda: None)
+            trainer._last_loaded_step = -1  # as TRL begins with vLLM
+        torch.manual_seed(0)
+        trainer.train()
+        ((_, batch, _),), (output,) = trainer.rolled, trainer.scored
+        runs.append((batch, output))
+    (plain, _), (batch, output) = runs
+    assert [r.thinking.token_ids for r in batch.rollouts] == [r.thinking.token_ids for r in plain.rollouts]
+    torch.testing.assert_close(batch.references.rewards, plain.references.rewards)
+    ratio, branches = output["importance_sampling_ratio"], batch.on_device(output["completion_ids"]).branches()
+    trained = batch.on_device(output["completion_ids"]).trained()
+    of_thinking, of_answers = ratio[trained & (branches < 0)], ratio[trained & (branches >= 0)]
+    torch.testing.assert_close(of_thinking, torch.full_like(of_thinking, 0.5).exp(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_answers, torch.ones_like(of_answers), atol=1e-4, rtol=0)
 
 
 def test_answers_of_weight_0_are_not_trained(tmp_path):

@@ -9,12 +9,13 @@ from datasets import Dataset
 
 import trl_anytime
 from tests.support import ROOT, pages
-from tests.support.tiny import byte_tokenizer, make_model
+from tests.support.tiny import byte_tokenizer, make_model, make_tokenizer, tiny_trainer
 from trl_anytime import BRPOConfig, cli
 from trl_anytime.checks.doctor import check_recipe
 from trl_anytime.checks.finding import ERROR, OK, WARNING
 from trl_anytime.checks.memory import Launch
 from trl_anytime.commands.common import BAD_INPUT
+from trl_anytime.data.problems import read_rows
 from trl_anytime.data.recipe import DataArguments, parse_recipe, without_shared
 from trl_anytime.evaluation.results import load_results
 from trl_anytime.rewards import MathReward, TaskReward
@@ -170,8 +171,8 @@ def test_the_page(folder, tmp_path, monkeypatch):
     listed = re.search(r"execute an answer as Python: (.*?)\.", page, re.DOTALL)[1]
     assert {*re.findall(r"`(\w+)`", listed)} == EXECUTING
 
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "TaskReward" in block)
-    code = code.replace("size=200", "size=4")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "TaskReward" in block]
+    code, by_likelihood = (re.sub(r"size=\d+", "size=4", block) for block in blocks)
     tiny = {name: RECIPE[name] for name in ("max_steps", "bf16", "use_cpu", "report_to", "num_generations")}
 
     class Small(BRPOConfig):
@@ -185,3 +186,48 @@ def test_the_page(folder, tmp_path, monkeypatch):
     names["trainer"].train()
     (logged,) = (entry for entry in names["trainer"].state.log_history if "reward" in entry)
     assert "rewards/TaskReward/graded" in logged and names["trainer"].state.global_step == 1
+
+    exec(compile(by_likelihood, "docs/data.md", "exec"), names)
+    trainer = names["trainer"]
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    assert 0 <= logged["rewards/likelihood/mean"] <= 1 and "rewards/TaskReward/graded" not in logged
+    assert "eval_rewards/TaskReward/mean" in trainer.evaluate()
+
+
+def test_words_are_learned_by_their_likelihood(tmp_path):
+    """A scorer is not needed: relations between persons, one token each, at two cuts and without thinking."""
+    rows = read_rows("reasoning_gym:family_relationships?max_family_size=4&size=32&seed=0").rows
+    relations = sorted(set(rows["answer"]))
+    assert len(relations) > 3 and all(re.fullmatch(r"[a-z-]+", word) for word in relations)
+    rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}]})
+    tokenizer = make_tokenizer(extra_words=tuple(relations))
+    trainer = tiny_trainer(
+        tmp_path,
+        model=make_model(vocab_size=len(tokenizer)),
+        processing_class=tokenizer,
+        train_dataset=rows,
+        reward_funcs=None,
+        budgets=[0, 3, 6],
+        num_summaries=1,
+        summary_reward="likelihood",
+        summary_weight="objective",
+        reference_template="{answer}",
+        learning_rate=2e-2,
+        max_steps=15,
+    )
+    trainer.train()
+    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    # At first nearly uniform over the words and the end behind them; then at least as good as a guess among relations
+    assert rewards[0] < 0.02 and sum(rewards[-3:]) / 3 > 1 / len(relations)
+
+
+def test_a_recipe_by_likelihood_without_an_evaluation(folder, tmp_path):
+    """Its reward function has nothing to grade."""
+    data_args, args, model_args = parse_recipe(
+        ["--config", str(folder / "recipe.yaml"), "--summary_reward", "likelihood", "--output_dir", str(tmp_path)]
+    )
+    data_args.eval_dataset_name = None
+    train(data_args, args, model_args)
+    card = (tmp_path / "README.md").read_text()
+    assert "likelihood of the reference answer" in card

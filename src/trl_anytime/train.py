@@ -82,7 +82,7 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
         model_name,
         training_args,
         train_dataset,
-        reward_funcs=reward,
+        reward_funcs=None if training_args.summary_reward and eval_dataset is None else reward,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),

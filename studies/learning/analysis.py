@@ -1,5 +1,5 @@
 """
-The tables and figures of docs/results_tables.md, from the results of the studies `tuning` and `main`:
+The tables and figures of docs/results_tables.md, from the results of `tuning`, `main`, `objective` and `noise`:
 
     python -m studies.learning.analysis studies/learning/results docs/results_tables.md
 
@@ -60,6 +60,26 @@ NAMES = {
     "ar_uniform_decayed": "AR-uniform, rate to zero",
     "uniform_final_decayed": "AR-uniform, summaries as GRPO's, rate to zero",
 }
+# Of the study `objective`, in the order of its table
+OBJECTIVE_NAMES = {
+    "objective": "weight P/A",
+    "weight_0.25": "weight 0.25",
+    "objective_2_summaries": "weight P/A, A = 2",
+    "objective_1_summary": "weight P/A, A = 1",
+    "objective_adaptive": "weight P/A, adaptive",
+    "likelihood": "likelihood",
+    "likelihood_14_budgets": "likelihood, 14 budgets",
+    "log_likelihood": "log-likelihood",
+    "mean_log_likelihood": "log-likelihood per token",
+    "pairs_objective": "weight P/A, G = 2, V",
+    "pairs_objective_adaptive": "weight P/A, G = 2, adaptive",
+}
+# Arms of `main` that those with groups of eight are compared with, and those with groups of two
+COMPARED = ("grpo", "ar_uniform", "uniform_final")
+COMPARED_PAIRS = {
+    "pairs_objective": ("grpo", "pairs_brpo", "pairs_final_brpo"),
+    "pairs_objective_adaptive": ("grpo", "pairs_adaptive", "pairs_final_adaptive"),
+}
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
     "uniform_final_adaptive": "uniform_final",
@@ -89,17 +109,21 @@ _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2
 
 class Results:
     """
-    The records of the tuning study and the main one, by what they are about.
+    The records of the studies, by what they are about.
 
     Args:
         folder (`Path`):
-            Where the results of the two studies lie, named after them.
+            Where the results of the studies lie, named after them. Those that are not there have no records.
 
     Attributes:
-        runs (`dict`): main study, by cell, arm and seed.
+        runs (`dict`): studies `main` and `objective`, by cell, arm and seed.
         tuning (`list`): runs of the tuning study.
-        measures (`dict`): by cell and arm (`""` for the warm start), one for each seed.
+        measures (`dict`): main study, by cell and arm (`""` for the warm start), one for each seed.
+        noise (`dict`): measurements of the study `noise`, by cell.
         warm_starts (`dict`): by cell and seed.
+
+    Raises:
+        `ValueError`: If two studies disagree about a warm start, or have a run of the same name.
     """
 
     def __init__(self, folder: Path):
@@ -107,18 +131,27 @@ class Results:
         self.tuning: list[Record] = []
         self.runs: dict[Cell, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
         self.measures: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-        for study in ("tuning", "main"):
+        self.noise: dict[Cell, list[Record]] = defaultdict(list)
+        for study in ("tuning", "main", "objective", "noise"):
             path = folder / f"{study}.jsonl"
             for line in path.read_text().splitlines() if path.exists() else ():
                 record = json.loads(line)
                 job = record["job"]
                 cell = job["task"], job["family"]
                 if job["kind"] == "warm_start":
-                    self.warm_starts[cell, job["seed"]] = record
+                    known = self.warm_starts.setdefault((cell, job["seed"]), record)
+                    if known["accuracy"] != record["accuracy"]:  # then nothing is paired
+                        raise ValueError(
+                            f"{path}: the warm start {job['seed']} of {cell} is not that of other studies."
+                        )
+                elif study == "noise":
+                    self.noise[cell].append(record)
                 elif job["kind"] == "measure":
                     self.measures[cell][job["arm"]].append(record)
                 elif study == "tuning":
                     self.tuning.append(record)
+                elif job["seed"] in self.runs[cell][job["arm"]]:
+                    raise ValueError(f"{path}: another study has seed {job['seed']} of {job['arm']} on {cell}, too.")
                 else:
                     self.runs[cell][job["arm"]][job["seed"]] = record
 
@@ -301,6 +334,86 @@ def arms_table(results: Results, cell: Cell) -> str:
         )
     head = ["", "n", "anytime", "second-smallest budget", "full budget", "thinking length", "CPU seconds"]
     return markdown([*head, "anytime minus GRPO", "minus its reference"], rows)
+
+
+def objective_table(results: Results, cell: Cell) -> str:
+    """
+    Arms of the study `objective` beside those of `main`: accuracy and cost, and differences paired by seed.
+
+    Each has the differences of anytime accuracy from three arms after as many updates, and from GRPO after as much CPU
+    time. An arm without a run has no figures.
+    """
+    n, rows = results.updates(cell), []
+    for arm in (*COMPARED, "pairs_brpo", "pairs_adaptive", *OBJECTIVE_NAMES):
+        name, runs = OBJECTIVE_NAMES.get(arm) or NAMES[arm], results.runs[cell][arm]
+        if not runs:
+            rows.append([name, "0", *[""] * 9])
+            continue
+        after = np.array([results.at(record, "update", n) for record in runs.values()])
+        last = [record["evaluations"][-1] for record in runs.values()]
+        seconds, tokens = ([point[axis] / point["update"] for point in last] for axis in ("cpu_seconds", "tokens"))
+        references = COMPARED_PAIRS.get(arm, COMPARED if arm in OBJECTIVE_NAMES else ("grpo",))
+        minus = [differences(results, cell, arm, "update", reference) for reference in references]
+        minus.insert(1, differences(results, cell, arm, "seconds"))
+        cells = ["" if arm == "grpo" or not len(delta) else text(delta.mean(axis=1), signed=True) for delta in minus]
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                text(after.mean(axis=1)),
+                text(after[:, 1]),
+                text(after[:, -1]),
+                f"{np.mean(seconds):.2f}",
+                f"{np.mean(tokens):.0f}",
+                *cells,
+                *[""] * (4 - len(cells)),
+            ]
+        )
+    head = ["", "n", "anytime", "second-smallest budget", "full budget", "CPU seconds per update", "tokens per update"]
+    return markdown([*head, "minus GRPO", "at equal time", "minus AR-uniform", "minus one summary trained"], rows)
+
+
+def objective_curves_table(results: Results, cell: Cell) -> str:
+    """Accuracy by budget of the same arms, at equal updates, and below each its differences from those of `main`."""
+    first = next(iter(results.runs[cell]["grpo"].values()))
+    n, rows = results.updates(cell), []
+    for arm in (*COMPARED, *OBJECTIVE_NAMES):
+        name, runs = OBJECTIVE_NAMES.get(arm) or NAMES[arm], results.runs[cell][arm]
+        if runs:
+            after = np.array([results.at(record, "update", n) for record in runs.values()])
+            rows.append([name, "", str(len(runs)), *(text(column) for column in after.T)])
+        for reference in (COMPARED_PAIRS.get(arm, COMPARED)[:2]) if arm in OBJECTIVE_NAMES else ():
+            delta = differences(results, cell, arm, "update", reference)
+            if len(delta):
+                columns = [text(column, signed=True) for column in delta.T]
+                rows.append([name, NAMES[reference], str(len(delta)), *columns])
+    return markdown(["", "minus", "n", *map(str, grid(results, first))], rows)
+
+
+def noise_table(results: Results) -> str:
+    """Noise of the gradient with sampled summaries and with rewards by likelihood: median, smallest and largest."""
+    columns = {
+        "none": "no baseline",
+        "v2_others": BASELINES["v2_others"],
+        "brpo_others": BASELINES["brpo_others"],
+        "adaptive": BASELINES["adaptive"],
+        "answers": "answers",
+        "all": "all",
+    }
+    rows = []
+    for cell, records in results.noise.items():
+        for of_setting in zip(*(record["likelihood"]["uniform"] for record in records), strict=True):
+            first, cells = of_setting[0], []
+            for name in columns:
+                known = [row["noise"][name] for row in of_setting if row["noise"][name] is not None]
+                span = f" ({min(known):.2f}–{max(known):.2f})" if len(known) > 1 else ""
+                cells.append(f"{np.median(known):.2f}{span}" if known else "")
+            tokens = np.mean([row["tokens"] for row in of_setting])
+            reward = {"sampled": "4 summaries", "likelihood": "likelihood"}[first["reward"]]
+            rows.append(
+                ["/".join(cell), reward, str(first["num_budgets"]), str(len(records)), f"{tokens:.0f}", *cells]
+            )
+    return markdown(["", "reward", "budgets", "n", "packed tokens", *columns.values()], rows)
 
 
 def decayed_table(results: Results, cell: Cell) -> str:
@@ -524,6 +637,7 @@ def write_page(results: Results, page: Path) -> None:
         "tuning": lambda: tuning_table(results),
         "adaptive": lambda: adaptive_table(results),
         "gradient": lambda: gradient_table(results),
+        "noise": lambda: noise_table(results),
         "variance goal": lambda: variance_goal_table(results),
     }
     images = page.parent / "images"
@@ -536,6 +650,8 @@ def write_page(results: Results, page: Path) -> None:
             ("reach", reach_table),
             ("arms", arms_table),
             ("decayed", decayed_table),
+            ("objective", objective_table),
+            ("objective curves", objective_curves_table),
             ("variance", variance_table),
             ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8, priors=["uniform"])),
             ("variance pairs", lambda r, c: variance_table(r, c, group_size=2, priors=["uniform"])),
@@ -555,7 +671,7 @@ def write_page(results: Results, page: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put the tables and figures of the studies into a page.")
-    parser.add_argument("results", type=Path, help="folder with tuning.jsonl and main.jsonl")
+    parser.add_argument("results", type=Path, help="folder with main.jsonl and the others")
     parser.add_argument("page", type=Path, help="Markdown page")
     options = parser.parse_args()
     write_page(Results(options.results), options.page)

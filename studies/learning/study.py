@@ -69,7 +69,8 @@ class Study:
             Settings of all training runs: `updates`, `prompts_per_update`, `num_generations`, `eval_every`,
             `warm_start_problems` (held-out problems, on which the warm start is judged), `eval_problems` (how many of
             them judge the arms), and `measure`: how many `prompts` to fit and to judge, `group_sizes` to look at,
-            `gradient_prompts` and `gradient_priors`.
+            `gradient_prompts` and `gradient_priors`. Optionally `likelihood_budgets`, numbers of budgets at which
+            rewards by likelihood are measured, with `likelihood_priors`.
         arms (`dict`):
             For each arm its settings in [`~trl_anytime.BRPOConfig`], with `num_budgets` or `budget_fractions` in
             place of `budgets`, and `updates` where it differs.

@@ -49,6 +49,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     output_dir: Path,
+    trainer_class: type[BRPOTrainer] = BRPOTrainer,
     **settings: Any,
 ) -> BRPOTrainer:
     """Make the trainer of a job, on its problems; `settings` override the study's."""
@@ -69,7 +70,7 @@ def make_trainer(
         "disable_tqdm": True,
         **settings,
     }
-    trainer = BRPOTrainer(
+    trainer = trainer_class(
         model,
         BRPOConfig(str(output_dir), **settings),
         toy_task.make_rl_dataset(problems),

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from trl_anytime.method.budgets import check_budgets, nonempty_segments, prior_weights, thinking_cuts
+from trl_anytime.method.budgets import (
+    check_budgets,
+    exponential_budgets,
+    nonempty_segments,
+    prior_weights,
+    thinking_cuts,
+    trapezoid_prior,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +72,41 @@ def test_the_first_budget_may_be_0():
 def test_budgets_beyond_the_end_share_the_last_cut():
     cuts = thinking_cuts(torch.tensor([0, 2, 3, 9]), [3, 6])
     assert cuts.tolist() == [[0, 0], [2, 2], [3, 3], [3, 6]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budgets"),
+    [
+        ((250, 8000, 6), [250, 500, 1000, 2000, 4000, 8000]),  # 32 = 2^5
+        ((10, 1000, 3), [10, 100, 1000]),
+        ((100, 200, 3), [100, 141, 200]),  # 100 √2 = 141.4
+        ((7, 56, 2), [7, 56]),
+    ],
+)
+def test_exponential_budgets(arguments, budgets):
+    assert exponential_budgets(*arguments) == budgets
+
+
+@pytest.mark.parametrize("arguments", [(0, 8, 3), (1, 8, 1), (8, 8, 2), (9, 8, 2), (1, 3, 4)])
+def test_no_exponential_budgets(arguments):
+    with pytest.raises(ValueError, match="`count`"):
+        exponential_budgets(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "weights"),
+    [
+        ([2, 4, 8], [1, 3, 2]),  # (4 - 2) / 2, (8 - 2) / 2, (8 - 4) / 2
+        ([0, 4, 10], [2, 5, 3]),
+        ([10, 20, 30, 40], [5, 10, 10, 5]),
+    ],
+)
+def test_trapezoid_prior(budgets, weights):
+    assert trapezoid_prior(budgets) == weights
+    # A straight line is integrated exactly: that of b from b_1 to b_m is (b_m² - b_1²) / 2
+    assert sum(w * b for w, b in zip(weights, budgets, strict=True)) == (budgets[-1] ** 2 - budgets[0] ** 2) / 2
+
+
+def test_no_trapezoid_prior():
+    with pytest.raises(ValueError, match="two or more"):
+        trapezoid_prior([8])

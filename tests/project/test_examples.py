@@ -19,6 +19,8 @@ from tests.support import DATA, ROOT
 from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import byte_tokenizer, make_tokenizer
 from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
+from trl_anytime.method.advantages import summary_weights, thinking_advantages
+from trl_anytime.method.budgets import exponential_budgets, trapezoid_prior
 from trl_anytime.rewards import MathReward
 from trl_anytime.train import train
 
@@ -40,6 +42,7 @@ ARMS = {
     "8k_grpo_vr": (1, "grpo", 4, "base", "brpo"),
 }
 OBJECTIVE = ("8k_anytime_uniform_objective", "16k_anytime_uniform_objective")
+RELATIVES = ("elastic_reasoning", "mrt", "reo_rl")
 SUMMARY_POLICIES = {"brpo": "decoupled", "grpo": "final"}  # the released names -> ours
 
 
@@ -47,7 +50,7 @@ def load_config(name: str):
     return parse_recipe(["--config", name, "--bf16", "false"])
 
 
-def check_recipe(data_args, args, model_args, prompts: int, group: int):
+def check_recipe(data_args, args, model_args, prompts: int, group: int, progress_decay: float = 0.5):
     assert model_args.model_name_or_path == "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
     assert data_args.dataset_name == "agentica-org/DeepScaleR-Preview-Dataset"
     assert data_args.instruction == r"Let's think step by step and output the final answer within \boxed{}."
@@ -55,7 +58,7 @@ def check_recipe(data_args, args, model_args, prompts: int, group: int):
     assert data_args.on_bad_gold == "skip"  # some rows of that data set have no answer
     assert (args.num_train_epochs, args.learning_rate, args.temperature) == (1, 1e-6, 1.0)
     assert (args.loss_type, args.scale_rewards, args.epsilon, args.beta) == ("dr_grpo", "none", 0.2, 0.0)
-    assert (args.num_generations, args.num_iterations, args.progress_decay) == (group, 1, 0.5)
+    assert (args.num_generations, args.num_iterations, args.progress_decay) == (group, 1, progress_decay)
     # 2 optimizer steps for each generation batch, on 8 GPUs
     assert args.generation_batch_size == prompts * group
     assert 2 * args.per_device_train_batch_size * 8 * args.gradient_accumulation_steps == prompts * group
@@ -66,7 +69,7 @@ def check_recipe(data_args, args, model_args, prompts: int, group: int):
 
 def test_every_configuration_is_checked():
     names = {path.stem for path in RECIPES.iterdir()}
-    assert names == {*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE}
+    assert names == {*ARMS, "16k_anytime_uniform", *RELATIVES, *OBJECTIVE}
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -105,6 +108,31 @@ def test_elastic_reasoning():
     assert (args.budgets, args.max_summary_length, args.num_summaries) == ([1000], 1000, 1)
     assert (args.prior, args.baseline) == ("base", "v2")
     assert args.max_completion_length >= 1000 + 10 + 1000
+
+
+def test_mrt_by_hand():
+    data_args, args, model_args = load_config("mrt")
+    check_recipe(data_args, args, model_args, prompts=64, group=8, progress_decay=1e-6)
+    assert args.max_completion_length == 8000 + (5 * 4 + 1) * 128
+    # One trace and its mean rewards at 0, 2000, … tokens: the last one, minus the one where the segment begins
+    rewards = torch.tensor([0.25, 0.5, 0.0, 1.0, 0.75])[None, None, :, None].expand(-1, -1, -1, 4)
+    advantages = thinking_advantages(rewards, args.budgets, args.prior, args.baseline, args.progress_decay)
+    torch.testing.assert_close(advantages[0, 0, 1:], torch.tensor([0.5, 0.25, 0.75, -0.25]), atol=2e-6, rtol=0)
+
+
+def test_reo_rl_by_hand():
+    data_args, args, model_args = load_config("reo_rl")
+    check_recipe(data_args, args, model_args, prompts=64, group=8)
+    assert args.max_completion_length == 8000 + (6 * 1 + 1) * 128
+    assert args.budgets == exponential_budgets(250, 8000, 6)
+    assert args.prior == trapezoid_prior(args.budgets)  # 125, 375, 750, 1500, 3000, 2000, which are 7750 together
+    # Two traces, of which one is right at 1000, 4000 and 8000 tokens and the other one at none
+    rewards = torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0, 1.0], [0.0] * 6])[None, :, :, None]
+    advantages = thinking_advantages(rewards, args.budgets, args.prior, args.baseline, args.progress_decay)
+    ahead = torch.tensor([5750, 5750, 5750, 5000, 5000, 2000]) / 7750
+    torch.testing.assert_close(advantages, torch.stack([ahead / 2, -ahead / 2])[None])  # minus the group's mean
+    weights = summary_weights(args.summary_weight, args.budgets, args.prior, args.num_summaries)
+    torch.testing.assert_close(weights, torch.tensor([125, 375, 750, 1500, 3000, 2000]) / 7750)
 
 
 def test_outputs_do_not_collide():
@@ -267,11 +295,12 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", "elastic_reasoning", *OBJECTIVE])
+@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", *RELATIVES, *OBJECTIVE])
 def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
-    """One generation batch and its two optimizer steps, every budget divided by 500."""
+    """One generation batch and its two optimizer steps, every budget divided by 500 or by a smaller first one."""
     config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    group, budgets = config["num_generations"], [max(2, budget // 500) for budget in config["budgets"]]
+    group, unit = config["num_generations"], min(config["budgets"][0] or 500, 500)
+    budgets = [budget // unit for budget in config["budgets"]]
     shrunk = {
         "model_name_or_path": tiny_distilled,
         "dataset_name": PROBLEMS,

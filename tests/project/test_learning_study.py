@@ -12,6 +12,8 @@ from studies.learning.tasks import TASKS, RegisterProblem, make_register_thinkin
 from tests.support import ROOT
 
 MAIN = ROOT / "studies" / "learning" / "configs" / "main.yaml"
+OBJECTIVE = MAIN.with_name("objective.yaml")
+NOISE_PARTS = ("none", "v2_others", "brpo_others", "adaptive", "answers", "all")
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},
     "families": {"llama": {"warm_start_learning_rate": 1e-3}},
@@ -22,7 +24,14 @@ MINIATURE = {
         "eval_every": 1,
         "eval_problems": 4,
         "warm_start_problems": 8,
-        "measure": {"prompts": 6, "group_sizes": [4], "gradient_prompts": 2, "gradient_priors": ["uniform"]},
+        "measure": {
+            "prompts": 6,
+            "group_sizes": [4],
+            "gradient_prompts": 2,
+            "gradient_priors": ["uniform"],
+            "likelihood_priors": ["uniform"],
+            "likelihood_budgets": [4, 8],
+        },
     },
     "arms": {
         "grpo": {
@@ -141,6 +150,99 @@ def test_reach_by_hand(by_hand):
     assert analysis.reach(progress, 0.9, "update") == float("inf")
 
 
+def write(folder, study, records):
+    (folder / f"{study}.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def rows_of(table):
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+WARM = {
+    "job": {"kind": "warm_start", "task": "t", "family": "f", "seed": 7},
+    "accuracy": [0.2] * 6,
+    "thinking_length": 9,
+}
+
+
+def test_the_objective_beside_the_main_study_by_hand(tmp_path):
+    """A study that goes on: two of three seeds of one arm are there, one of another, none of the others."""
+    main = [run_record(seed, "grpo", [0.4, 0.6], tokens=10) for seed in (0, 1, 2)]
+    main += [run_record(seed, "ar_uniform", [0.6, 0.7 + 0.05 * seed], tokens=15) for seed in (0, 1, 2)]
+    main += [run_record(0, "pairs_brpo", [0.5, 0.5], tokens=15)]
+    write(tmp_path, "main", [WARM, *main])
+    objective = [run_record(seed, "objective", [0.7, 0.9], tokens=20) for seed in (0, 2)]
+    objective += [run_record(0, "pairs_objective", [0.3, 0.65], tokens=20)]
+    write(tmp_path, "objective", [WARM, *objective])
+    results = analysis.Results(tmp_path)
+    rows = {row[""]: row for row in rows_of(analysis.objective_table(results, ("t", "f")))}
+    assert {name: row["n"] for name, row in rows.items() if row["n"] != "0"} == {
+        "GRPO": "3",
+        "AR-uniform": "3",
+        "AR-uniform, G = 2, V": "1",
+        "weight P/A": "2",
+        "weight P/A, G = 2, V": "1",
+    }
+    assert set(analysis.OBJECTIVE_NAMES.values()) <= set(rows)  # those without a run, too
+    assert set(rows["likelihood"].values()) == {"likelihood", "0", ""}
+    # 20 tokens and half a CPU second for each update
+    weighted = rows["weight P/A"]
+    assert (weighted["anytime"], weighted["tokens per update"], weighted["CPU seconds per update"]) == (
+        "0.900", "20", "0.50",
+    )  # fmt: skip
+    # Seeds 0 and 2: 0.9 - 0.6, at equal time the same, and 0.9 minus 0.7 and 0.8
+    assert (weighted["minus GRPO"], weighted["at equal time"]) == ("+0.300", "+0.300")
+    assert (weighted["minus AR-uniform"], weighted["minus one summary trained"]) == ("+0.150", "")
+    # Groups of two are compared with groups of two: 0.65 - 0.5
+    pairs = rows["weight P/A, G = 2, V"]
+    assert (pairs["minus GRPO"], pairs["minus AR-uniform"]) == ("+0.050", "+0.150")
+    assert rows["AR-uniform"]["minus GRPO"] == "**+0.150** ± 0.124"  # 0.1, 0.15, 0.2: 4.303 · 0.05 / √3
+
+    curves = rows_of(analysis.objective_curves_table(results, ("t", "f")))
+    assert [(row[""], row["minus"], row["n"]) for row in curves] == [
+        ("GRPO", "", "3"),
+        ("AR-uniform", "", "3"),
+        ("weight P/A", "", "2"),
+        ("weight P/A", "GRPO", "2"),
+        ("weight P/A", "AR-uniform", "2"),
+        ("weight P/A, G = 2, V", "", "1"),
+        ("weight P/A, G = 2, V", "GRPO", "1"),
+        ("weight P/A, G = 2, V", "AR-uniform, G = 2, V", "1"),
+    ]
+
+
+def test_studies_that_cannot_be_paired(tmp_path):
+    write(tmp_path, "main", [WARM, run_record(0, "grpo", [0.4], tokens=1)])
+    write(tmp_path, "objective", [{**WARM, "accuracy": [0.3] * 6}])
+    with pytest.raises(ValueError, match="warm start 7"):
+        analysis.Results(tmp_path)
+    write(tmp_path, "objective", [WARM, run_record(0, "grpo", [0.4], tokens=1)])
+    with pytest.raises(ValueError, match="seed 0 of grpo"):
+        analysis.Results(tmp_path)
+
+
+def test_noise_by_hand(tmp_path):
+    def measured(seed, noise):
+        rows = [("sampled", 4, 50.0, noise), ("likelihood", 14, 52.0, noise / 4)]
+        return {
+            "job": {"kind": "measure", "task": "t", "family": "f", "seed": seed, "warm_start_seed": 7, "arm": ""},
+            "likelihood": {
+                "uniform": [
+                    {"reward": reward, "num_budgets": number, "tokens": tokens, "noise": dict.fromkeys(NOISE_PARTS, x)}
+                    for reward, number, tokens, x in rows
+                ]
+            },
+        }
+
+    write(tmp_path, "noise", [WARM, measured(0, 1.0), measured(1, 2.0), measured(2, 4.0)])
+    sampled, dense = rows_of(analysis.noise_table(analysis.Results(tmp_path)))
+    assert (sampled["budgets"], sampled["n"], sampled["packed tokens"], sampled["all"]) == (
+        "4", "3", "50", "2.00 (1.00–4.00)",
+    )  # fmt: skip
+    assert (dense["reward"], dense["packed tokens"], dense["answers"]) == ("likelihood", "52", "0.50 (0.25–1.00)")
+
+
 # The study's description
 
 
@@ -163,6 +265,27 @@ def test_the_main_study_is_complete():
     assert study.eval_budgets("pointers") == [7, 14, 21, 28, 42, 56]
     for job in study.jobs():
         assert job.requires is None or job.requires in study.jobs()
+
+
+def test_the_study_of_the_objective_is_complete():
+    """Every arm has a name and five seeds on both tasks, and begins and learns as those of the main study."""
+    study, main = Study.load(OBJECTIVE), Study.load(MAIN)
+    runs = [(job.arm, job.task, job.seed) for job in study.jobs() if job.kind == "train"]
+    assert sorted(runs) == sorted(
+        (arm, task, seed) for arm in analysis.OBJECTIVE_NAMES for task in study.tasks for seed in range(5)
+    )
+    assert (study.tasks, study.families, study.learning_rates) == (main.tasks, main.families, main.learning_rates)
+    assert study.warm_start_seeds == main.warm_start_seeds
+    assert {name: study.arms[name] for name in ("grpo", "ar_uniform")} == {
+        name: main.arms[name] for name in ("grpo", "ar_uniform")
+    }
+
+
+def test_the_study_of_noise_begins_as_the_main_study():
+    study, main = Study.load(MAIN.with_name("noise.yaml")), Study.load(MAIN)
+    assert (study.tasks, study.families) == (main.tasks, main.families)
+    assert set(study.warm_start_seeds) <= set(main.warm_start_seeds)
+    assert study.training["measure"]["likelihood_budgets"] == [4, 14]
 
 
 # Runner
@@ -201,6 +324,15 @@ def test_every_job_has_a_line(finished):
         *("none", "v1", "v2", "brpo", "v2_others", "brpo_others", "adaptive"),
         *("summaries", "last_summary"),
     }
+    sampled, *by_likelihood = measured["likelihood"]["uniform"]
+    assert (sampled["reward"], sampled["num_budgets"]) == ("sampled", 4)
+    assert [(row["reward"], row["num_budgets"]) for row in by_likelihood] == [("likelihood", 4), ("likelihood", 8)]
+    for row in (sampled, *by_likelihood):
+        assert set(row["noise"]) == set(row["signal"]) == set(NOISE_PARTS)
+    # The same traces: at 8 cuts 4 more branches of one or two bridge tokens and an answer of two
+    assert 4 * 3 <= by_likelihood[1]["tokens"] - by_likelihood[0]["tokens"] <= 4 * 4
+    # 16 summaries of 1 to 4 tokens in place of 4 answers of two: the same bridges four times
+    assert sampled["tokens"] > by_likelihood[0]["tokens"] + 4
 
 
 @pytest.mark.slow
@@ -215,12 +347,14 @@ def test_the_page_is_filled(finished, tmp_path):
         "reach",
         "arms",
         "decayed",
+        "objective",
+        "objective curves",
         "variance",
         "variance 8 budgets",
         "correlation",
         "goals",
     )
-    names = ["tuning", "adaptive", "gradient", "variance goal", *(f"{name} pointers/llama" for name in cell)]
+    names = ["tuning", "adaptive", "gradient", "noise", "variance goal", *(f"{name} pointers/llama" for name in cell)]
     page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
     analysis.write_page(analysis.Results(results), page)
     text = page.read_text()

@@ -55,6 +55,8 @@ CONFIGS = ROOT / "examples" / "configs"
         ("8k_grpo_vr", "GRPO+vr"),
         ("16k_anytime_uniform", "AnytimeReasoner-uniform"),
         ("elastic_reasoning", "Elastic Reasoning"),
+        ("mrt", "custom"),
+        ("reo_rl", "custom"),
     ],
 )
 def test_recipes_of_the_papers(config, recipe):

@@ -41,6 +41,60 @@ def check_budgets(budgets: Sequence[int], name: str = "budgets") -> list[int]:
     return values
 
 
+def exponential_budgets(first: int, last: int, count: int) -> list[int]:
+    """
+    Return budgets whose ratio is the same from each to the next, b_j = b_1 (b_m / b_1)^((j-1)/(m-1)).
+
+    Source: REO-RL, https://huggingface.co/papers/2506.07104, which spaces its budgets so.
+
+    Args:
+        first (`int`):
+            The smallest budget b_1 in tokens, at least 1.
+        last (`int`):
+            The full budget b_m in tokens.
+        count (`int`):
+            Number of budgets m, at least 2.
+
+    Returns:
+        `list[int]`: m budgets, rounded to whole tokens.
+
+    Raises:
+        `ValueError`: If there is no room for so many budgets between the two.
+    """
+    if count < 2 or first < 1:
+        raise ValueError(f"`first` must be at least 1 and `count` at least 2, got {first} and {count}.")
+    budgets = [round(first * (last / first) ** (j / (count - 1))) for j in range(count)]
+    if any(a >= b for a, b in pairwise(budgets)):
+        raise ValueError(f"There are no {count} exponentially spaced budgets from {first} to {last}. Lower `count`.")
+    return budgets
+
+
+def trapezoid_prior(budgets: Sequence[int]) -> list[float]:
+    """
+    Return the weights that make J the integral of the accuracy over the budget.
+
+    They are those of the trapezoidal rule. The weight of b_j is (b_{j+1} - b_{j-1}) / 2. The first and the last budget have half the distance to their only
+    neighbour. J is then the area under the curve from b_1 to b_m. Start with a budget of 0 for the area from 0 on.
+
+    Source: REO-RL, https://huggingface.co/papers/2506.07104, which weighs its budgets so.
+
+    Args:
+        budgets (`Sequence[int]`):
+            Thinking budgets b_1 < … < b_m in tokens, at least two.
+
+    Returns:
+        `list[float]`: m weights in tokens, for `prior`. They sum to b_m - b_1; [`prior_weights`] normalises them.
+
+    Raises:
+        `ValueError`: If there is only one budget, or as [`check_budgets`] does.
+    """
+    values = check_budgets(budgets)
+    if len(values) < 2:
+        raise ValueError(f"An integral over budgets needs two or more of them, got {values}.")
+    before, after = [values[0], *values[:-1]], [*values[1:], values[-1]]
+    return [(b - a) / 2 for a, b in zip(before, after, strict=True)]
+
+
 def prior_weights(prior: str | Sequence[float], budgets: Sequence[int]) -> torch.Tensor:
     """
     Return the probability P_j of each budget.
