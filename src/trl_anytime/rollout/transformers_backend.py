@@ -37,8 +37,8 @@ _WARPERS = (
 
 class TransformersGeneration(Generation):
     """
-    Both phases with transformers, sampled as `generate()` does. Finished traces leave the batch on the way. Summaries are
-    branches on top of the traces' cache.
+    Both phases with transformers, sampled as `generate()` does. Finished traces leave the batch on the way. Summaries
+    are branches on top of the traces' cache.
 
     Args:
         hold_model (`Callable`):
