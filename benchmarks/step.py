@@ -188,6 +188,7 @@ def measure(options: argparse.Namespace, budgets: list[int], folder: str) -> lis
     for i in range(WARM_UP + options.repeats):
         for name, stepper in steppers.items():
             seconds = stepper.step()
+            print(f"budget {budgets[-1]}, step {i}, {name}: {seconds['step']:.2f} s", file=sys.stderr)
             if i >= WARM_UP:
                 steps[name].append(seconds)
     for stepper in steppers.values():
@@ -218,7 +219,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for budgets in quarters((512, 1024), options.budgets):
             results += measure(options, budgets, folder)
-            print(f"thinking {budgets[-1]}: done", file=sys.stderr)
     if options.json:
         print(json.dumps(results, indent=2))
         return
