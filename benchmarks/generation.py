@@ -15,21 +15,18 @@ random, as `generate()` does it and with finished rows set aside. Times are the 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen2Config
-from tree_attention import SHAPES
+from transformers import DynamicCache, GenerationConfig
+from workload import BRIDGE, add_options, finished_at, make_model, parse, quarters
 
 from trl_anytime.modeling.tree_attention import enable_tree_attention
 from trl_anytime.rollout.backend import RolloutSettings
 from trl_anytime.rollout.markers import ThinkingMarkers
 from trl_anytime.rollout.transformers_backend import TransformersGeneration
-
-BRIDGE = 10  # tokens
 
 
 def settings_of(options: argparse.Namespace, budgets: list[int], stop_ids: list[int]) -> RolloutSettings:
@@ -45,13 +42,9 @@ class Timer:
         self.fastest: dict[str, float] = {}
 
     def run(self, name: str, computation: Callable):
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = finished_at(self.device)
         result = computation()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.fastest[name] = min(self.fastest.get(name, float("inf")), time.perf_counter() - start)
+        self.fastest[name] = min(self.fastest.get(name, float("inf")), finished_at(self.device) - start)
         return result
 
 
@@ -157,29 +150,15 @@ def finished_rows(model, options: argparse.Namespace, budgets: list[int]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--model-shape", default="small", choices=list(SHAPES))
+    add_options(parser, summary=32)
     parser.add_argument("--budgets", type=int, nargs="+", help="default: quarters of 1024 and of 2048")
-    parser.add_argument("--num-summaries", type=int, default=4)
     parser.add_argument("--rollouts", type=int, default=1, help="rollouts that are summarised together")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--summary", type=int, default=32, help="tokens of a summary")
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)  # steadier than several on a busy machine
-
-    config = Qwen2Config(**SHAPES[options.model_shape], max_position_embeddings=131072)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+    options = parse(parser)
+    model = make_model(options).eval()
     enable_tree_attention(model)
-    lists = [options.budgets] if options.budgets else [[n // 4, n // 2, 3 * n // 4, n] for n in (1024, 2048)]
     results = []
     with torch.no_grad():
-        for budgets in lists:
+        for budgets in quarters((1024, 2048), options.budgets):
             result = summarising(model, options, budgets) | finished_rows(model, options, budgets)
             results.append({name: round(value, 4) for name, value in result.items()})
             print(f"thinking {budgets[-1]}: done", file=sys.stderr)

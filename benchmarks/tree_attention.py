@@ -17,38 +17,17 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import Qwen2Config
 from trl.trainer.utils import add_fused_lm_head
+from workload import BRIDGE, add_options, finished_at, make_model, parse, quarters
 
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.separate_rows import forward_rows
 from trl_anytime.modeling.tree_attention import enable_tree_attention, forward_packed
-
-SHAPES = {
-    "small": {
-        "vocab_size": 2048,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    },
-    "qwen2.5-1.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-}
-BRIDGE = 10  # tokens
 
 
 @dataclass
@@ -149,13 +128,9 @@ def variants(model, rollout: Rollout, device: str) -> dict[str, Callable[[], Non
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = finished_at(device)
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return finished_at(device) - start
 
 
 def peak_bytes(run: Callable[[], None], device: str) -> float:
@@ -179,11 +154,8 @@ def peak_bytes(run: Callable[[], None], device: str) -> float:
 
 
 def measure(options: argparse.Namespace, budgets: list[int]) -> dict[str, float]:
-    dtype = getattr(torch, options.dtype)
-    config = Qwen2Config(**SHAPES[options.model_shape], max_position_embeddings=131072, use_cache=False)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = make_model(options, use_cache=False)
+    config = model.config
     add_fused_lm_head(model)
     enable_tree_attention(model)
     if options.gradient_checkpointing:
@@ -228,24 +200,13 @@ def measure(options: argparse.Namespace, budgets: list[int]) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--model-shape", default="small", choices=list(SHAPES))
+    add_options(parser, summary=64)
     parser.add_argument("--budgets", type=int, nargs="+", help="default: quarters of 1024 and of 2048")
-    parser.add_argument("--num-summaries", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--summary", type=int, default=64, help="tokens of a summary")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-slow", action="store_true", help="leave out the padded rows and the dense mask")
-    options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)  # steadier than several on a busy machine
-
-    lists = [options.budgets] if options.budgets else [[n // 4, n // 2, 3 * n // 4, n] for n in (1024, 2048)]
+    options = parse(parser)
     results = []
-    for budgets in lists:
+    for budgets in quarters((1024, 2048), options.budgets):
         results.append(measure(options, budgets))
         print(f"thinking {budgets[-1]}: done", file=sys.stderr)
     if options.json:

@@ -2,29 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.host_waits import HostWaits
 from tests.support.tiny import make_model
 from trl_anytime.modeling.branch_decoding import BranchContext, BranchRows, Trunk, decode_branches
 from trl_anytime.modeling.growing_cache import growing_cache
 from trl_anytime.modeling.tree_attention import enable_tree_attention
-
-
-class HostWaits(TorchDispatchMode):
-    """Counts operators whose result or size the host has to know, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if masks or name in ("nonzero", "_local_scalar_dense", "masked_select", "equal", "is_nonzero"):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_waits_are_counted():

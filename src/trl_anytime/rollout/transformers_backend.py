@@ -1,4 +1,4 @@
-"""Rollouts with transformers: `generate()` thinks, and summaries are branches on top of its cache."""
+"""Rollouts with transformers: traces are decoded, and summaries are branches on top of their cache."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, logits_process
 
 from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
-from ..modeling.growing_cache import growing_cache
+from ..modeling.trace_decoding import decode_traces
 from ..outside.host_warnings import without_host_warnings
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
@@ -33,14 +33,12 @@ _WARPERS = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
-# Once this share of the rows has finished, thinking continues without them, which copies the cache of the others
-_FINISHED_SHARE = 0.25
 
 
 class TransformersGeneration(Generation):
     """
-    Both phases with transformers. `generate()` samples the thinking and drops finished rows on the way. Summaries are
-    branches on top of its cache.
+    Both phases with transformers, sampled as `generate()` does. Finished traces leave the batch on the way. Summaries
+    are branches on top of the traces' cache.
 
     Args:
         hold_model (`Callable`):
@@ -88,46 +86,23 @@ class TransformersGeneration(Generation):
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
     ) -> tuple[list[Thinking], list[Trunk]]:
         """Sample one trace for each prompt, and return them with the trunks of their keys and values."""
-        width, most = max(map(len, prompts)), settings.budgets[-1]
-        padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
-        token_ids = torch.tensor(padded, device=model.device)
-        starts = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
-        rows = list(range(len(prompts)))  # the index of the prompt that each row thinks about
-        cache = growing_cache(max_length=width + most)
-        sampled: list[list[int]] = [[] for _ in prompts]
+        choose, needs_history = self._choice(model)
         scans = [EndScan(settings.markers) for _ in prompts]
-        running, trunks = set(rows), []
-        # `generate()` runs until the last row has finished. So it is called for some tokens at a time, and finished
-        # rows are removed in between.
-        config = self._config(max(8, most // 64), settings.stop_token_ids)
         stop_ids = set(settings.stop_token_ids)
-        while running:
-            before = token_ids.size(1) - width
-            attention_mask = (torch.arange(token_ids.size(1), device=model.device) >= starts[:, None]).long()
-            config.max_new_tokens = min(config.max_new_tokens, most - before)
-            token_ids = cast(Any, model).generate(
-                token_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
-            )
-            for row, new in zip(rows, token_ids[:, width + before :].tolist(), strict=True):
-                if row in running:
-                    sampled[row] += new
-                    length = _length(sampled[row], before, stop_ids, scans[row])
-                    if length is not None or before + len(new) == most:
-                        sampled[row] = sampled[row][:length]
-                        running.remove(row)
 
-            finished = [r for r, row in enumerate(rows) if row not in running]
-            if running and len(finished) <= _FINISHED_SHARE * len(rows):
-                continue
-            trunk = Trunk.from_cache(cache, starts, rows)
-            if not running:
-                trunks.append(trunk)
-                break
-            trunks.append(trunk.select(finished))
-            live = torch.tensor([r for r, row in enumerate(rows) if row in running], device=model.device)
-            cache.batch_select_indices(live)
-            token_ids, starts = token_ids[live], starts[live]
-            rows = [row for row in rows if row in running]
+        def find_end(row: int, token_ids: list[int], seen: int) -> int | None:
+            return _length(token_ids, seen, stop_ids, scans[row])
+
+        sampled, trunks = decode_traces(
+            model,
+            prompts,
+            choose,
+            find_end,
+            needs_history=needs_history,
+            stop_token_ids=stop_ids,
+            max_new_tokens=settings.budgets[-1],
+            pad_token_id=self._pad_token_id,
+        )
         return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
 
     def _summarise(
@@ -156,7 +131,7 @@ class TransformersGeneration(Generation):
             seen = min(cached[i], len(prompts[i]) + context.cut)
             branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
-        logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
+        choose, needs_history = self._choice(model)
         held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
         decoded: list[list[list[int]]] = [[] for _ in slots]
         for part in self._parts(branch_contexts, settings, held):
@@ -164,8 +139,8 @@ class TransformersGeneration(Generation):
                 model,
                 trunks,
                 [context for _, context in part],
-                partial(_choose, logits_processor, do_sample),
-                needs_history=any(not isinstance(processor, _WARPERS) for processor in logits_processor),
+                choose,
+                needs_history=needs_history,
                 eos_token_ids=settings.eos_token_ids,
                 max_new_tokens=settings.max_summary_length,
             )
@@ -201,15 +176,11 @@ class TransformersGeneration(Generation):
                 remaining -= taken
         yield part
 
-    def _config(self, max_new_tokens: int, eos_token_ids: list[int]) -> GenerationConfig:
-        config = copy.deepcopy(self._generation_config)
-        config.max_new_tokens, config.eos_token_id, config.pad_token_id = (
-            max_new_tokens,
-            eos_token_ids,
-            self._pad_token_id,
-        )
-        config.cache_implementation = None  # `generate()` refuses it beside a cache
-        return config
+    def _choice(self, model: PreTrainedModel) -> tuple[Callable[..., torch.Tensor], bool]:
+        """Return the function that chooses next tokens, and whether it looks at the tokens so far."""
+        logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
+        needs_history = any(not isinstance(processor, _WARPERS) for processor in logits_processor)
+        return partial(_choose, logits_processor, do_sample), needs_history
 
 
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
@@ -225,7 +196,8 @@ def _choose(
     """
     Choose the next tokens as `generate()` does.
 
-    See [`~trl_anytime.modeling.branch_decoding.decode_branches`].
+    See [`~trl_anytime.modeling.branch_decoding.decode_branches`] and
+    [`~trl_anytime.modeling.trace_decoding.decode_traces`].
     """
     scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
     return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)

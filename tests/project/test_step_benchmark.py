@@ -1,0 +1,32 @@
+"""benchmarks/step.py, in short."""
+
+import json
+import runpy
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+PHASES = ("thinking", "summarising", "grading", "scoring", "updating")
+
+
+def test_whole_steps_by_phase(monkeypatch, capsys):
+    """No summary is right, so that nothing has an advantage: all but a token of each rollout is left out."""
+    script = ROOT / "benchmarks" / "step.py"
+    monkeypatch.syspath_prepend(str(script.parent))  # as a script's own folder is
+    short = "--json --budgets 2 4 --prompt 3 --summary 3 --bridge 3 --num-summaries 2 --group-size 2 --repeats 1"
+    monkeypatch.setattr(sys, "argv", [str(script), *short.split(), "--reward-rate", "0"])
+    runpy.run_path(str(script), run_name="__main__")
+    results = {result["trainer"]: result for result in json.loads(capsys.readouterr().out)}
+
+    assert list(results) == ["GRPO", "BRPO", "unpruned", "rows"]
+    for name, result in results.items():
+        assert result["budget"] == 4
+        assert result["step"] == pytest.approx(sum(result[phase] for phase in PHASES), abs=1e-3)
+        assert result["over_grpo"] == pytest.approx(result["step"] / results["GRPO"]["step"], rel=1e-2)
+        assert result["thinking"] > 0 and result["updating"] > 0
+        assert (result["summarising"] > 0) == (name != "GRPO")
+    # A trace of 4 tokens and 2 · 2 branches of 3 + 3
+    assert results["BRPO"]["pruned_ratio"] == results["rows"]["pruned_ratio"] == round(1 - 1 / 28, 3)
+    assert results["unpruned"]["pruned_ratio"] == results["GRPO"]["pruned_ratio"] == 0
