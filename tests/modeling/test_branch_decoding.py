@@ -46,7 +46,7 @@ def contexts_of(model, num_trunks):
             model(tokens, past_key_values=cache, use_cache=True)
         trunks.append(Trunk.from_cache(cache, torch.zeros(1, dtype=torch.long), [rollout]))
         contexts += [BranchContext(rollout, seen, [7, 8], 2, []) for seen in (3, 6)]
-    return trunks, contexts
+    return Trunk.join(trunks), contexts
 
 
 @pytest.mark.parametrize("num_trunks", [1, 4])
@@ -64,13 +64,13 @@ def test_a_token_waits_once():
     """Whether all branches have ended is one number a token. Nothing ends here, so that no rows are dropped."""
     model = make_model().eval()
     enable_tree_attention(model)
-    trunks, contexts = contexts_of(model, 3)
+    trunk, contexts = contexts_of(model, 3)
 
     def waits(max_new_tokens):
         with torch.no_grad(), HostWaits() as host:
             decode_branches(
                 model,
-                trunks,
+                trunk,
                 contexts,
                 lambda so_far, logits: logits.argmax(-1) * 0 + 9,
                 needs_history=False,

@@ -174,9 +174,8 @@ class Spy:
         rows, width = kwargs["input_ids"].shape
         self.shapes.append(((rows, width), "tree" in kwargs))
         if "tree" in kwargs:
-            keys = [readers.trunk.layers[0][0] for readers in kwargs["tree"].readers]
             tail = rows * (kwargs["past_key_values"].get_seq_length() + width)
-            self.cached_tokens.append(sum(key.size(0) * key.size(2) for key in keys) + tail)
+            self.cached_tokens.append(kwargs["tree"].trunk.num_tokens + tail)
 
 
 def test_finished_rows_and_shared_cuts_cost_nothing():
@@ -247,7 +246,7 @@ def test_sampling_that_branches_cannot_do(sampling, reason):
 def test_models_whose_cache_is_another(monkeypatch):
     model = make_tree_model()
     assert branching_mismatch(model) is None
-    monkeypatch.setattr(Trunk, "from_cache", lambda cache, starts, rollouts: Trunk([], starts, rollouts))
+    monkeypatch.setattr(Trunk, "from_cache", lambda cache, starts, rollouts: Trunk([], rollouts, [0], {0: 8}))
     assert "(IndexError" in branching_mismatch(model)
     monkeypatch.undo()
     attend = BranchLayout.attend

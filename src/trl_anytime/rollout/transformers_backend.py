@@ -79,15 +79,15 @@ class TransformersGeneration(Generation):
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
                 with self.times("thinking"):
-                    traces, trunks = self._think(model, part, settings)
+                    traces, trunk = self._think(model, part, settings)
                 with self.times("summarising"):
-                    rollouts += self._summarise(model, part, traces, trunks, settings)
+                    rollouts += self._summarise(model, part, traces, trunk, settings)
         return rollouts
 
     def _think(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
-    ) -> tuple[list[Thinking], list[Trunk]]:
-        """Sample one trace for each prompt, and return them with the trunks of their keys and values."""
+    ) -> tuple[list[Thinking], Trunk]:
+        """Sample one trace for each prompt, and return them with the trunk of their keys and values."""
         width, most = max(map(len, prompts)), settings.budgets[-1]
         padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         token_ids = torch.tensor(padded, device=model.device)
@@ -128,21 +128,18 @@ class TransformersGeneration(Generation):
             cache.batch_select_indices(live)
             token_ids, starts = token_ids[live], starts[live]
             rows = [row for row in rows if row in running]
-        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
+        del cache, trunk  # the memory that they hold is given back layer by layer
+        traces = [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled]
+        return traces, Trunk.join(trunks)
 
     def _summarise(
         self,
         model: PreTrainedModel,
         prompts: list[list[int]],
         traces: list[Thinking],
-        trunks: list[Trunk],
+        trunk: Trunk,
         settings: RolloutSettings,
     ) -> list[Rollout]:
-        cached = {
-            rollout: trunk.layers[0][0].size(2) - start
-            for trunk in trunks
-            for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
-        }
         contexts = [settings.contexts(thinking) for thinking in traces]
         if not settings.num_summaries:
             return [
@@ -153,16 +150,15 @@ class TransformersGeneration(Generation):
         branch_contexts = []
         for i, context in slots:
             history = context.token_ids(prompts[i], traces[i])
-            seen = min(cached[i], len(prompts[i]) + context.cut)
+            seen = min(trunk.lengths[i], len(prompts[i]) + context.cut)
             branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
         logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
-        held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
         decoded: list[list[list[int]]] = [[] for _ in slots]
-        for part in self._parts(branch_contexts, settings, held):
+        for part in self._parts(branch_contexts, settings, trunk.num_tokens):
             branches = decode_branches(
                 model,
-                trunks,
+                trunk,
                 [context for _, context in part],
                 partial(_choose, logits_processor, do_sample),
                 needs_history=any(not isinstance(processor, _WARPERS) for processor in logits_processor),
@@ -180,7 +176,7 @@ class TransformersGeneration(Generation):
     def _parts(
         self, contexts: list[BranchContext], settings: RolloutSettings, held: int
     ) -> Iterator[list[tuple[int, BranchContext]]]:
-        """Yield contexts with their index, in parts whose branches fit beside the `held` tokens of the trunks."""
+        """Yield contexts with their index, in parts whose branches fit beside the `held` tokens of the trunk."""
         if self._max_cached_tokens is None:
             yield list(enumerate(contexts))
             return
