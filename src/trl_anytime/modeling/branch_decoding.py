@@ -5,8 +5,8 @@ The keys and values of prompt and thinking (the trunk) are neither repeated nor 
 ordinary decoding batch, with a small cache of their own (the tail). Attention takes one softmax over both parts. It
 reads each trunk once for all branches that leave it.
 
-Trunks differ in length, and rows that finish early are set aside. So trunks lie in pages of one length. A pass over all
-pages costs the same number of operators, however many trunks there are.
+Trunks differ in length, and rows that finish early are set aside. So trunks lie in pages of one length. A pass over
+all pages costs the same number of operators, however many trunks there are.
 
 Dimensions: B branches, S tokens of each in one forward pass, T tail tokens, P pages, N tokens of a page, K branches
 that read one page, C pages that one branch reads, H heads, F key heads, E = H / F heads that share one, D head size, V
@@ -14,6 +14,7 @@ words.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from .growing_cache import growing_cache
 from .tree_attention import layout_in_use
 
 # Most scores held at once while trunks are read: 1 GiB in float32
-_MAX_SCORES = 2**28
+MAX_SCORES = 2**28
 # Finished rows are dropped once they are this share of all rows, because moving the others costs about a step
 _FINISHED_SHARE = 0.1
 # Pages are halved until so small a share of them is filled up, but they keep at least so many tokens
@@ -286,7 +287,7 @@ class BranchLayout:
                 scaling,
                 softcap,
             )
-            for pages in _slices(len(keys), max(1, _MAX_SCORES // num_scores))
+            for pages in _slices(len(keys), max(1, MAX_SCORES // num_scores))
         ]
         # Every branch gathers what it got from its pages: (B, C, F, E, S, ·)
         for found, parts in zip((outputs, masses), zip(*read, strict=True), strict=True):
@@ -352,17 +353,16 @@ def _attend(
 
 def _exact_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """
-    Multiply matrices of one precision, (*, I, J) and (*, J, L), to float32.
+    Multiply matrices, (*, I, J) and (*, J, L), to float32, also under autocast.
 
     In half precision, a score of 200 may be off by a half, and its weight by two thirds.
     """
-    if left.dtype == torch.float32:
-        return left @ right
-    if not left.is_cuda:  # the operator below is for GPUs
+    device = left.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if left.is_cuda and left.dtype == right.dtype != torch.float32:  # the operator is for GPUs
+            product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+            return product.unflatten(0, left.shape[:-2])
         return left.float() @ right.float()
-    batch = left.shape[:-2]
-    product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
-    return product.unflatten(0, batch)
 
 
 class BranchRows:
@@ -437,8 +437,8 @@ def decode_branches(
             C contexts.
         choose (`Callable`):
             Function from the tokens so far, shape (B, tokens), and logits, shape (B, V), to the next tokens, shape
-            (B,). Shorter rows are filled up on the left with their own first token. So rules that ask which tokens
-            have occurred still hold.
+            (B,), -1 where the logits are no distribution. Shorter rows are filled up on the left with their own first
+            token. So rules that ask which tokens have occurred still hold.
         needs_history (`bool`):
             Whether `choose` looks at the tokens so far. If not, it gets `None` for them.
         eos_token_ids (`Collection[int]`):
@@ -448,6 +448,9 @@ def decode_branches(
 
     Returns:
         `list[list[list[int]]]`: for each context, the token ids of its branches.
+
+    Raises:
+        `FloatingPointError`: If the logits of a row are no distribution.
     """
     rows = BranchRows(model, trunk, contexts)
     logits = rows.forward(rows.first_tokens)
@@ -471,7 +474,13 @@ def decode_branches(
         ends = torch.isin(tokens, eos) & ~finished
         lengths[slots] = torch.where(ends, step + 1, lengths[slots])
         finished = finished | ends
-        num_finished = int(finished.sum())  # the one wait for the device of a token
+        # The one wait for the device of a token
+        num_finished, num_broken = torch.stack([finished.sum(), (tokens < 0).sum()]).tolist()
+        if num_broken:
+            raise FloatingPointError(
+                f"The model's logits are NaN or infinite for {num_broken} of {len(tokens)} answers that are sampled. "
+                "Check the weights: a learning rate that is too high or float16 are common causes."
+            )
         if num_finished == len(finished) or step + 1 == max_new_tokens:
             break
         if num_finished > _FINISHED_SHARE * len(finished):

@@ -82,7 +82,8 @@ class BudgetBranches:
 
     Args:
         index (`torch.Tensor`):
-            int64 of shape (R, Q), where the branch tokens stand in their row. Filled up with 0.
+            int64 of shape (R, Q), where the branch tokens stand in their row. Filled up with places that differ: on
+            a GPU, gradients of one place are added one after the other.
         positions (`torch.Tensor`):
             int64 of shape (R, Q), positions of the branch tokens.
         trunk (`int`):
@@ -171,7 +172,7 @@ class TreeLayout:
             sees_trunk = torch.arange(budget_trunk, device=branch_RT.device) < sees_RM[:, j, None, None]
             sees_branch = (branch_RQ[:, :, None] == branch_RQ[:, None, :]) & (step_Q[:, None] >= step_Q[None, :])
             sees_RQK = torch.cat([sees_trunk.expand(-1, width, -1), sees_branch & real_RQ[:, None, :]], dim=2)
-            index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], 0)
+            index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], step_Q)
             positions_RQ = positions_RT.gather(1, packed_RQ)
             budgets.append(BudgetBranches(index_RQ, positions_RQ, budget_trunk, real_RQ, sees_RQK))
 
@@ -181,18 +182,16 @@ class TreeLayout:
         index_RT = packed.indices()
         in_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
         source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], in_branch_RT)
-        padding_RT = index_RT >= packed.lengths[:, None]
 
         index_L = torch.arange(row_length, device=branch_RT.device)
         packed_RL = index_L - prompt_lengths[:, None]
-        in_prompt_RL = packed_RL < 0
+        padding_RL = packed_RL >= packed.lengths[:, None]
 
-        def as_rows(x_RT: torch.Tensor) -> torch.Tensor:  # the prompt counts up, padding is 0
-            x_RT = x_RT.masked_fill(padding_RT, 0)
+        def as_rows(x_RT: torch.Tensor, padding: Any) -> torch.Tensor:  # the prompt counts up
             x_RL = x_RT.gather(1, packed_RL.clamp(0, x_RT.size(1) - 1))
-            return torch.where(in_prompt_RL, index_L, x_RL.masked_fill(packed_RL >= x_RT.size(1), 0))
+            return torch.where(packed_RL < 0, index_L, torch.where(padding_RL, padding, x_RL))
 
-        return cls(as_rows(positions_RT), trunk, tuple(budgets), as_rows(source_RT))
+        return cls(as_rows(positions_RT, 0), trunk, tuple(budgets), as_rows(source_RT, index_L))
 
     def attend(
         self,
@@ -221,9 +220,12 @@ class TreeLayout:
             num_sharing = 1
 
         def bias(visible: Callable[[], torch.Tensor], *name: Any) -> torch.Tensor:
-            name = (*name, sliding_window, query.dtype, num_sharing)
+            device = query.device.type
+            autocast = torch.is_autocast_enabled(device)  # it would cast the mask in every call
+            dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
+            name = (*name, sliding_window, dtype, num_sharing)
             if name not in self.biases:
-                self.biases[name] = additive_mask(visible(), query.dtype, num_sharing)
+                self.biases[name] = additive_mask(visible(), dtype, num_sharing)
             return self.biases[name]
 
         def take(x_RHLD: torch.Tensor, index_RQ: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerationMode, logits_process
 
 from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
@@ -34,7 +34,7 @@ _WARPERS = (
     logits_process.LogitNormalization,
 )
 # Once this share of the rows has finished, thinking continues without them, which copies the cache of the others
-_FINISHED_SHARE = 0.25
+FINISHED_SHARE = 0.25
 
 
 class TransformersGeneration(Generation):
@@ -76,6 +76,7 @@ class TransformersGeneration(Generation):
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
         rollouts: list[Rollout] = []
         with self._hold_model() as model, torch.no_grad(), without_host_warnings():
+            _check_tokens(model, prompts, settings)
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
                 with self.times("thinking"):
@@ -101,13 +102,19 @@ class TransformersGeneration(Generation):
         # rows are removed in between.
         config = self._config(max(8, most // 64), settings.stop_token_ids)
         stop_ids = set(settings.stop_token_ids)
+        broken = _BrokenRows()
         while running:
             before = token_ids.size(1) - width
             attention_mask = (torch.arange(token_ids.size(1), device=model.device) >= starts[:, None]).long()
             config.max_new_tokens = min(config.max_new_tokens, most - before)
             token_ids = cast(Any, model).generate(
-                token_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
+                token_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([broken]),
             )
+            broken.refuse()
             for row, new in zip(rows, token_ids[:, width + before :].tolist(), strict=True):
                 if row in running:
                     sampled[row] += new
@@ -117,7 +124,7 @@ class TransformersGeneration(Generation):
                         running.remove(row)
 
             finished = [r for r, row in enumerate(rows) if row not in running]
-            if running and len(finished) <= _FINISHED_SHARE * len(rows):
+            if running and len(finished) <= FINISHED_SHARE * len(rows):
                 continue
             trunk = Trunk.from_cache(cache, starts, rows)
             if not running:
@@ -208,6 +215,51 @@ class TransformersGeneration(Generation):
         return config
 
 
+def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings) -> None:
+    """Refuse tokens without an embedding here, because an assertion on a GPU gives no cause and ends the process."""
+    size = model.config.get_text_config().vocab_size
+    markers = settings.markers
+    bridges = [*markers.truncation_bridge_ids, *markers.answer_bridge_ids]
+    for name, ids in (("A prompt", [token for prompt in prompts for token in prompt]), ("A bridge", bridges)):
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} has token {wrong}, but the model has only {size} tokens. Use the model's own tokenizer, "
+                "or add embeddings with `model.resize_token_embeddings(len(tokenizer))`."
+            )
+
+
+class _BrokenRows(LogitsProcessor):
+    """
+    Finds logits that are no distribution. An assertion on a GPU would give no cause and end the process.
+
+    `generate()` goes on with evenly distributed tokens until [`~_BrokenRows.refuse`] asks, which waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._broken: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        broken = ~scores.amax(dim=-1, keepdim=True).isfinite()
+        self._broken = broken if self._broken is None else self._broken | broken
+        return scores.masked_fill(broken, 0.0)
+
+    def refuse(self) -> None:
+        """
+        Forget what was found.
+
+        Raises:
+            `FloatingPointError`: If there was something.
+        """
+        broken, self._broken = self._broken, None
+        num_broken = 0 if broken is None else int(broken.sum())
+        if num_broken:
+            raise FloatingPointError(
+                f"The model's logits are NaN or infinite for {num_broken} of {len(cast(Any, broken))} traces that are "
+                "sampled. Check the weights: a learning rate that is too high or float16 are common causes."
+            )
+
+
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
     """Return the number of tokens up to the end of thinking or the first stop after `start`, or `None`."""
     stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), None)
@@ -224,7 +276,15 @@ def _choose(
     See [`~trl_anytime.modeling.branch_decoding.decode_branches`].
     """
     scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
-    return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)
+    if not do_sample:
+        largest, tokens = scores.max(dim=-1)
+        return tokens.masked_fill(~largest.isfinite(), -1)
+    weights = scores.softmax(dim=-1)
+    # What `torch.multinomial` computes for one draw, without its passes over all weights for its own assertions. One
+    # number that is not finite makes all weights of its row NaN.
+    noise = torch.empty_like(weights).exponential_()
+    tokens = torch.div(weights, noise, out=noise).argmax(dim=-1)
+    return tokens.masked_fill(weights[:, 0].isnan(), -1)
 
 
 def _prepared_sampling(
