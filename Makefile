@@ -37,7 +37,7 @@ test-oldest: $(VENV)-oldest/.installed
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
 
-# What needs a GPU, in at most nine minutes, with the environment that is there: GPU="--minutes 5" and the like
+# What needs a GPU, in at most nine minutes, with the environment that is there. GPU="--minutes 5" gives it options.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU)
 

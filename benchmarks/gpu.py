@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ class Part:
 
     Args:
         name (`str`): Name.
-        seconds (`int`): Time limit.
+        seconds (`int`): Time limit on a GPU.
         command (`list[str]`): Command after `python`, on a GPU.
         tiny (`list[str]`): The same in small on the CPU.
         needs (`tuple[str, ...]`): Packages without which it cannot run.
@@ -78,7 +79,7 @@ def junit(folder: Path, output: str) -> dict[str, str]:
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml={folder}/junit.xml", "-m", "gpu", "tests/gpu"]
 TRAINING = ("trl", "transformers", "datasets")
 PARTS = [
-    Part("tests", 150, PYTEST, [*PYTEST, "-k", "qwen3 or draws"], (*TRAINING, "pytest", "peft"), junit),
+    Part("tests", 150, PYTEST, [*PYTEST, "-k", "qwen3 and float32 or broken"], (*TRAINING, "pytest", "peft"), junit),
     Part(
         "tree_attention",
         110,
@@ -184,26 +185,25 @@ def run(part: Part, folder: Path, log: Path, limit: float, tiny: bool) -> dict[s
     settings |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     start = time.monotonic()
     found: dict[str, Any] = {"status": "done", "command": " ".join(["python", *command])}
-    output = ""
     with log.open("a") as errors:
         errors.write(f"\n== {part.name}: {found['command']}\n")
         errors.flush()
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # so that what it starts can be stopped with it
+        )
         try:
-            done = subprocess.run(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env={**os.environ, **settings},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                timeout=limit,
-                check=False,
-            )
-            output = done.stdout
-            if done.returncode:
-                found |= {"status": "failed", "reason": f"exit code {done.returncode}, see gpu.log"}
-        except subprocess.TimeoutExpired as error:
-            output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+            output = process.communicate(timeout=limit)[0]
+            if process.returncode:
+                found |= {"status": "failed", "reason": f"exit code {process.returncode}, see gpu.log"}
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = process.communicate()[0]
             found |= {"status": "timed out", "reason": f"took longer than {limit:.0f} seconds"}
         errors.write(output)
     found["seconds"] = round(time.monotonic() - start, 1)
@@ -276,7 +276,8 @@ def main() -> int:
             found[part.name] = {"status": "not run", "reason": reason}
         else:
             folder = output / "parts" / part.name
-            found[part.name] = run(part, folder, log, min(part.seconds, left), options.tiny)
+            limit = left if options.tiny else min(part.seconds, left)  # a CPU may be busy
+            found[part.name] = run(part, folder, log, limit, options.tiny)
             with_utilisation(found[part.name].get("results"), facts.get("gpu"))
         print(f"{part.name}: {found[part.name]['status']} {found[part.name].get('reason', '')}", flush=True)
         (output / "gpu.json").write_text(json.dumps({"environment": facts, "parts": found}, indent=2))
