@@ -9,7 +9,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # Where every optional package is there, --no-skips fails a test that skips for another reason than the machine's hardware
 
-.PHONY: quickstart demo test test-all test-oldest test-vllm test-main lint docs wheel pins clean
+.PHONY: quickstart demo test test-all test-oldest test-vllm test-main gpu lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -36,6 +36,10 @@ test-oldest: $(VENV)-oldest/.installed
 # With a real vLLM engine, on the CPU
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
+
+# What needs a GPU, in at most nine minutes, with the environment that is there. GPU="--minutes 5" gives it options.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 # What TRL's newest release or pre-release moved, allowed by pyproject.toml or not: what overrides it, and some training
 test-main:

@@ -82,8 +82,8 @@ def summarising(model, options: argparse.Namespace, budgets: list[int]) -> dict[
 
     timer = Timer(options.device)
     for _ in range(options.repeats):
-        traces, trunks = timer.run("think", partial(backend._think, model, prompts, settings))
-        timer.run("cached", partial(backend._summarise, model, prompts, traces, trunks, settings))
+        traces, trunk = timer.run("think", partial(backend._think, model, prompts, settings))
+        timer.run("cached", partial(backend._summarise, model, prompts, traces, trunk, settings))
         timer.run("generate", generate)
         timer.run("prefill", prefill)
     assert all(len(thinking.token_ids) == budgets[-1] for thinking in traces)

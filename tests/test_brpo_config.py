@@ -36,6 +36,7 @@ def test_defaults_are_the_papers():
         ({"summary_policy": "all"}, "`summary_policy`.*'decoupled'.*'all'"),
         ({"packing": "flex"}, "`packing`.*'auto'.*'flex'"),
         ({"progress_decay": 1.5}, r"`progress_decay`.*\b1\.5"),
+        ({"torch_compile": True}, "`torch_compile=True`"),
         ({"scale_rewards": "group"}, "`scale_rewards='group'`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "`reward_weights`"),
         ({"importance_sampling_level": "sequence"}, "`importance_sampling_level"),

@@ -25,6 +25,12 @@ else:
 # Inherited settings that do not apply to packed rollouts: (name, the only value allowed, reason, what to do instead)
 _FIXED_SETTINGS = (
     (
+        "torch_compile",
+        False,
+        "its rows have another shape in every micro-batch, and each shape would be compiled anew",
+        "leave it off",
+    ),
+    (
         "enable_jit_checkpoint",
         False,
         "BRPOTrainer itself saves on SIGTERM, on all ranks at the same step",

@@ -519,7 +519,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         """Add the metrics of a generation batch to those of TRL."""
         args, budgets = self.args, batch.budgets
         real, groups = slice(self._num_real), slice(self._num_real // batch.num_generations)
-        rewards_PGMA, cuts_PGM = rewards_PGMA[groups], cuts_PGM[groups]
+        # To the host at once, because each metric would wait for the device
+        rewards_PGMA, cuts_PGM = rewards_PGMA[groups].cpu(), cuts_PGM[groups].cpu()
         segments = segment_returns(rewards_PGMA, budgets, batch.prior, args.progress_decay)
         extra_baselines = {}
         if mode == "train" and self._adaptive_baseline is not None:
@@ -533,7 +534,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
                 self.markers,
                 self.eos_token_ids,
                 args.max_summary_length,
-                lambda rows: self.accelerator.gather(rows)[real],
+                lambda rows: self.accelerator.gather(rows)[real].cpu(),
             ),
             **baseline_metrics(segments, cuts_PGM, budgets, extra_baselines),
             **{

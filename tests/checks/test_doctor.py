@@ -671,8 +671,15 @@ def test_parts_that_depend_on_settings(tmp_path):
             found[name] = estimate_memory(planned, args, launch, 10, 3, mode, available=2**30)
     plain = found["plain"]
     # 8 rollouts of 10 + 9 + 3 · 2 · (3 + 4) tokens, keys and values of 2 layers, 2 heads of 8 numbers of 4 bytes
-    assert plain.generating == {"keys and values": 8 * 61 * 2 * 2 * 2 * 8 * 4}
-    assert found["few"].generating == {"keys and values": 61 * 2 * 2 * 2 * 8 * 4}  # one rollout at least
+    per_rollout = {
+        "keys and values": 61 * 2 * 2 * 2 * 8 * 4,
+        # 6 summaries: logits of 20 tokens in 4 bytes, and their scores, probabilities and noise
+        "logits": 6 * 20 * (4 + 12),
+        # 3 cuts × 4 tokens of bridges read 19 tokens with 4 heads: scores and weights; what 6 summaries see
+        "scores": 12 * 4 * 19 * (4 + 4) + 6 * 19,
+    }
+    assert plain.generating == {name: 8 * size for name, size in per_rollout.items()}
+    assert found["few"].generating == per_rollout  # one rollout at least
     assert found["reference"].always["reference model"] == plain.always["weights"]
     assert found["sharded"].always["weights"] == plain.always["weights"] // 2
     assert found["sharded"].training["gathered weights"] > 0

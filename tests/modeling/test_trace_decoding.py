@@ -5,7 +5,6 @@ import torch
 from transformers import GenerationConfig
 
 from tests.support.families import FAMILIES
-from tests.support.host_waits import HostWaits
 from tests.support.tiny import make_model
 from trl_anytime.modeling.trace_decoding import decode_traces
 
@@ -54,12 +53,12 @@ def generate(model, prompts, most, **settings):
 def test_the_tokens_are_those_of_generate(family, prompts):
     """Drawn with the same random numbers, across several looks at the tokens, and beyond the window."""
     model = make_model(family.split()[0], **FAMILIES[family]).eval()
-    sampled, (trunk,) = decode(model, prompts, 21)
+    sampled, trunk = decode(model, prompts, 21)
     assert sampled == generate(model, prompts, 21)[0]
     assert len({tuple(ids) for ids in sampled}) == 3
     # Keys of all but the last token
     assert trunk.layers[0][0].size(2) == max(map(len, prompts)) + 20 and trunk.rollouts == [0, 1, 2]
-    assert trunk.starts.tolist() == [max(map(len, prompts)) - len(ids) for ids in prompts]
+    assert trunk.positions == [len(ids) - max(map(len, prompts)) for ids in prompts]
 
 
 def test_rules_see_the_tokens_so_far():
@@ -108,7 +107,7 @@ def test_finished_traces_leave_at_once():
         assert token_ids == scripts[row][: len(token_ids)] and len(token_ids) > seen
         return token_ids.index(9) + 1 if 9 in token_ids else None
 
-    sampled, trunks = decode(
+    sampled, trunk = decode(
         model,
         [[10], [11], [12], [13]],
         20,
@@ -120,8 +119,8 @@ def test_finished_traces_leave_at_once():
     assert sampled == [scripts[0][:3], scripts[1][:2], scripts[2][:5], scripts[3]]
     # One of four that has finished (after the second token) is not yet worth a copy
     assert rows.counts == [4] * 3 + [2] * 2 + [1] * 15
-    assert [trunk.rollouts for trunk in trunks] == [[0, 1], [2], [3]]
-    assert [trunk.layers[0][0].size(2) for trunk in trunks] == [3, 5, 20]
+    # The prompt's token and those sampled before the trace left, but the last
+    assert trunk.lengths == {0: 3, 1: 3, 2: 5, 3: 20}
 
 
 def test_an_end_that_is_no_stop_token_is_looked_for_every_eight_tokens():
@@ -132,19 +131,14 @@ def test_an_end_that_is_no_stop_token_is_looked_for_every_eight_tokens():
         looks.append((row, seen, len(token_ids)))
         return 3 if row == 0 else None
 
-    sampled, trunks = decode(model, [[5, 6], [7, 8]], 20, find_end=find_end)
+    sampled, trunk = decode(model, [[5, 6], [7, 8]], 20, find_end=find_end)
     assert [len(ids) for ids in sampled] == [3, 20]
     assert looks == [(0, 0, 8), (1, 0, 8), (1, 8, 16), (1, 16, 20)]
     assert rows.counts == [2] * 8 + [1] * 12
-    assert [trunk.rollouts for trunk in trunks] == [[0], [1]]
+    assert trunk.lengths == {0: 9, 1: 21}
 
 
-def test_a_token_waits_once():
-    model = make_model().eval()
-
-    def waits(most):
-        with HostWaits() as host:
-            decode(model, ALIKE, most, choose=lambda token_ids, logits: logits.argmax(-1))
-        return len(host.waits)
-
-    assert waits(7) - waits(2) == 5
+def test_broken_logits_are_refused():
+    """`choose` marks a row without a distribution."""
+    with pytest.raises(FloatingPointError, match="1 of 3"):
+        decode(make_model().eval(), ALIKE, 5, choose=lambda token_ids, logits: torch.tensor([4, -1, 5]))

@@ -262,7 +262,7 @@ def test_no_object_of_row_by_row_size():
     thinking, cuts = list(range(400)), [100, 400]
     packed = PackedRollouts.pack([thinking], [cuts], [[[1], [1]]], [[[[2, 3]], [[4, 5]]]])
     layout = TreeLayout.from_packed(packed, torch.tensor([50]), 460)
-    assert max(branches.mask.numel() for branches in layout.budgets) == 3 * (450 + 3)
+    assert max(branches.sees.numel() for branches in layout.budgets) == 3 * (450 + 3)
 
 
 def test_long_windows_and_capped_scores():

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.anytime import make_markers
@@ -16,7 +16,7 @@ from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
 from trl_anytime.modeling.support import branching_mismatch
 from trl_anytime.modeling.tree_attention import enable_tree_attention
 from trl_anytime.rollout.backend import PrefixGeneration, RolloutSettings
-from trl_anytime.rollout.transformers_backend import TransformersGeneration, unsupported_sampling
+from trl_anytime.rollout.transformers_backend import TransformersGeneration, _choose, unsupported_sampling
 
 EOS = 2
 PROMPTS = [[7, 8, 9, 10, 11, 12], [13, 14], [15, 4, 7, 8], [9, 9, 12], [6], [18, 17, 16, 15, 14, 13, 12]]
@@ -174,9 +174,8 @@ class Spy:
         rows, width = kwargs["input_ids"].shape
         self.shapes.append(((rows, width), "tree" in kwargs))
         if "tree" in kwargs:
-            keys = [readers.trunk.layers[0][0] for readers in kwargs["tree"].readers]
             tail = rows * (kwargs["past_key_values"].get_seq_length() + width)
-            self.cached_tokens.append(sum(key.size(0) * key.size(2) for key in keys) + tail)
+            self.cached_tokens.append(kwargs["tree"].trunk.num_tokens + tail)
 
 
 def test_finished_rows_and_shared_cuts_cost_nothing():
@@ -227,7 +226,7 @@ def test_trunks_are_read_in_parts(monkeypatch):
     """Where the scores would not fit into memory."""
     model = make_tree_model("olmo3")  # with windows
     expected = cached(model).roll_out(PROMPTS, make_settings())
-    monkeypatch.setattr("trl_anytime.modeling.branch_decoding._MAX_SCORES", 1)
+    monkeypatch.setattr("trl_anytime.modeling.branch_decoding.MAX_SCORES", 1)
     assert cached(model).roll_out(PROMPTS, make_settings()) == expected
 
 
@@ -247,7 +246,7 @@ def test_sampling_that_branches_cannot_do(sampling, reason):
 def test_models_whose_cache_is_another(monkeypatch):
     model = make_tree_model()
     assert branching_mismatch(model) is None
-    monkeypatch.setattr(Trunk, "from_cache", lambda cache, starts, rollouts: Trunk([], starts, rollouts))
+    monkeypatch.setattr(Trunk, "from_cache", lambda cache, starts, rollouts: Trunk([], rollouts, [0], {0: 8}))
     assert "(IndexError" in branching_mismatch(model)
     monkeypatch.undo()
     attend = BranchLayout.attend
@@ -289,3 +288,37 @@ def test_the_trainer_generates_without_dropout_and_goes_on_with_it(tmp_path):
     assert trainer.model.training and trainer.model.get_base_model().model.layers[0].training
     with trainer.model.disable_adapter():
         assert trainer.generation.roll_out(PROMPTS, settings) != rollouts[0]
+
+
+def test_draws_are_those_of_multinomial():
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    torch.manual_seed(1)
+    assert torch.equal(_choose(LogitsProcessorList(), True, None, logits), expected)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("phase", ["traces", "answers"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_logits_are_an_error_on_the_host(do_sample, phase, value):
+    """On a GPU, an assertion of `torch.multinomial` would end the process without a cause."""
+    model = make_tree_model()
+
+    def break_logits(model, args, kwargs, output):
+        if ("tree" in kwargs) == (phase == "answers"):
+            output.logits[0, -1, 3] = value
+        return output
+
+    model.register_forward_hook(break_logits, with_kwargs=True)
+    with pytest.raises(FloatingPointError, match=f"for 1 of .* {phase}"):
+        cached(model, do_sample=do_sample).roll_out(PROMPTS[:2], make_settings(num_summaries=1, budgets=[12]))
+
+
+@pytest.mark.parametrize(("prompt", "bridge"), [([7, 20], 3), ([7, -1], 3), ([7], 25)])
+def test_tokens_without_an_embedding(prompt, bridge):
+    markers = make_markers((5,), (bridge,), (16, 17))
+    settings = RolloutSettings([3], 1, 6, markers, [EOS])
+    wrong = bridge if bridge > 19 else prompt[-1]
+    with pytest.raises(ValueError, match=f"token {wrong}.* 20 tokens"):
+        cached(make_tree_model()).roll_out([prompt], settings)

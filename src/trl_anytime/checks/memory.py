@@ -2,7 +2,8 @@
 Estimate of the memory that one GPU needs for a run.
 
 Weights, gradients and optimiser states are counted. To find what forward and backward hold besides, the model's layers
-run on the largest micro-batch. Their tensors have a shape and no content, and those alive are counted.
+run on the largest micro-batch. Their tensors have a shape and no content, and those alive are counted. What generation
+holds is computed from the shapes of its largest tensors.
 """
 
 import dataclasses
@@ -21,7 +22,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..brpo_config import BRPOConfig
 from ..method.packing import PackedRollouts
+from ..modeling.branch_decoding import MAX_SCORES
 from ..modeling.support import unsupported_structure
+from ..modeling.trace_decoding import FINISHED_SHARE
 from ..modeling.tree_attention import TreeLayout, enable_tree_attention, layout_in_use
 from ..outside.tables import aligned
 from .batch_sizes import most_tokens
@@ -122,6 +125,8 @@ _ADVICE = {
     ),
     "LM head": "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` to match.",
     "keys and values": "Set `max_cached_tokens`, or `use_vllm: true`.",
+    "logits": "Set `max_cached_tokens`, or `use_vllm: true`.",
+    "scores": "Set `max_cached_tokens`, or `use_vllm: true`.",
     "vLLM": "Lower `vllm_gpu_memory_utilization`, or set `vllm_enable_sleep_mode: true`.",
 }
 
@@ -293,23 +298,54 @@ def estimate_memory(
         if not args.vllm_enable_sleep_mode:
             training["vLLM"] = engine
     elif not args.use_vllm:
-        tokens = _cached_tokens(args, prompt_length, max_bridge_length)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        generating["keys and values"] = tokens * 2 * config.num_hidden_layers * num_heads * head_dim * compute_bytes
+        generating = generation_memory(config, args, prompt_length, max_bridge_length, compute_bytes)
     return MemoryEstimate(always, training, generating)
 
 
-def _cached_tokens(args: BRPOConfig, prompt_length: int, max_bridge_length: int) -> int:
+def generation_memory(
+    config: PretrainedConfig, args: BRPOConfig, prompt_length: int, max_bridge_length: int, compute_bytes: int
+) -> dict[str, int]:
     """
-    Return how many tokens have keys and values on a rank while transformers generates.
+    Return the most bytes that transformers hold on a rank while traces and summaries are sampled.
 
-    They are those of the traces, and of the summaries at all cuts.
+    Args:
+        config ([`~transformers.PretrainedConfig`]):
+            Config of the language model.
+        args, prompt_length, max_bridge_length:
+            See [`estimate_memory`].
+        compute_bytes (`int`):
+            Bytes of a number in the precision of the computation.
+
+    Returns:
+        `dict[str, int]`: the caches of traces and summaries; the logits of all summaries with what becomes of them
+            while a token is drawn; and the scores of attention that are held at a time, with what summaries see.
     """
     assert args.steps_per_generation is not None  # filled in by TRL
+    num_rollouts = args.per_device_train_batch_size * args.steps_per_generation
+    trace = prompt_length + args.budgets[-1]
     per_rollout = prompt_length + most_tokens(args, max_bridge_length)[0]
-    tokens = args.per_device_train_batch_size * args.steps_per_generation * per_rollout
-    return tokens if args.max_cached_tokens is None else max(min(tokens, args.max_cached_tokens), per_rollout)
+    if args.max_cached_tokens is not None:
+        num_rollouts = min(num_rollouts, max(1, args.max_cached_tokens // per_rollout))
+    # Finished traces are set aside before the others move
+    tokens = num_rollouts * max(per_rollout, int((1 + FINISHED_SHARE) * trace))
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_key_heads = getattr(config, "num_key_value_heads", None) or num_heads
+
+    num_branches = num_rollouts * len(args.budgets) * args.num_summaries
+    # The model's logits; in float32 their scores, their probabilities and the noise that draws from them. To leave out
+    # tokens, they are sorted, with an index of eight bytes each.
+    sorts = args.top_p < 1 or bool(args.top_k) or bool(args.min_p)
+    per_logit = compute_bytes + (24 if sorts else 12)
+
+    # All summaries read the trunk together, and before that each cut's bridge, with its first token, does
+    num_queries = max(num_branches, num_rollouts * len(args.budgets) * (max_bridge_length + 1))
+    num_scores = min(num_queries * num_heads * trace, MAX_SCORES)
+    return {
+        "keys and values": tokens * 2 * config.num_hidden_layers * num_key_heads * head_dim * compute_bytes,
+        "logits": num_branches * config.vocab_size * per_logit,
+        "scores": num_scores * (4 + compute_bytes) + num_branches * trace,
+    }
 
 
 def run_layers(

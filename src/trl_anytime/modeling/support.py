@@ -278,7 +278,7 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
             cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)
-            branches = BranchRows(model, [Trunk.from_cache(cache, start, [0])], contexts)
+            branches = BranchRows(model, Trunk.from_cache(cache, start, [0]), contexts)
             decoded = branches.forward(branches.first_tokens).float().log_softmax(-1)
             separate = torch.cat(
                 [

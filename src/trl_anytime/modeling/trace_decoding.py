@@ -16,7 +16,7 @@ from .growing_cache import growing_cache
 
 # Once more than this share of the rows has finished, decoding continues without them, which copies the cache of the
 # others
-_FINISHED_SHARE = 0.25
+FINISHED_SHARE = 0.25
 
 
 def decode_traces(
@@ -29,7 +29,7 @@ def decode_traces(
     stop_token_ids: Collection[int],
     max_new_tokens: int,
     pad_token_id: int,
-) -> tuple[list[list[int]], list[Trunk]]:
+) -> tuple[list[list[int]], Trunk]:
     """
     Sample a trace for each prompt.
 
@@ -40,7 +40,7 @@ def decode_traces(
             Token ids of the prompts.
         choose (`Callable`):
             Function from the tokens so far, shape (R, tokens), and logits, shape (R, V), to the next tokens, shape
-            (R,). Shorter prompts are filled up on the left.
+            (R,), -1 where the logits are no distribution. Shorter prompts are filled up on the left.
         find_end (`Callable`):
             Function from the index of a trace, its tokens, and how many of them it has seen before, to the number of
             tokens up to the end of the trace, or `None`. It is asked every few tokens, and whenever a stop token
@@ -55,8 +55,11 @@ def decode_traces(
             Token that fills up shorter prompts.
 
     Returns:
-        `tuple`: the token ids of each trace up to its end, and the trunks. A trunk may have tokens behind the end of a
+        `tuple`: the token ids of each trace up to its end, and the trunk, which may have tokens behind the end of a
         trace, and lacks its last token.
+
+    Raises:
+        `FloatingPointError`: If the logits of a row are no distribution.
     """
     device: torch.device = model.device  # type: ignore[assignment]
     width = max(map(len, prompts))
@@ -88,10 +91,16 @@ def decode_traces(
         token_ids[:, length] = tokens
         first = length
         has_stopped = has_stopped | torch.isin(tokens, stops)
-        num_stopped = int(has_stopped.sum())  # the one wait for the device of a token
+        # The one wait for the device of a token
+        num_stopped, num_broken = torch.stack([has_stopped.sum(), (tokens < 0).sum()]).tolist()
+        if num_broken:
+            raise FloatingPointError(
+                f"The model's logits are NaN or infinite for {num_broken} of {len(tokens)} traces that are sampled. "
+                "Check the weights: a learning rate that is too high or float16 are common causes."
+            )
         num_sampled = length + 1 - width
         is_last = num_sampled == max_new_tokens
-        if num_stopped <= _FINISHED_SHARE * len(rows) and num_sampled % look_every and not is_last:
+        if num_stopped <= FINISHED_SHARE * len(rows) and num_sampled % look_every and not is_last:
             continue
 
         for row, new in zip(rows, token_ids[:, width + seen : length + 1].tolist(), strict=True):
@@ -103,7 +112,7 @@ def decode_traces(
                     running.remove(row)
         seen = num_sampled
         finished = [r for r, row in enumerate(rows) if row not in running]
-        if running and len(finished) <= _FINISHED_SHARE * len(rows):
+        if running and len(finished) <= FINISHED_SHARE * len(rows):
             continue
         trunk = Trunk.from_cache(cache, starts, rows)
         if not running:
@@ -114,4 +123,5 @@ def decode_traces(
         cache.batch_select_indices(live)
         token_ids, starts, has_stopped = token_ids[live], starts[live], has_stopped[live]
         rows = [row for row in rows if row in running]
-    return sampled, trunks
+    del cache, trunk  # the memory that they hold is given back layer by layer
+    return sampled, Trunk.join(trunks)

@@ -6,7 +6,8 @@ one budget are one call over [trunk up to the cut | these branches]. No object o
 through the model as its keyword argument `tree`. A forward pass without it uses the attention that the model had
 before.
 
-Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, D head size, Q queries, K keys.
+Dimensions: R rows, L tokens per row (prompt, packed rollout, padding), H heads, F key heads, E = H / F heads that
+share one, D head size, Q queries, K keys.
 """
 
 import re
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -43,6 +44,9 @@ _SDPA_DROPS_SOFTCAP = Version(transformers.__version__) < Version("5.21")
 
 # Queries per block where scores are computed in blocks: large enough to keep a core busy, small compared with a row
 _BLOCK = 256
+
+# Fused kernels on a GPU copy a mask whose rows do not begin at a multiple of this many numbers, in every call
+_ALIGNED = 16
 
 # Arguments that models pass to their attention and that do not change its result
 _HARMLESS_ARGUMENTS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
@@ -78,19 +82,37 @@ class BudgetBranches:
 
     Args:
         index (`torch.Tensor`):
-            int64 of shape (R, Q), where the branch tokens stand in their row. Filled up with 0.
+            int64 of shape (R, Q), where the branch tokens stand in their row. Filled up with places that differ: on
+            a GPU, gradients of one place are added one after the other.
         positions (`torch.Tensor`):
             int64 of shape (R, Q), positions of the branch tokens.
         trunk (`int`):
             Number of trunk tokens seen. The keys are the first `trunk` tokens of the row, then the branch tokens.
-        mask (`torch.Tensor`):
-            Bool of shape (R, 1, Q, K), True where a branch token sees a key.
+        real (`torch.Tensor`):
+            Bool of shape (R, Q), False where `index` is filled up.
+        sees (`torch.Tensor`):
+            Bool of shape (R, Q, K), True where a branch token sees a key.
     """
 
     index: torch.Tensor
     positions: torch.Tensor
     trunk: int
-    mask: torch.Tensor
+    real: torch.Tensor
+    sees: torch.Tensor
+
+    def visible(self, sliding_window: int | None) -> torch.Tensor:
+        """
+        Return what each query sees in a layer, bool of shape (R, Q, K).
+
+        Queries that fill up a row see everything: kernels differ in what a query that sees nothing gets, and some
+        give NaN. Nothing reads their output.
+        """
+        sees_RQK = self.sees
+        if sliding_window is not None:
+            trunk_positions = torch.arange(self.trunk, device=sees_RQK.device).expand(sees_RQK.size(0), -1)
+            positions_RK = torch.cat([trunk_positions, self.positions], dim=1)
+            sees_RQK = sees_RQK & (self.positions[:, :, None] - positions_RK[:, None, :] < sliding_window)
+        return sees_RQK | ~self.real[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -107,12 +129,15 @@ class TreeLayout:
             The branches of each budget.
         source (`torch.Tensor`):
             int64 of shape (R, L), where the output of each token stands in [trunk | budget 1 | … | budget M].
+        biases (`dict`):
+            Masks as numbers that are added to the scores, made where a layer first needs one. All layers share them.
     """
 
     position_ids: torch.Tensor
     trunk: int
     budgets: tuple[BudgetBranches, ...]
     source: torch.Tensor
+    biases: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_packed(cls, packed: PackedRollouts, prompt_lengths: torch.Tensor, row_length: int) -> "TreeLayout":
@@ -130,43 +155,43 @@ class TreeLayout:
         starts_RM, ends_RM = packed.spans[:, :, 0, 0], packed.spans[:, :, -1, 2]
         # Trunk tokens that the branches of each budget see
         sees_RM = torch.where(ends_RM > starts_RM, packed.cuts + prompt_lengths[:, None], 0)
+        widths_M = (ends_RM - starts_RM).amax(0)
+        trunk_1 = (packed.thinking_lengths + prompt_lengths).amax()[None]
         # The sizes reach the host in one transfer
-        sizes = torch.stack([(ends_RM - starts_RM).amax(0), sees_RM.amax(0)]).tolist()
-        trunk = int((packed.thinking_lengths + prompt_lengths).amax())
+        *sizes, trunk = torch.cat([widths_M, sees_RM.amax(0), trunk_1]).tolist()
+        num_budgets = len(sizes) // 2
 
         branch_RT = packed.branches()
         positions_RT = packed.positions() + prompt_lengths[:, None]
         budgets = []
-        for j, (width, budget_trunk) in enumerate(zip(*sizes, strict=True)):
+        for j, (width, budget_trunk) in enumerate(zip(sizes[:num_budgets], sizes[num_budgets:], strict=True)):
             step_Q = torch.arange(width, device=branch_RT.device)
             real_RQ = step_Q < (ends_RM - starts_RM)[:, j, None]
             packed_RQ = torch.where(real_RQ, starts_RM[:, j, None] + step_Q, 0)
             branch_RQ = branch_RT.gather(1, packed_RQ)
             sees_trunk = torch.arange(budget_trunk, device=branch_RT.device) < sees_RM[:, j, None, None]
             sees_branch = (branch_RQ[:, :, None] == branch_RQ[:, None, :]) & (step_Q[:, None] >= step_Q[None, :])
-            mask_RQK = torch.cat([sees_trunk.expand(-1, width, -1), sees_branch & real_RQ[:, None, :]], dim=2)
-            index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], 0)
+            sees_RQK = torch.cat([sees_trunk.expand(-1, width, -1), sees_branch & real_RQ[:, None, :]], dim=2)
+            index_RQ = torch.where(real_RQ, packed_RQ + prompt_lengths[:, None], step_Q)
             positions_RQ = positions_RT.gather(1, packed_RQ)
-            budgets.append(BudgetBranches(index_RQ, positions_RQ, budget_trunk, mask_RQK.unsqueeze(1)))
+            budgets.append(BudgetBranches(index_RQ, positions_RQ, budget_trunk, real_RQ, sees_RQK))
 
         # Where the outputs of each budget begin in [trunk | budget 1 | … | budget M]
-        offsets_M = torch.tensor([0, *sizes[0][:-1]], device=branch_RT.device).cumsum(0) + trunk
+        offsets_M = widths_M.cumsum(0) - widths_M + trunk
         budget_RT = branch_RT.clamp(min=0) // packed.spans.size(2)
         index_RT = packed.indices()
         in_branch_RT = offsets_M[budget_RT] + index_RT - starts_RM.gather(1, budget_RT)
         source_RT = torch.where(branch_RT < 0, index_RT + prompt_lengths[:, None], in_branch_RT)
-        padding_RT = index_RT >= packed.lengths[:, None]
 
         index_L = torch.arange(row_length, device=branch_RT.device)
         packed_RL = index_L - prompt_lengths[:, None]
-        in_prompt_RL = packed_RL < 0
+        padding_RL = packed_RL >= packed.lengths[:, None]
 
-        def as_rows(x_RT: torch.Tensor) -> torch.Tensor:  # the prompt counts up, padding is 0
-            x_RT = x_RT.masked_fill(padding_RT, 0)
+        def as_rows(x_RT: torch.Tensor, padding: Any) -> torch.Tensor:  # the prompt counts up
             x_RL = x_RT.gather(1, packed_RL.clamp(0, x_RT.size(1) - 1))
-            return torch.where(in_prompt_RL, index_L, x_RL.masked_fill(packed_RL >= x_RT.size(1), 0))
+            return torch.where(packed_RL < 0, index_L, torch.where(padding_RL, padding, x_RL))
 
-        return cls(as_rows(positions_RT), trunk, tuple(budgets), as_rows(source_RT))
+        return cls(as_rows(positions_RT, 0), trunk, tuple(budgets), as_rows(source_RT, index_L))
 
     def attend(
         self,
@@ -189,28 +214,56 @@ class TreeLayout:
         attend: Callable[..., torch.Tensor]
         if softcap is None and sinks is None:
             attend = partial(_attend_fused, scaling=scaling, dropout=dropout)
+            num_sharing = query.size(1) // key.size(1)
         else:
             attend = partial(_attend_in_blocks, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)
+            num_sharing = 1
+
+        def bias(visible: Callable[[], torch.Tensor], *name: Any) -> torch.Tensor:
+            device = query.device.type
+            autocast = torch.is_autocast_enabled(device)  # it would cast the mask in every call
+            dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
+            name = (*name, sliding_window, dtype, num_sharing)
+            if name not in self.biases:
+                self.biases[name] = additive_mask(visible(), dtype, num_sharing)
+            return self.biases[name]
 
         def take(x_RHLD: torch.Tensor, index_RQ: torch.Tensor) -> torch.Tensor:
             return x_RHLD.gather(2, index_RQ[:, None, :, None].expand(-1, x_RHLD.size(1), -1, x_RHLD.size(3)))
 
         trunk = [x[:, :, : self.trunk] for x in (query, key, value)]
-        outputs = [_attend_trunk(attend, trunk[0], trunk[1], trunk[2], sliding_window)]
-        for branches in self.budgets:
+        outputs = [_attend_trunk(attend, bias, trunk[0], trunk[1], trunk[2], sliding_window)]
+        for j, branches in enumerate(self.budgets):
             if not branches.index.numel():  # all were left out
                 continue
-            mask = branches.mask
-            if sliding_window is not None:
-                trunk_positions = torch.arange(branches.trunk, device=mask.device).expand(mask.size(0), -1)
-                positions_RK = torch.cat([trunk_positions, branches.positions], dim=1)
-                near_RQK = branches.positions[:, :, None] - positions_RK[:, None, :] < sliding_window
-                mask = mask & near_RQK.unsqueeze(1)
             keys, values = (
                 torch.cat([x[:, :, : branches.trunk], take(x, branches.index)], dim=2) for x in (key, value)
             )
+            mask = bias(partial(branches.visible, sliding_window), "budget", j)
             outputs.append(attend(take(query, branches.index), keys, values, mask))
         return take(torch.cat(outputs, dim=2), self.source)
+
+
+def additive_mask(sees_RQK: torch.Tensor, dtype: torch.dtype, num_sharing: int) -> torch.Tensor:
+    """
+    Return a mask as numbers that are added to the scores: 0 where a query sees a key, minus infinity elsewhere.
+
+    Args:
+        sees_RQK (`torch.Tensor`):
+            Bool of shape (R, Q, K).
+        dtype (`torch.dtype`):
+            Type of the queries.
+        num_sharing (`int`):
+            E, how often the queries stand one behind the other.
+
+    Returns:
+        `torch.Tensor`: shape (R, 1, E·Q, K). Its rows begin at multiples of 16 numbers, so that kernels need no copy.
+    """
+    num_rows, num_queries, num_keys = sees_RQK.shape
+    padded = -(-num_keys // _ALIGNED) * _ALIGNED
+    mask = torch.zeros(num_rows, 1, num_sharing, num_queries, padded, dtype=dtype, device=sees_RQK.device)
+    mask[..., :num_keys].masked_fill_(~sees_RQK[:, None, None], -torch.inf)
+    return mask.flatten(2, 3)[..., :num_keys]
 
 
 def tree_attention_forward(
@@ -294,6 +347,7 @@ def tree_attention_forward(
 
 def _attend_trunk(
     attend: Callable[..., torch.Tensor],
+    bias: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -307,19 +361,20 @@ def _attend_trunk(
     length = query.size(2)
     if sliding_window is None or sliding_window >= length:
         return attend(query, key, value, None)
+
+    def band(num_queries: int, num_before: int, window: int) -> torch.Tensor:
+        queries = torch.arange(num_before, num_before + num_queries, device=query.device)[:, None]
+        keys = torch.arange(num_before + num_queries, device=query.device)
+        return ((keys <= queries) & (queries - keys < window))[None]
+
     outputs = []
     step = max(sliding_window, _BLOCK)
     for start in range(0, length, step):
         end, first = min(start + step, length), max(start - sliding_window + 1, 0)
-        queries = torch.arange(start, end, device=query.device)[:, None]
-        keys = torch.arange(first, end, device=query.device)
-        band = (keys <= queries) & (queries - keys < sliding_window)
-        outputs.append(attend(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], band[None, None]))
+        shape = end - start, start - first  # all bands but the first and the last are alike
+        mask = bias(partial(band, *shape, sliding_window), "band", *shape)
+        outputs.append(attend(query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], mask))
     return torch.cat(outputs, dim=2)
-
-
-def _repeat_heads(x_RHKD: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return x_RHKD if x_RHKD.size(1) == num_heads else x_RHKD.repeat_interleave(num_heads // x_RHKD.size(1), dim=1)
 
 
 def _attend_fused(
@@ -330,19 +385,19 @@ def _attend_fused(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Call torch's fused attention once. It is causal without a mask."""
-    if mask is not None:  # with a mask, the fused kernels need as many key heads as query heads
-        key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=key.size(1) != query.size(1),
-    )
+    """Call torch's fused attention once. It is causal without a mask. A mask has the shape (R or 1, 1, E·Q, K)."""
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    if mask is None:
+        num_sharing = query.size(1) // key.size(1)
+        if num_sharing > 1 and query.is_cuda and query.dtype == torch.float32:
+            # Flash attention is for half precision. In float32, torch would take the one that holds all scores.
+            key, value = (x.repeat_interleave(num_sharing, dim=1) for x in (key, value))
+        return attend(query, key, value, is_causal=True, enable_gqa=key.size(1) != query.size(1))
+    # With a mask, the fused kernels need as many key heads as query heads. Heads that share keys become further
+    # queries, which repeats neither keys nor values.
+    folded = query.unflatten(1, (key.size(1), -1)).flatten(2, 3)
+    output = attend(folded, key, value, attn_mask=mask)
+    return output.unflatten(2, (-1, query.size(2))).flatten(1, 2)
 
 
 def _attend_in_blocks(
@@ -356,37 +411,41 @@ def _attend_in_blocks(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    Attend in blocks of queries.
+    Attend in blocks of queries. A mask has the shape (R or 1, 1, Q, K).
 
     This is for capped scores and attention sinks, which torch's fused attention lacks. The backward pass
     recomputes the scores.
     """
-    key, value = _repeat_heads(key, query.size(1)), _repeat_heads(value, query.size(1))
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    sharing = key.size(1), query.size(1) // key.size(1)
 
     def attend_block(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, sinks: torch.Tensor | None
     ) -> torch.Tensor:
-        scores = query @ key.transpose(2, 3) * scaling
+        folded = query.unflatten(1, sharing).flatten(2, 3)  # keys are read once for the heads that share them
+        scores = (folded @ key.transpose(2, 3) * scaling).unflatten(2, (sharing[1], -1))
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask[:, :, None]
         if sinks is not None:
-            sink_scores = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat([scores, sink_scores], dim=3)
-        weights = scores.softmax(dim=3, dtype=torch.float32).to(query.dtype)[..., : key.size(2)]
-        return torch.nn.functional.dropout(weights, dropout) @ value
+            sink_scores = sinks.to(scores.dtype).view(1, *sharing, 1, 1).expand(*scores.shape[:4], 1)
+            scores = torch.cat([scores, sink_scores], dim=4)
+        weights = scores.softmax(dim=4, dtype=torch.float32).to(query.dtype)[..., : key.size(2)]
+        output = torch.nn.functional.dropout(weights, dropout).flatten(2, 3) @ value
+        return output.unflatten(2, (sharing[1], -1)).flatten(1, 2)
 
     outputs = []
     for start in range(0, query.size(2), _BLOCK):
         end = min(start + _BLOCK, query.size(2))
         if mask is None:
             num_keys = end
-            block_mask = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)[None, None]
+            causal = torch.ones(1, end - start, end, dtype=torch.bool, device=query.device).tril(start)
+            block_mask = additive_mask(causal, query.dtype, 1)
         else:
             num_keys, block_mask = key.size(2), mask[:, :, start:end]
         block = query[:, :, start:end], key[:, :, :num_keys], value[:, :, :num_keys], block_mask, sinks
-        outputs.append(checkpoint(attend_block, *block, use_reentrant=False))
+        # Random numbers are drawn for dropout alone. Their state is read and kept for every block.
+        outputs.append(checkpoint(attend_block, *block, use_reentrant=False, preserve_rng_state=dropout > 0))
     return torch.cat(outputs, dim=2)
 
 

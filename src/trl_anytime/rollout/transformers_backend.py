@@ -74,18 +74,19 @@ class TransformersGeneration(Generation):
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
         rollouts: list[Rollout] = []
         with self._hold_model() as model, torch.no_grad(), without_host_warnings():
+            _check_tokens(model, prompts, settings)
             for start in range(0, len(prompts), at_once):
                 part = prompts[start : start + at_once]
                 with self.times("thinking"):
-                    traces, trunks = self._think(model, part, settings)
+                    traces, trunk = self._think(model, part, settings)
                 with self.times("summarising"):
-                    rollouts += self._summarise(model, part, traces, trunks, settings)
+                    rollouts += self._summarise(model, part, traces, trunk, settings)
         return rollouts
 
     def _think(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
-    ) -> tuple[list[Thinking], list[Trunk]]:
-        """Sample one trace for each prompt, and return them with the trunks of their keys and values."""
+    ) -> tuple[list[Thinking], Trunk]:
+        """Sample one trace for each prompt, and return them with the trunk of their keys and values."""
         choose, needs_history = self._choice(model)
         scans = [EndScan(settings.markers) for _ in prompts]
         stop_ids = set(settings.stop_token_ids)
@@ -93,7 +94,7 @@ class TransformersGeneration(Generation):
         def find_end(row: int, token_ids: list[int], seen: int) -> int | None:
             return _length(token_ids, seen, stop_ids, scans[row])
 
-        sampled, trunks = decode_traces(
+        sampled, trunk = decode_traces(
             model,
             prompts,
             choose,
@@ -103,21 +104,16 @@ class TransformersGeneration(Generation):
             max_new_tokens=settings.budgets[-1],
             pad_token_id=self._pad_token_id,
         )
-        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
+        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunk
 
     def _summarise(
         self,
         model: PreTrainedModel,
         prompts: list[list[int]],
         traces: list[Thinking],
-        trunks: list[Trunk],
+        trunk: Trunk,
         settings: RolloutSettings,
     ) -> list[Rollout]:
-        cached = {
-            rollout: trunk.layers[0][0].size(2) - start
-            for trunk in trunks
-            for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
-        }
         contexts = [settings.contexts(thinking) for thinking in traces]
         if not settings.num_summaries:
             return [
@@ -128,16 +124,15 @@ class TransformersGeneration(Generation):
         branch_contexts = []
         for i, context in slots:
             history = context.token_ids(prompts[i], traces[i])
-            seen = min(cached[i], len(prompts[i]) + context.cut)
+            seen = min(trunk.lengths[i], len(prompts[i]) + context.cut)
             branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
         choose, needs_history = self._choice(model)
-        held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
         decoded: list[list[list[int]]] = [[] for _ in slots]
-        for part in self._parts(branch_contexts, settings, held):
+        for part in self._parts(branch_contexts, settings, trunk.num_tokens):
             branches = decode_branches(
                 model,
-                trunks,
+                trunk,
                 [context for _, context in part],
                 choose,
                 needs_history=needs_history,
@@ -155,7 +150,7 @@ class TransformersGeneration(Generation):
     def _parts(
         self, contexts: list[BranchContext], settings: RolloutSettings, held: int
     ) -> Iterator[list[tuple[int, BranchContext]]]:
-        """Yield contexts with their index, in parts whose branches fit beside the `held` tokens of the trunks."""
+        """Yield contexts with their index, in parts whose branches fit beside the `held` tokens of the trunk."""
         if self._max_cached_tokens is None:
             yield list(enumerate(contexts))
             return
@@ -183,6 +178,20 @@ class TransformersGeneration(Generation):
         return partial(_choose, logits_processor, do_sample), needs_history
 
 
+def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings) -> None:
+    """Refuse tokens without an embedding here, because an assertion on a GPU gives no cause and ends the process."""
+    size = model.config.get_text_config().vocab_size
+    markers = settings.markers
+    bridges = [*markers.truncation_bridge_ids, *markers.answer_bridge_ids]
+    for name, ids in (("A prompt", [token for prompt in prompts for token in prompt]), ("A bridge", bridges)):
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name} has token {wrong}, but the model has only {size} tokens. Use the model's own tokenizer, "
+                "or add embeddings with `model.resize_token_embeddings(len(tokenizer))`."
+            )
+
+
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
     """Return the number of tokens up to the end of thinking or the first stop after `start`, or `None`."""
     stop = next((i + 1 for i in range(start, len(token_ids)) if token_ids[i] in stop_ids), None)
@@ -200,7 +209,15 @@ def _choose(
     [`~trl_anytime.modeling.trace_decoding.decode_traces`].
     """
     scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
-    return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)
+    if not do_sample:
+        largest, tokens = scores.max(dim=-1)
+        return tokens.masked_fill(~largest.isfinite(), -1)
+    weights = scores.softmax(dim=-1)
+    # What `torch.multinomial` computes for one draw, without its passes over all weights for its own assertions. One
+    # number that is not finite makes all weights of its row NaN.
+    noise = torch.empty_like(weights).exponential_()
+    tokens = torch.div(weights, noise, out=noise).argmax(dim=-1)
+    return tokens.masked_fill(weights[:, 0].isnan(), -1)
 
 
 def _prepared_sampling(
