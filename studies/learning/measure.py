@@ -103,6 +103,7 @@ def measure(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
             output_dir,
             Recorder,
             prune=False,  # what one baseline does not need, another one does
+            max_completion_length=full,  # the loss divides by it, and would by the longest packed row of each reward
             **brpo_settings,
         )
         assert isinstance(trainer, Recorder)

@@ -73,8 +73,9 @@ def trapezoid_prior(budgets: Sequence[int]) -> list[float]:
     """
     Return the weights that make J the integral of the accuracy over the budget.
 
-    They are those of the trapezoidal rule. The weight of b_j is (b_{j+1} - b_{j-1}) / 2. The first and the last budget have half the distance to their only
-    neighbour. J is then the area under the curve from b_1 to b_m. Start with a budget of 0 for the area from 0 on.
+    They are those of the trapezoidal rule: the weight of b_j is (b_{j+1} - b_{j-1}) / 2. The first and the last budget
+    have half the distance to their only neighbour. J is then the area under the curve from b_1 to b_m. Start with a
+    budget of 0 for the area from 0 on.
 
     Source: REO-RL, https://huggingface.co/papers/2506.07104, which weighs its budgets so.
 
