@@ -186,7 +186,7 @@ class _Readers:
         positions = first + torch.arange(trunk.layers[0][0].size(2), device=device)
         hidden = (positions[:, None] < 0) | (positions[:, None] >= seen[index][..., None])
 
-        places: list[list[tuple[int, int]]] = [[] for _ in seen]
+        places: list[list[tuple[int, int]]] = [[] for _ in range(len(seen))]
         for page, page_rows in enumerate(readers):
             for column, row in enumerate(page_rows):
                 places[row].append((page, column))
@@ -301,7 +301,7 @@ class BranchLayout:
         return output.flatten(1, 2).to(query.dtype)
 
     def _hidden(self, pages: slice, sliding_window: int | None) -> torch.Tensor:
-        """Return what the readers of these pages do not see in a layer, bool that broadcasts to (P, F, K, E, S, N)."""
+        """Return what readers of these pages do not see, bool that broadcasts to (P, F, K, E, S, N)."""
         hidden = self.readers.hidden[pages]
         if sliding_window is None:
             return hidden
@@ -368,13 +368,19 @@ def _exact_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 class BranchRows:
     """Rows of one decoding batch: their tails, and the trunk below them."""
 
-    def __init__(self, model: torch.nn.Module, trunk: Trunk, contexts: Sequence[BranchContext]):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        trunk: Trunk,
+        contexts: Sequence[BranchContext],
+        max_new_tokens: int | None = None,
+    ):
         self.model, self.device = model, trunk.layers[0][0].device
         self.trunk = trunk
         self.contexts = contexts
         self.owners = list(range(len(contexts)))  # the context of each row
-        self.tail = growing_cache()
         width = max(len(context.token_ids) for context in contexts)
+        self.tail = growing_cache(None if max_new_tokens is None else width + max_new_tokens)
         self.starts = torch.tensor([width - len(context.token_ids) for context in contexts], device=self.device)
         self.seen = torch.tensor([context.seen for context in contexts], device=self.device)
         self._read_trunk()
@@ -452,7 +458,7 @@ def decode_branches(
     Raises:
         `FloatingPointError`: If the logits of a row are no distribution.
     """
-    rows = BranchRows(model, trunk, contexts)
+    rows = BranchRows(model, trunk, contexts, max_new_tokens)
     logits = rows.forward(rows.first_tokens)
     rows.select([c for c, context in enumerate(contexts) for _ in range(context.num_branches)])
     slots = torch.arange(len(rows.owners), device=rows.device)  # where the tokens of each row are written

@@ -246,7 +246,9 @@ class TreeLayout:
 
 def additive_mask(sees_RQK: torch.Tensor, dtype: torch.dtype, num_sharing: int) -> torch.Tensor:
     """
-    Return a mask as numbers that are added to the scores: 0 where a query sees a key, minus infinity elsewhere.
+    Return a mask as numbers that are added to the scores.
+
+    They are 0 where a query sees a key, and minus infinity elsewhere.
 
     Args:
         sees_RQK (`torch.Tensor`):
@@ -385,7 +387,7 @@ def _attend_fused(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Call torch's fused attention once. It is causal without a mask. A mask has the shape (R or 1, 1, E·Q, K)."""
+    """Call torch's fused attention once, causal without a mask of shape (R or 1, 1, E·Q, K)."""
     attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     if mask is None:
         num_sharing = query.size(1) // key.size(1)

@@ -179,7 +179,7 @@ class TransformersGeneration(Generation):
 
 
 def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings) -> None:
-    """Refuse tokens without an embedding here, because an assertion on a GPU gives no cause and ends the process."""
+    """Refuse tokens without an embedding on the host: a GPU would end the process without a cause."""
     size = model.config.get_text_config().vocab_size
     markers = settings.markers
     bridges = [*markers.truncation_bridge_ids, *markers.answer_bridge_ids]
