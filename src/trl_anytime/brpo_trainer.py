@@ -645,5 +645,5 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
 
 def _joined(chunks: Sequence[torch.Tensor | None], order: torch.Tensor) -> torch.Tensor | None:
-    """Join what TRL's scoring returns for several chunks into one tensor with all rows in `order`, or `None`."""
+    """Join what TRL's scoring returns for several chunks, with the rows in `order`, or return `None`."""
     return None if chunks[0] is None else torch.cat(cast(list[torch.Tensor], list(chunks)))[order]
