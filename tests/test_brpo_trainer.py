@@ -269,8 +269,11 @@ def test_dealing_out_changes_no_gradient(tmp_path, monkeypatch, settings, exact)
     ],
     ids=lambda settings: "-".join(str(value)[:8] for value in settings.values()),
 )
-def test_pruning_changes_no_gradient(tmp_path, settings, packing):
-    """Loss and gradients of pruned micro-batches, against an old policy and with vLLM's importance correction."""
+def test_pruning_changes_no_gradient(tmp_path, monkeypatch, settings, packing):
+    """
+    Loss and gradients of pruned micro-batches, against an old policy and with vLLM's importance correction, in one
+    forward pass for each and in one for each length.
+    """
     settings = {"per_device_train_batch_size": 4, "num_generations": 2, "gradient_accumulation_steps": 2, **settings}
     trainer = tiny_trainer(tmp_path, optim="sgd", max_steps=1, prune=False, packing=packing, **settings)
     prepare, batches = trainer._prepare_inputs, []
@@ -314,10 +317,21 @@ def test_pruning_changes_no_gradient(tmp_path, settings, packing):
     pruned = [prune_batch(batch, rows)[0] for batch, rows in zip(batches, packed, strict=True)]
     widths = [(len(batch["prompt_ids"]), batch["completion_ids"].size(1)) for batch in pruned]
     assert all(width < batch["completion_ids"].size(1) for (_, width), batch in zip(widths, batches, strict=True))
-    losses, gradient = evaluate(pruned)
+    forward, passes = trainer._forward, []
+
+    def count(model, packed, *args, **kwargs):
+        passes.append(len(packed.cuts))
+        return forward(model, packed, *args, **kwargs)
+
+    trainer._forward = count
     assert full.abs().max() > 0
-    assert losses == pytest.approx(full_losses, rel=1e-4, abs=1e-6)
-    torch.testing.assert_close(gradient, full, rtol=1e-4, atol=2e-6 * full.abs().max().item())
+    for least, num_passes in ((1024, 2), (1, 4)):
+        monkeypatch.setattr("trl_anytime.training.micro_batches._LEAST_SAVED", least)
+        passes.clear()
+        losses, gradient = evaluate(pruned)
+        assert sum(passes) == 3 + 1 and len(passes) <= num_passes and (len(passes) > 2) == (least == 1)
+        assert losses == pytest.approx(full_losses, rel=1e-4, abs=1e-6)
+        torch.testing.assert_close(gradient, full, rtol=1e-4, atol=2e-6 * full.abs().max().item())
 
 
 def test_a_run_without_what_has_no_advantage(tmp_path):

@@ -476,21 +476,40 @@ class BRPOTrainer(ReliableGRPOTrainer):
         else:
             packed = self._batch.on_device(input_ids[:, -logits_to_keep:])
             trained = torch.ones(len(input_ids), dtype=torch.bool)
-        batch_size = batch_size or len(input_ids)
-        chunks = []
-        with self._times("updating" if self._batch is None else "scoring"):
-            for first in range(0, len(input_ids), batch_size):  # TRL would chunk the rows, but not their layout
-                rows = slice(first, first + batch_size)
-                chunks.append(
-                    super()._get_per_token_logps_and_entropies(
-                        partial(micro_batches.forward_some, self._forward, model, packed[rows], trained[rows]),
-                        input_ids[rows],
-                        attention_mask[rows],
-                        logits_to_keep,
-                        **kwargs,
-                    )
+        is_update, num_rows = self._batch is None, len(input_ids)
+        parts: list[list[int]]
+        if is_update:
+            parts = self._parts_of_update(packed, trained, attention_mask[:, :-logits_to_keep])
+        else:
+            parts = [part.tolist() for part in torch.arange(num_rows).split(batch_size or num_rows)]
+        score = super()._get_per_token_logps_and_entropies
+        with self._times("updating" if is_update else "scoring"):
+            chunks = [  # TRL would chunk the rows, but not their layout
+                score(
+                    partial(micro_batches.forward_some, self._forward, model, packed[rows], trained[rows]),
+                    input_ids[rows],
+                    attention_mask[rows],
+                    logits_to_keep,
+                    **kwargs,
                 )
-        return chunks[0] if len(chunks) == 1 else tuple(map(_joined, zip(*chunks, strict=True)))
+                for rows in ([slice(None)] if len(parts) == 1 else map(torch.tensor, parts))
+            ]
+        if len(chunks) == 1:
+            return chunks[0]
+        order = torch.tensor([row for part in parts for row in part]).argsort()
+        return tuple(_joined(values, order) for values in zip(*chunks, strict=True))
+
+    def _parts_of_update(
+        self, packed: PackedRollouts, trained: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> list[list[int]]:
+        """Return the rows of each forward pass of a micro-batch."""
+        # All ranks make equally many forward passes, and a router's loss is a mean over the micro-batch
+        if self.accelerator.num_processes > 1 or self.aux_loss_enabled:
+            return [list(range(len(trained)))]
+        lengths = ((packed.lengths + prompt_mask.sum(dim=1)) * trained).tolist()
+        *parts, shortest = micro_batches.split_by_length(lengths)
+        # A forward pass needs a row that is trained
+        return [*parts, shortest] if any(lengths[row] for row in shortest) else [*parts[:-1], parts[-1] + shortest]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         packed = PackedRollouts(inputs["completion_ids"], inputs["cuts"], inputs["spans"])
@@ -626,6 +645,6 @@ class BRPOTrainer(ReliableGRPOTrainer):
             write_card(facts, folder)
 
 
-def _joined(chunks: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Join what TRL's scoring returns for several chunks into one tensor with all rows, or `None`."""
-    return None if chunks[0] is None else torch.cat(cast(list[torch.Tensor], list(chunks)))
+def _joined(chunks: Sequence[torch.Tensor | None], order: torch.Tensor) -> torch.Tensor | None:
+    """Join what TRL's scoring returns for several chunks, with the rows in `order`, or return `None`."""
+    return None if chunks[0] is None else torch.cat(cast(list[torch.Tensor], list(chunks)))[order]

@@ -1,10 +1,10 @@
 """
 What the update computes of a generation batch, where less or another order gives the same gradient.
 
-What has no advantage is left out, and rollouts of like length share a micro-batch.
+What has no advantage is left out, and rollouts of like length share a micro-batch or a forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ _NUM_TRAINED = "num_trained_tokens"  # of each rollout, before anything was left
 _EXACT_LOSSES = ("cispo", "dapo", "dr_grpo", "grpo", "sapo")
 # Losses that are linear in the advantages of their tokens, token by token
 _LINEAR_LOSSES = (*_EXACT_LOSSES, "bnpo")
+# A forward pass of its own must save so many tokens, and this share of all. Smaller ones cost their number of calls.
+_LEAST_SAVED, _LEAST_SHARE = 1024, 0.05
 
 
 def _looks_at_all_tokens(args: Any, aux_loss_enabled: bool) -> bool:
@@ -146,6 +148,31 @@ def rows_to_forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     trained = _trained(inputs).any(1)
     trained[0] |= ~trained.any()
     return trained
+
+
+def split_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """
+    Divide the rows of a micro-batch into parts of like length, so that little padding is computed.
+
+    Args:
+        lengths (`Sequence[int]`):
+            Tokens of each row.
+
+    Returns:
+        `list[list[int]]`: the rows of each part. There are several only where that saves enough tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least = max(_LEAST_SAVED, _LEAST_SHARE * len(lengths) * lengths[order[0]])
+
+    def split(rows: list[int]) -> list[list[int]]:
+        saved = [(len(rows) - k) * (lengths[rows[0]] - lengths[row]) for k, row in enumerate(rows)]
+        most = max(saved)
+        if most < least:
+            return [rows]
+        k = saved.index(most)
+        return split(rows[:k]) + split(rows[k:])
+
+    return split(order)
 
 
 def forward_some(
