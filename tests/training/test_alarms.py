@@ -20,6 +20,8 @@ HEALTHY = {
     "anytime/reward@4": 0.5,
     "anytime/no_advantage_ratio": 0.25,
     "summary/clipped_ratio": 0.0,
+    "summary/escape_ratio@2": 0.1,
+    "summary/escape_ratio@4": 0.0,
     "thinking/finished_ratio": 0.5,
     "thinking/empty_ratio": 0.0,
     "thinking/never_cut_ratio": 0.25,
@@ -48,6 +50,8 @@ CASES = [
     ("nothing to learn from", {"anytime/no_advantage_ratio": 0.96}, {"anytime/no_advantage_ratio": 0.94}),
     ("boxes are missing", counts(48, 52, 0), counts(51, 49, 0)),
     ("summaries are cut off", {"summary/clipped_ratio": 0.26}, {"summary/clipped_ratio": 0.24}),
+    # The mean over the budgets
+    ("summaries resume the reasoning", {"summary/escape_ratio@2": 0.52}, {"summary/escape_ratio@2": 0.48}),
     ("thinking is never finished", {"thinking/finished_ratio": 0.0}, {"thinking/finished_ratio": 0.02}),
     ("thinking is always empty", {"thinking/empty_ratio": 1.0}, {"thinking/empty_ratio": 0.98}),
     ("the verifier gives up", counts(1000, 0, 51), counts(1000, 0, 49)),
@@ -234,14 +238,15 @@ def test_the_sample_is_short():
 # Real runs
 
 
-def biased(end=1.0, eos=2.0, extra_words=()):
+def biased(end=0.5, eos=3.0, extra_words=()):
     """A random model with a bias to end: traces are cut, finished and given up, and most summaries end early."""
     tokenizer = make_tokenizer(extra_words=extra_words)
     model = make_model(vocab_size=len(tokenizer))
     head = torch.nn.Linear(32, len(tokenizer))
     head.weight = model.lm_head.weight
     head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)), requires_grad=False)
-    for word, value in (("</think>", end), ("<|im_end|>", eos)):
+    # A summary that starts to think again would set off an alarm of its own
+    for word, value in (("</think>", end), ("<|im_end|>", eos), ("<think>", -50.0)):
         head.bias.data[tokenizer.convert_tokens_to_ids(word)] = value
     model.lm_head = head
     return model

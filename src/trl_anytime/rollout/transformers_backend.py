@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,7 +17,8 @@ from ..modeling.growing_cache import growing_cache
 from ..outside.host_warnings import without_host_warnings
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
-from .types import Rollout, Thinking
+from .settling import Watch
+from .types import Context, Rollout, Thinking
 
 # Settings that a branch can be sampled with, besides repetition_penalty: rules that look at the scores of one token
 # alone
@@ -35,6 +36,7 @@ _WARPERS = (
 )
 # Once this share of the rows has finished, thinking continues without them, which copies the cache of the others
 _FINISHED_SHARE = 0.25
+_SEEDS = 2**63 - 1  # number of seeds to draw from
 
 
 class TransformersGeneration(Generation):
@@ -76,18 +78,33 @@ class TransformersGeneration(Generation):
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
         rollouts: list[Rollout] = []
         with self._hold_model() as model, torch.no_grad(), without_host_warnings():
-            for start in range(0, len(prompts), at_once):
-                part = prompts[start : start + at_once]
-                with self.times("thinking"):
-                    traces, trunks = self._think(model, part, settings)
-                with self.times("summarising"):
-                    rollouts += self._summarise(model, part, traces, trunks, settings)
+            parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
+            if len(parts) == 1:
+                return self._roll_out_part(model, prompts, settings)
+            # Draws of their own, so that a part that stops early does not change those of the next
+            for part, seed in zip(parts, torch.randint(_SEEDS, (len(parts),)).tolist(), strict=True):
+                with own_draws(model.device, seed):
+                    rollouts += self._roll_out_part(model, part, settings)
         return rollouts
 
-    def _think(
+    def _roll_out_part(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
+    ) -> list[Rollout]:
+        watches = [] if settings.stop is None else [settings.stop.watch() for _ in prompts]
+        with self.times("thinking"):
+            traces, trunks = self._think(model, prompts, settings, watches)
+        with self.times("summarising"):
+            return self._summarise(model, prompts, traces, trunks, settings, watches)
+
+    def _think(
+        self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings, watches: list[Watch]
     ) -> tuple[list[Thinking], list[Trunk]]:
-        """Sample one trace for each prompt, and return them with the trunks of their keys and values."""
+        """
+        Sample one trace for each prompt, and return them with the trunks of their keys and values.
+
+        With `watches`, one for each prompt, a trace ends when its answers have settled. If tokens are drawn, its row
+        stays in the batch as long as it would without. The draws of the other rows depend on it.
+        """
         width, most = max(map(len, prompts)), settings.budgets[-1]
         padded = [[self._pad_token_id] * (width - len(ids)) + ids for ids in prompts]
         token_ids = torch.tensor(padded, device=model.device)
@@ -99,12 +116,18 @@ class TransformersGeneration(Generation):
         running, trunks = set(rows), []
         # `generate()` runs until the last row has finished. So it is called for some tokens at a time, and finished
         # rows are removed in between.
-        config = self._config(max(8, most // 64), settings.stop_token_ids)
+        at_once = max(8, most // 64)
+        config = self._config(at_once, settings.stop_token_ids)
         stop_ids = set(settings.stop_token_ids)
-        while running:
+        settled: set[int] = set()
+        leaves_at_once = bool(watches) and not _prepared_sampling(model, self._generation_config)[1]
+        while running - settled:
             before = token_ids.size(1) - width
             attention_mask = (torch.arange(token_ids.size(1), device=model.device) >= starts[:, None]).long()
-            config.max_new_tokens = min(config.max_new_tokens, most - before)
+            until = [at_once - before % at_once, most - before]
+            if settings.stop is not None:
+                until.append(settings.stop.every - before % settings.stop.every)
+            config.max_new_tokens = min(until)
             token_ids = cast(Any, model).generate(
                 token_ids, attention_mask=attention_mask, past_key_values=cache, generation_config=config
             )
@@ -116,11 +139,20 @@ class TransformersGeneration(Generation):
                         sampled[row] = sampled[row][:length]
                         running.remove(row)
 
+            length = token_ids.size(1) - width
+            if settings.stop is not None and length % settings.stop.every == 0 and running:
+                asked = sorted(running - settled)
+                trunk = Trunk.from_cache(cache, starts, rows)
+                answers = self._check(model, trunk, prompts, sampled, asked, length, settings)
+                settled |= {row for row, own in zip(asked, answers, strict=True) if watches[row].add(length, own)}
+                if leaves_at_once:
+                    running -= settled
+
             finished = [r for r, row in enumerate(rows) if row not in running]
-            if running and len(finished) <= _FINISHED_SHARE * len(rows):
+            if running - settled and (len(finished) <= _FINISHED_SHARE * len(rows) or length % at_once):
                 continue
             trunk = Trunk.from_cache(cache, starts, rows)
-            if not running:
+            if not running - settled:
                 trunks.append(trunk)
                 break
             trunks.append(trunk.select(finished))
@@ -128,7 +160,27 @@ class TransformersGeneration(Generation):
             cache.batch_select_indices(live)
             token_ids, starts = token_ids[live], starts[live]
             rows = [row for row in rows if row in running]
-        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunks
+        traces = [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled]
+        for row, watch in enumerate(watches):
+            if watch.settled_at is not None:
+                traces[row] = traces[row].stopped(watch.settled_at)
+        return traces, trunks
+
+    def _check(
+        self,
+        model: PreTrainedModel,
+        trunk: Trunk,
+        prompts: list[list[int]],
+        sampled: list[list[int]],
+        rows: list[int],
+        cut: int,
+        settings: RolloutSettings,
+    ) -> list[list[list[int]]]:
+        """Sample the summaries of a check for some rows. The draws of the thinking are not touched."""
+        context = settings.check_context(cut)
+        traces = [Thinking(ids, finished=False, ended_with_eos=False) for ids in sampled]
+        with own_draws(model.device):
+            return self._decode(model, [trunk], [(row, context) for row in rows], prompts, traces, settings)
 
     def _summarise(
         self,
@@ -137,19 +189,45 @@ class TransformersGeneration(Generation):
         traces: list[Thinking],
         trunks: list[Trunk],
         settings: RolloutSettings,
+        watches: list[Watch],
     ) -> list[Rollout]:
-        cached = {
-            rollout: trunk.layers[0][0].size(2) - start
-            for trunk in trunks
-            for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
-        }
         contexts = [settings.contexts(thinking) for thinking in traces]
         if not settings.num_summaries:
             return [
                 Rollout.assemble(prompts[i], traces[i], contexts[i], [[] for _ in contexts[i]])
                 for i in range(len(prompts))
             ]
+        checks = [watch.checks for watch in watches] or [[] for _ in prompts]
         slots = [(i, context) for i, trace_contexts in enumerate(contexts) for context in trace_contexts]
+        known = [settings.known_summaries(context, checks[i]) for i, context in slots]
+        missing = [slot for slot, summaries in zip(slots, known, strict=True) if summaries is None]
+        decoded = iter(self._decode(model, trunks, missing, prompts, traces, settings))
+        in_order = iter([next(decoded) if summaries is None else summaries for summaries in known])
+        return [
+            replace(
+                Rollout.assemble(prompts[i], traces[i], contexts[i], list(islice(in_order, len(contexts[i])))),
+                checks=checks[i],
+            )
+            for i in range(len(prompts))
+        ]
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        trunks: list[Trunk],
+        slots: list[tuple[int, Context]],
+        prompts: list[list[int]],
+        traces: list[Thinking],
+        settings: RolloutSettings,
+    ) -> list[list[list[int]]]:
+        """Sample the summaries of contexts, each given with the index of its rollout."""
+        if not slots:
+            return []
+        cached = {
+            rollout: trunk.layers[0][0].size(2) - start
+            for trunk in trunks
+            for rollout, start in zip(trunk.rollouts, trunk.starts.tolist(), strict=True)
+        }
         branch_contexts = []
         for i, context in slots:
             history = context.token_ids(prompts[i], traces[i])
@@ -171,11 +249,7 @@ class TransformersGeneration(Generation):
             )
             for (c, _), context_samples in zip(part, branches, strict=True):
                 decoded[c] += context_samples
-        rest = iter(decoded)
-        return [
-            Rollout.assemble(prompts[i], traces[i], contexts[i], list(islice(rest, len(contexts[i]))))
-            for i in range(len(prompts))
-        ]
+        return decoded
 
     def _parts(
         self, contexts: list[BranchContext], settings: RolloutSettings, held: int
@@ -210,6 +284,20 @@ class TransformersGeneration(Generation):
         )
         config.cache_implementation = None  # `generate()` refuses it beside a cache
         return config
+
+
+@contextmanager
+def own_draws(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """
+    Seed the generators of PyTorch inside, and leave them as they were.
+
+    Without a seed, it is drawn from their state, so that the same run draws the same. With that state itself, a check
+    would draw by the numbers that the thinking draws by next.
+    """
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(int(torch.randint(_SEEDS, ())) if seed is None else seed)
+        yield
 
 
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:
