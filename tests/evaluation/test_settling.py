@@ -61,9 +61,9 @@ def test_the_replay_by_hand():
     two: 30, wrong. The third has one check, at 10, and ends by itself: 18 + 5. In all 98.
     """
     found = replayed(RECORDS)
-    assert found["every"] == 10 and found["most_lost"] == 0.005
+    assert found["most_lost"] == 0.005
     two, three = found["groups"]["set"]["points"]
-    assert [(p["checks"], p["agreement"]) for p in (two, three)] == [(2, 1.0), (3, 1.0)]
+    assert [(p["checks"], p["every"], p["agreement"]) for p in (two, three)] == [(2, 10, 1.0), (3, 10, 1.0)]
     assert two["tokens_saved"]["mean"] == pytest.approx(1 - 98 / 108)
     assert two["thinking_saved"] == pytest.approx(1 - (30 + 20 + 15) / 95)
     assert two["accuracy_lost"]["mean"] == pytest.approx(1 / 3) and two["settled"] == pytest.approx(2 / 3)
@@ -95,7 +95,9 @@ def test_several_answers_at_a_check():
         many = {"answers": [rf"\boxed{{{answer}}}" for answer in answers], "answer_tokens": [2] * 4}
         flags = {name: [place[name][0]] * 4 for name in ("well_formed", "clipped", "no_box", "escapes")}
         place |= many | flags | {"rewards": [float(answer == "3") for answer in answers]}
-    found = {(p["checks"], p["agreement"]): p for p in replayed(records, 4)["groups"]["set"]["points"]}
+    points = replayed(records, 4)["groups"]["set"]["points"]
+    found = {(p["checks"], p["agreement"]): p for p in points if p["every"] == 10}
+    assert {(p["checks"], p["every"]) for p in points} - {(k, 10) for k in (1, 2, 3)} == {(1, 20), (1, 30)}
     assert found.keys() == {(k, share) for k in (1, 2, 3) for share in (1.0, 0.75, 0.5)}
     # One check of 4 · (3 + 2) tokens and 10 of thinking, in place of 45
     assert found[1, 0.5]["tokens_saved"]["mean"] == pytest.approx(1 - 30 / 45)
@@ -108,16 +110,31 @@ def test_several_answers_at_a_check():
 @pytest.mark.parametrize(
     ("budgets", "answers", "expected"),
     [
-        (4, 1, [(2, 1.0), (3, 1.0)]),
-        (2, 1, []),
-        (1, 4, []),
-        (3, 2, [(1, 1.0), (2, 1.0), (2, 0.5)]),
-        (3, 3, [(1, 1.0), (2, 1.0), (1, 0.5), (2, 0.5)]),
+        ([10, 20, 30, 40], 1, [(1, 2, 1.0), (1, 3, 1.0)]),
+        ([10, 20, 30, 40, 50], 1, [(1, 2, 1.0), (1, 3, 1.0), (1, 4, 1.0), (2, 2, 1.0)]),
+        ([10, 20, 30, 50, 80], 1, [(1, 2, 1.0), (1, 3, 1.0), (1, 4, 1.0)]),
+        ([10, 20], 1, []),
+        ([10], 4, []),
+        ([10, 20, 30], 2, [(1, 1, 1.0), (1, 2, 1.0), (1, 2, 0.5), (2, 1, 1.0)]),
+        ([10, 20, 30], 3, [(1, 1, 1.0), (1, 2, 1.0), (1, 1, 0.5), (1, 2, 0.5), (2, 1, 1.0), (2, 1, 0.5)]),
     ],
 )
 def test_settings_that_can_be_told_apart(budgets, answers, expected):
     """Of two answers, a share of 0.75 asks for both. One that asks for a single answer needs two checks."""
-    assert settings_of(budgets, answers) == expected
+    found = [(setting.stride, setting.checks, setting.agreement) for setting in settings_of(budgets, answers)]
+    assert found == expected
+
+
+def test_checks_at_every_second_budget():
+    """At 20 and 40 of 50: both say 3, after 2 checks of 3 + 2 tokens, with 40 of 60 tokens thought."""
+    budgets = [10, 20, 30, 40, 50]
+    one = sample(0, ["1", "3", "4", "3"], 60, "3", finished=False)
+    one["cuts"][3]["budgets"] = [40]
+    one["cuts"].append({**deepcopy(one["cuts"][3]), "budgets": [50], "thinking_tokens": 50})
+    points = calibration([one], budgets, {"set": ["set"]}, "answer", 1)["groups"]["set"]["points"]
+    (wide,) = (p for p in points if p["every"] == 20)
+    assert wide["settled"] == 1 and wide["tokens_saved"]["mean"] == pytest.approx(1 - 50 / 65)
+    assert not any(p["settled"] for p in points if p["every"] == 10)
 
 
 def point(saved, lost):
@@ -142,7 +159,7 @@ def test_what_is_printed(tmp_path):
     found = results(steady)
     assert found["settling"] == json.loads(json.dumps(calibration(steady, BUDGETS, {"set": ["set"]}, "answer", 1)))
     header, *rows, advice = settling_table(found).splitlines()
-    assert header.split()[:2] == ["checks", "agreement"] and rows[0].split()[:2] == ["*2", "1"]
+    assert header.split()[:3] == ["checks", "every", "agreement"] and rows[0].split()[:3] == ["*2", "10", "1"]
     assert "--stop-when settled --checks 2 --check-every 10" in advice and "0.5" in advice
     assert "--stop-when" not in settling_table(results(RECORDS))
     plot_settling(found["settling"], tmp_path / "settling.png")

@@ -238,7 +238,7 @@ def test_the_sample_is_short():
 # Real runs
 
 
-def biased(end=0.5, eos=3.0, extra_words=()):
+def biased(end=1.0, eos=3.0, resumes=-50.0, extra_words=()):
     """A random model with a bias to end: traces are cut, finished and given up, and most summaries end early."""
     tokenizer = make_tokenizer(extra_words=extra_words)
     model = make_model(vocab_size=len(tokenizer))
@@ -246,7 +246,7 @@ def biased(end=0.5, eos=3.0, extra_words=()):
     head.weight = model.lm_head.weight
     head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)), requires_grad=False)
     # A summary that starts to think again would set off an alarm of its own
-    for word, value in (("</think>", end), ("<|im_end|>", eos), ("<think>", -50.0)):
+    for word, value in (("</think>", end), ("<|im_end|>", eos), ("<think>", resumes)):
         head.bias.data[tokenizer.convert_tokens_to_ids(word)] = value
     model.lm_head = head
     return model
@@ -309,14 +309,23 @@ def test_a_constant_reward(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_no_boxes(tmp_path, caplog):
-    warnings = train(tmp_path, caplog, reward=MathReward())
+    warnings = train(tmp_path, caplog, reward=MathReward(), max_steps=20)
     assert names(warnings) == {"no reward at any budget", "boxes are missing"}
 
 
 @pytest.mark.slow
 def test_summaries_that_are_cut_off(tmp_path, caplog):
-    (warning,) = train(tmp_path, caplog, max_summary_length=4)
-    assert "Step 10" in warning and names([warning]) == {"summaries are cut off"}
+    """Behind a forced cut they resume the reasoning, as far as can be told."""
+    warnings = train(tmp_path, caplog, model=biased(eos=2.0), max_summary_length=4)
+    assert all("Step 10" in warning for warning in warnings)
+    assert names(warnings) == {"summaries are cut off", "summaries resume the reasoning"}
+
+
+@pytest.mark.slow
+def test_summaries_that_resume_the_reasoning(tmp_path, caplog):
+    """They end, but often begin to think again."""
+    (warning,) = train(tmp_path, caplog, model=biased(end=3.0, resumes=3.0))
+    assert names([warning]) == {"summaries resume the reasoning"} and "<think>" in warning.split("Sample")[1]
 
 
 @pytest.mark.slow

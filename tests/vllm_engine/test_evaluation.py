@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 from tests.support.anytime import expected_tokens
 from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
-from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
+from trl_anytime import AnytimeConfig, CompletionClient, Sampling, Settling, anytime_generate
 from trl_anytime.cli import main
 from trl_anytime.commands.common import FAILED
 from trl_anytime.inference.generate import open_backend
@@ -98,6 +98,29 @@ def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transfor
     for ours, theirs in zip(found, by_transformers, strict=True):
         assert ours.rollout.thinking.token_ids == theirs.rollout.thinking.token_ids
         assert ours.answers == theirs.answers
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_thinking_that_has_settled(llm, tokenizer, ending, model, temperature):
+    """Greedy as by transformers. Seeded draws are those without the rule, up to the stop."""
+    # Words that summaries like end them, so that they are answers
+    config = replace(ending, max_summary_length=3, eos_token_ids=[2, *range(10, 16)])
+    settings = {"budgets": [8, 40], "config": config, "sampling": Sampling(temperature=temperature), "seed": 1}
+    rule = Settling(checks=2, every=3)
+    free = anytime_generate(llm, tokenizer, PROMPTS, **settings)
+    found = anytime_generate(llm, tokenizer, PROMPTS, **settings, stop_when=rule)
+    for without, output in zip(free, found, strict=True):
+        trace = output.rollout.thinking.token_ids
+        assert trace == without.rollout.thinking.token_ids[: len(trace)]
+        assert output.ended == "settled" or (trace, output.ended) == (without.rollout.thinking.token_ids, without.ended)
+        checks = output.rollout.checks
+        assert [check.cut for check in checks] == [3 * (i + 1) for i in range(len(checks))]
+        if output.ended == "settled":
+            assert len(trace) == checks[-1].cut and output.answers[-1].answer_ids == checks[-1].summaries
+    if not temperature:
+        expected = anytime_generate(model, tokenizer, PROMPTS, **settings, stop_when=rule)
+        assert found == expected
+    print("ENDED", temperature, [output.ended for output in found], [len(o.rollout.thinking.token_ids) for o in free])
 
 
 def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):

@@ -1,8 +1,7 @@
 """
 What stopping when it has settled would have saved and cost, from the answers of an evaluation's own samples.
 
-The rule is that of [`~trl_anytime.rollout.settling.Settling`]. Its checks are the answers at the budgets, so the
-spacing is that of the budgets.
+The rule is that of [`~trl_anytime.rollout.settling.Settling`]. Its checks are the answers at the budgets.
 
 Dimensions: Q questions, T settings, B bootstrap samples.
 """
@@ -22,9 +21,11 @@ from .zeros import is_forced
 
 # Largest loss of accuracy of the setting that is named
 MOST_LOST = 0.005
-# Checks in a row and shares of agreement that are tried, as far as the budgets and the answers at a cut allow
+# What is tried, as far as the budgets and the answers at a cut allow: checks in a row, shares of agreement, and steps
+# between the budgets of two checks
 _MOST_CHECKS = 8
 _AGREEMENTS = (1.0, 0.75, 0.5)
+_STRIDES = (1, 2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,48 @@ class _Totals:
     settled: np.ndarray
 
 
-def settings_of(num_budgets: int, num_answers: int) -> list[tuple[int, float]]:
+@dataclass(frozen=True)
+class _Setting:
     """
-    Return the settings that an evaluation can tell apart, as pairs of checks in a row and agreement.
+    Setting of the rule.
 
     Args:
-        num_budgets (`int`):
-            Number of budgets.
+        stride (`int`):
+            A check at every so many budgets.
+        checks (`int`):
+            Checks in a row that must have the same answer.
+        agreement (`float`):
+            Share of a check's answers that must be the same.
+    """
+
+    stride: int
+    checks: int
+    agreement: float
+
+
+def settings_of(budgets: Sequence[int], num_answers: int) -> list[_Setting]:
+    """
+    Return the settings that an evaluation can tell apart.
+
+    Args:
+        budgets (`Sequence[int]`):
+            Budgets in thinking tokens. If they are multiples of the first one, wider spacings are tried, too.
         num_answers (`int`):
             Answers at each budget. With one there is nothing to agree within a check.
     """
     # Shares that ask for the same number of answers are the same, of which the largest is taken
     shares = {math.ceil((share - 5e-3) * num_answers): share for share in sorted(_AGREEMENTS)}
     return [
-        (checks, share)
+        _Setting(stride, checks, share)
+        for stride in (_STRIDES if _spacing(budgets) else (1,))
         for needed, share in sorted(shares.items(), reverse=True)
-        for checks in range(1 if needed > 1 else 2, min(num_budgets - 1, _MOST_CHECKS) + 1)
+        for checks in range(1 if needed > 1 else 2, min((len(budgets) - 1) // stride, _MOST_CHECKS) + 1)
     ]
+
+
+def _spacing(budgets: Sequence[int]) -> int | None:
+    """Return the first budget if the others are its multiples one after the other."""
+    return budgets[0] if all(b == budgets[0] * (i + 1) for i, b in enumerate(budgets)) else None
 
 
 def calibration(
@@ -88,12 +114,12 @@ def calibration(
             Answers at each budget.
 
     Returns:
-        `dict`: `every`, the spacing if the budgets have one, `most_lost`, and by group the `points` (a setting with
-        `accuracy_lost` and `tokens_saved` as estimates, `thinking_saved` and `settled`) and the number of the one that
-        is `chosen`, or `None`.
+        `dict`: `most_lost`, and by group the `points` and the number of the one that is `chosen`, or `None`. A point
+        has a setting (`checks`, `every`, `agreement`), `accuracy_lost` and `tokens_saved` as estimates,
+        `thinking_saved`, and the share `settled` of the samples. `every` is `None` if the budgets are not multiples
+        of the first one.
     """
-    settings = settings_of(len(budgets), num_answers)
-    every = budgets[0] if all(b == budgets[0] * (i + 1) for i, b in enumerate(budgets)) else None
+    settings, every = settings_of(budgets, num_answers), _spacing(budgets)
     by_set: dict[str, dict[int, list[np.ndarray]]] = {}
     for record in records if settings else ():
         replayed = _replay(record, budgets, settings, answer_bridge)
@@ -104,9 +130,9 @@ def calibration(
     }
     found = {}
     for group, names in groups.items():
-        points = _points([totals[name] for name in names], settings) if settings else []
+        points = _points([totals[name] for name in names], settings, every) if settings else []
         found[group] = {"points": points, "chosen": choose(points)}
-    return {"every": every, "most_lost": MOST_LOST, "groups": found}
+    return {"most_lost": MOST_LOST, "groups": found}
 
 
 def choose(points: Sequence[Mapping[str, Any]], most_lost: float = MOST_LOST) -> int | None:
@@ -138,7 +164,7 @@ def frontier(points: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def _replay(
-    record: dict[str, Any], budgets: Sequence[int], settings: Sequence[tuple[int, float]], answer_bridge: str
+    record: dict[str, Any], budgets: Sequence[int], settings: Sequence[_Setting], answer_bridge: str
 ) -> np.ndarray:
     """Return score, tokens, thinking tokens and whether it stops, of one sample, shape (4, 1 + T)."""
     cut_at = {budget: cut for cut in record["cuts"] for budget in cut["budgets"]}
@@ -149,23 +175,23 @@ def _replay(
     running = [
         cut_at[budget] for budget in budgets[:-1] if budget < thinking and is_forced(record, cut_at[budget])
     ]  # the trace goes on behind these
-    costs = np.cumsum([len(cut["answers"]) * cut["bridge_tokens"] + sum(cut["answer_tokens"]) for cut in running])
+    costs = [len(cut["answers"]) * cut["bridge_tokens"] + sum(cut["answer_tokens"]) for cut in running]
     answers = [[_answer(cut, k, answer_bridge) for k in range(len(cut["answers"]))] for cut in running]
-    streaks = {}
-    for agreement in {agreement for _, agreement in settings}:
-        streak = Streak()
-        streaks[agreement] = [streak.add(majority(found, agreement)) for found in answers]
+    verdicts = {
+        agreement: [majority(found, agreement) for found in answers]
+        for agreement in {setting.agreement for setting in settings}
+    }
     rows = [(score, tokens, float(thinking), 0.0)]
-    for checks, agreement in settings:
-        stop = next((i for i, length in enumerate(streaks[agreement]) if length >= checks), None)
+    for setting in settings:
+        checked = range(setting.stride - 1, len(running), setting.stride)
+        streak = Streak()
+        stop = next((i for i in checked if streak.add(verdicts[setting.agreement][i]) >= setting.checks), None)
         if stop is None:
-            rows.append((score, tokens + (costs[-1] if running else 0), float(thinking), 0.0))
+            rows.append((score, tokens + sum(costs[i] for i in checked), float(thinking), 0.0))
             continue
         cut = running[stop]
-        # The answer is one of the last check's
-        rows.append(
-            (float(np.mean(cut["rewards"])), cut["thinking_tokens"] + costs[stop], cut["thinking_tokens"], 1.0)
-        )
+        spent = sum(costs[i] for i in checked if i <= stop)  # the answer is one of the last check's
+        rows.append((float(np.mean(cut["rewards"])), cut["thinking_tokens"] + spent, cut["thinking_tokens"], 1.0))
     return np.array(rows, dtype=float).T
 
 
@@ -177,7 +203,7 @@ def _answer(cut: dict[str, Any], k: int, answer_bridge: str) -> str | None:
     return read_answer(cut["answers"][k], answer_bridge, clipped)
 
 
-def _points(sets: Sequence[_Totals], settings: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+def _points(sets: Sequence[_Totals], settings: Sequence[_Setting], every: int | None) -> list[dict[str, Any]]:
     """Return the point of each setting, with intervals by bootstrap over questions."""
 
     def lost(score: np.ndarray) -> np.ndarray:
@@ -197,14 +223,15 @@ def _points(sets: Sequence[_Totals], settings: Sequence[tuple[int, float]]) -> l
     lost_BT, saved_BT = (np.mean(values, axis=0) for values in zip(*drawn, strict=True))
     return [
         {
-            "checks": checks,
-            "agreement": agreement,
+            "checks": setting.checks,
+            "every": None if every is None else every * setting.stride,
+            "agreement": setting.agreement,
             "accuracy_lost": asdict(quantile_estimate(lost_T[t], lost_BT[:, t])),
             "tokens_saved": asdict(quantile_estimate(saved_T[t], saved_BT[:, t])),
             "thinking_saved": float(thinking_T[t]),
             "settled": float(settled_T[t]),
         }
-        for t, (checks, agreement) in enumerate(settings)
+        for t, setting in enumerate(settings)
     ]
 
 
@@ -220,10 +247,21 @@ def settling_table(results: dict[str, Any]) -> str:
         return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
 
     shown = frontier(group["points"])
-    rows = [["checks", "agreement", "tokens saved (%)", "accuracy lost (points)", "thinking saved (%)", "stopped (%)"]]
+    rows = [
+        [
+            "checks",
+            "every",
+            "agreement",
+            "tokens saved (%)",
+            "accuracy lost (points)",
+            "thinking saved (%)",
+            "stopped (%)",
+        ]
+    ]
     rows += [
         [
             f"{'*' if i == group['chosen'] else ''}{point['checks']}",
+            "-" if point["every"] is None else str(point["every"]),
             f"{point['agreement']:g}",
             cell(point["tokens_saved"]),
             cell(point["accuracy_lost"]),
@@ -241,7 +279,7 @@ def _advice(settling: dict[str, Any], group: dict[str, Any]) -> str:
     if group["chosen"] is None:
         return f"No setting saves tokens at {points:g} points of accuracy lost or less."
     chosen = group["points"][group["chosen"]]
-    every = "" if settling["every"] is None else f" --check-every {settling['every']}"
+    every = "" if chosen["every"] is None else f" --check-every {chosen['every']}"
     shared = "" if chosen["agreement"] == 1 else f" --agreement {chosen['agreement']:g}"
     rule = f"--stop-when settled --checks {chosen['checks']}{every}{shared}"
     return f"* saves most at {points:g} points of accuracy lost or less: {rule}"

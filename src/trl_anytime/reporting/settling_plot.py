@@ -6,15 +6,16 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from ..evaluation.settling import frontier
 from ..outside.display import for_plot
 
 
 @rc_context({"text.usetex": False})  # TeX would run commands in a name
 def plot_settling(settling: dict[str, Any], path: Path) -> None:
     """
-    Plot accuracy lost against tokens saved, with a panel per group and a line per share of agreement.
+    Plot accuracy lost against tokens saved, with a panel per group and a line per spacing and share of agreement.
 
-    Each point is named by its number of checks. A ring marks the chosen one.
+    Only points that no other beats are drawn, each with its number of checks. A ring marks the chosen one.
 
     Args:
         settling (`dict`):
@@ -26,16 +27,16 @@ def plot_settling(settling: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
     for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         points = group["points"]
-        for agreement in dict.fromkeys(point["agreement"] for point in points):
-            own = [point for point in points if point["agreement"] == agreement]
+        best = [points[i] for i in frontier(points)]
+        for every, agreement in dict.fromkeys((point["every"], point["agreement"]) for point in best):
+            own = [point for point in best if (point["every"], point["agreement"]) == (every, agreement)]
+            label = f"agreement {agreement:g}" if every is None else f"every {every} tokens, agreement {agreement:g}"
             saved, lost = ([100 * p[key]["mean"] for p in own] for key in ("tokens_saved", "accuracy_lost"))
             ends = [
                 [100 * abs(p["accuracy_lost"][end] - p["accuracy_lost"]["mean"]) for p in own]
                 for end in ("low", "high")
             ]
-            axes.errorbar(
-                saved, lost, yerr=ends, fmt="o-", ms=3, lw=1, elinewidth=0.5, label=f"agreement {agreement:g}"
-            )
+            axes.errorbar(saved, lost, yerr=ends, fmt="o-", ms=3, lw=1, elinewidth=0.5, label=label)
             for x, y, point in zip(saved, lost, own, strict=True):
                 axes.annotate(
                     str(point["checks"]), (x, y), textcoords="offset points", xytext=(3, 3), fontsize="small"
