@@ -370,8 +370,9 @@ def test_alarms_can_be_switched_off(tmp_path, caplog):
 def test_logs_that_are_far_apart(tmp_path, caplog):
     """Rollouts of four updates, logged every seven, which are means."""
     settings = {"steps_per_generation": 2, "num_iterations": 2, "logging_steps": 7, "per_device_train_batch_size": 4}
-    (warning,) = train(tmp_path, caplog, reward=constant(0.0), max_steps=21, **settings)
-    assert "Step 14" in warning and names([warning]) == {"no reward at any budget"} and "14 updates" in warning
+    warnings = train(tmp_path, caplog, reward=constant(0.0), max_steps=21, **settings)
+    (warning,) = (warning for warning in warnings if "no reward at any budget" in warning)
+    assert "Step 14" in warning and "14 updates" in warning
 
 
 @pytest.mark.slow

@@ -271,15 +271,16 @@ def settling_table(results: dict[str, Any]) -> str:
         for i, point in enumerate(group["points"])
         if i in shown
     ]
-    return f"{aligned(rows, left=())}\n{_advice(settling, group)}"
+    return f"{aligned(rows, left=())}\n{_advice(settling, group, results['protocol']['num_summaries'])}"
 
 
-def _advice(settling: dict[str, Any], group: dict[str, Any]) -> str:
+def _advice(settling: dict[str, Any], group: dict[str, Any], num_answers: int) -> str:
     points = 100 * settling["most_lost"]
     if group["chosen"] is None:
         return f"No setting saves tokens at {points:g} points of accuracy lost or less."
     chosen = group["points"][group["chosen"]]
     every = "" if chosen["every"] is None else f" --check-every {chosen['every']}"
+    answers = "" if num_answers == 1 else f" --check-answers {num_answers}"
     shared = "" if chosen["agreement"] == 1 else f" --agreement {chosen['agreement']:g}"
-    rule = f"--stop-when settled --checks {chosen['checks']}{every}{shared}"
+    rule = f"--stop-when settled --checks {chosen['checks']}{every}{answers}{shared}"
     return f"* saves most at {points:g} points of accuracy lost or less: {rule}"
