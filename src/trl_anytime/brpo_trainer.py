@@ -380,7 +380,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
 
     def _escapes_of(self, batch: _GenerationBatch, texts: Sequence[str]) -> list:
-        """Return the signs of resumed reasoning of each rollout, given the texts of all its summaries in order."""
+        """Return the signs of resumed reasoning of each rollout, given the texts of all summaries."""
         rest = iter(texts)
         return [
             self._escapes.kinds(

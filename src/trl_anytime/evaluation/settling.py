@@ -137,7 +137,7 @@ def calibration(
 
 def choose(points: Sequence[Mapping[str, Any]], most_lost: float = MOST_LOST) -> int | None:
     """
-    Return the number of the point with most tokens saved at a loss of at most `most_lost`, or `None` if none saves.
+    Return the number of the point with most tokens saved at a small loss, or `None` if none saves.
 
     Args:
         points (`Sequence[Mapping]`):

@@ -80,7 +80,7 @@ class StreamingSampler:
     def quietly(
         self, prompt_ids: list[int], max_new_tokens: int, stop_token_ids: list[int], count: int
     ) -> list[list[int]]:
-        """Return some continuations of a prompt. Nothing is printed, and the draws of the others are not touched."""
+        """Return some continuations of a prompt, and print nothing. Other draws are not touched."""
         if isinstance(self._model, CompletionClient):
             return self._model.complete(
                 [prompt_ids], max_new_tokens, stop_token_ids, self._sampling, count, self._seed

@@ -13,9 +13,10 @@ from ..outside.display import for_plot
 @rc_context({"text.usetex": False})  # TeX would run commands in a name
 def plot_settling(settling: dict[str, Any], path: Path) -> None:
     """
-    Plot accuracy lost against tokens saved, with a panel per group and a line per spacing and share of agreement.
+    Plot accuracy lost against tokens saved, with a panel per group.
 
-    Only points that no other beats are drawn, each with its number of checks. A ring marks the chosen one.
+    There is a line per spacing and share of agreement. Only points that no other beats are drawn, each with its number
+    of checks. A ring marks the chosen one.
 
     Args:
         settling (`dict`):

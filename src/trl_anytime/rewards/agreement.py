@@ -36,7 +36,7 @@ def read_answer(summary: str, answer_bridge: str, clipped: bool) -> str | None:
 @lru_cache(maxsize=100_000)
 def same_answer(first: str, second: str) -> bool:
     """
-    Return whether two answers are the same: the same text, or plain answers that the verifier finds equal.
+    Return whether two answers are the same text, or plain answers that the verifier finds equal.
 
     Plain are numbers, words, choices, and lists of these. Formulas that are written in two ways count as different.
     """

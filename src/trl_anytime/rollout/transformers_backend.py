@@ -97,7 +97,11 @@ class TransformersGeneration(Generation):
             return self._summarise(model, prompts, traces, trunks, settings, watches)
 
     def _think(
-        self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings, watches: list[Watch]
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        settings: RolloutSettings,
+        watches: Sequence[Watch] = (),
     ) -> tuple[list[Thinking], list[Trunk]]:
         """
         Sample one trace for each prompt, and return them with the trunks of their keys and values.
@@ -189,7 +193,7 @@ class TransformersGeneration(Generation):
         traces: list[Thinking],
         trunks: list[Trunk],
         settings: RolloutSettings,
-        watches: list[Watch],
+        watches: Sequence[Watch] = (),
     ) -> list[Rollout]:
         contexts = [settings.contexts(thinking) for thinking in traces]
         if not settings.num_summaries:

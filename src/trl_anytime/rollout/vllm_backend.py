@@ -208,7 +208,7 @@ class _OpenRollout:
 
     def has_open_checks(self) -> bool:
         """
-        Judge the checks whose summaries are complete, in order, and return whether others may still end the thinking.
+        Judge the complete checks in order, and return whether others may still end the thinking.
 
         The thinking goes on while a check is answered, so the answers may come after its end.
         """

@@ -44,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def all_boxed(text: str) -> list[str]:
-    r"""Return the contents of all complete `\boxed{...}` that stand in no other box, in order and in linear time."""
+    r"""Return the contents of all complete `\boxed{...}` that stand in no other box, in linear time."""
     if "\\boxed" not in text:
         return []
     open_groups: list[int | None] = []  # as in `last_boxed`
