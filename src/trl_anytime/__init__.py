@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .inference.logits_processor import ThinkingBudgetLogitsProcessor
     from .rollout.http_backend import CompletionClient
     from .rollout.sampling import Sampling
+    from .rollout.settling import Settling
     from .training.reliable_trainer import ReliableGRPOTrainer
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "CompletionClient",
     "ReliableGRPOTrainer",
     "Sampling",
+    "Settling",
     "ThinkingBudgetLogitsProcessor",
     "anytime_generate",
 ]
@@ -32,6 +34,7 @@ _MODULE_OF = {
     "CompletionClient": ".rollout.http_backend",
     "ReliableGRPOTrainer": ".training.reliable_trainer",
     "Sampling": ".rollout.sampling",
+    "Settling": ".rollout.settling",
     "ThinkingBudgetLogitsProcessor": ".inference.logits_processor",
     "anytime_generate": ".inference.generate",
 }

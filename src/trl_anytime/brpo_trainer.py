@@ -46,6 +46,7 @@ from .reporting.model_card import CARD, copy_card, write_card
 from .reporting.trackers import Trackers
 from .rewards import AnswerReward, FormatReward, MathReward
 from .rollout.backend import RolloutSettings
+from .rollout.escapes import EscapeSearch
 from .rollout.trl_backend import choose_backend
 from .rollout.types import Rollout
 from .rollout.vllm_server import check_server, server_url
@@ -99,6 +100,7 @@ class _GenerationBatch:
     padded: PackedRollouts | None = None  # the same rows after TRL padded and moved them
     rewards_per_func: torch.Tensor | None = None  # (W·N, M, A, F)
     references: ReferenceAnswers | None = None  # of its N rollouts, in place of sampled summaries
+    escapes: list = field(default_factory=list)  # N, see EscapeSearch.kinds
     rewards: torch.Tensor | None = None  # (W·N, M, A), NaN where no function scored the summary
     extra_logs: dict[str, list] = field(default_factory=dict)  # from reward functions, a value per rollout and budget
 
@@ -238,6 +240,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
         eval_data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         datasets = {"train_dataset": self.train_dataset, **eval_data}
         self.markers = checked_markers(self._tokenizer, self._first_prompt, datasets, args, self.chat_template_kwargs)
+        self._escapes = EscapeSearch(self.markers, self._tokenizer)
         self.reward_funcs = [
             replace(func, answer_bridge=self.markers.answer_bridge)
             if isinstance(func, AnswerReward | FormatReward)
@@ -357,6 +360,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
             for facts in rollout.summary_facts(batch.budgets, self.markers, self._tokenizer)
         ]
         texts = self._tokenizer.batch_decode(summary_ids, skip_special_tokens=True)
+        batch.escapes = self._escapes_of(batch, texts)
         if is_conversational({"prompt": prompts[0]}):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         rows = [{**inputs[i // per_rollout], **facts} for i, facts in enumerate(summary_facts)]
@@ -374,6 +378,18 @@ class BRPOTrainer(ReliableGRPOTrainer):
         weights_M = prior_weights(batch.prior, batch.budgets).to(rewards_per_func)
         mean_NMF = batch.rewards_per_func.nanmean(dim=2)
         return torch.where(weights_M[:, None] > 0, weights_M[:, None] * mean_NMF, 0.0).sum(dim=1)
+
+    def _escapes_of(self, batch: _GenerationBatch, texts: Sequence[str]) -> list:
+        """Return the signs of resumed reasoning of each rollout, given the texts of all summaries."""
+        rest = iter(texts)
+        return [
+            self._escapes.kinds(
+                rollout,
+                [[next(rest) for _ in at_budget] for at_budget in rollout.summaries],
+                rollout.clipped(self.args.max_summary_length, self.eos_token_ids),
+            )
+            for rollout in batch.rollouts
+        ]
 
     def _log_completion_extra(self, column: str, values: list) -> None:
         taken = (*TABLE_COLUMNS, *self.reward_func_names)
@@ -554,6 +570,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
                 self.eos_token_ids,
                 args.max_summary_length,
                 lambda rows: self.accelerator.gather(rows)[real].cpu(),
+                batch.escapes,
             ),
             **baseline_metrics(segments, cuts_PGM, budgets, extra_baselines),
             **{

@@ -111,7 +111,7 @@ def test_a_curve(folder, finished, capsys):
 
     assert run(folder, "finished") == 0  # all is there, so nothing is drawn
     printed = capsys.readouterr()
-    lines = printed.out.splitlines()
+    lines = printed.out.partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == ["budget", *map(str, BUDGETS), "anytime", "thinking", "finished"]
     assert "%|" not in printed.err  # no progress bars in a pipe
     assert load_results(finished / "results.json") == results

@@ -26,6 +26,7 @@ def cut(budgets, rewards, well_formed, clipped, no_box):
         "well_formed": well_formed,
         "clipped": clipped,
         "no_box": no_box,
+        "escapes": [""] * len(rewards),
         "rewards": rewards,
     }
 
@@ -70,16 +71,45 @@ def changed(**values):
 
 def test_counters_by_hand():
     at_2, at_4, at_8 = answer_counts(RECORDS, [2, 4, 8])
-    assert at_2 == {"budget": 2, "answers": 4, "zero": 3, "ill_formed": 1, "clipped": 2, "no_box": 1}
-    assert at_4 == {"budget": 4, "answers": 4, "zero": 2, "ill_formed": 0, "clipped": 2, "no_box": 2}
+    escapes = {"forced": 0, "escaped": 0, "escape_ratio": None}  # the traces of 2 tokens have ended by themselves
+    assert at_2 == {"budget": 2, "answers": 4, "zero": 3, "ill_formed": 1, "clipped": 2, "no_box": 1} | escapes
+    assert at_4 == {"budget": 4, "answers": 4, "zero": 2, "ill_formed": 0, "clipped": 2, "no_box": 2} | escapes
     assert at_8 == at_4 | {"budget": 8}
+
+
+def escaping(at_2, at_4, finished=False):
+    """The samples with these signs of the four answers at 2 tokens, and at 4 and 8, behind forced cuts."""
+    records = changed(finished=finished)
+    for one, *kinds in zip(records, (at_2[:2], at_2[2:]), (at_4[:2], at_4[2:]), strict=True):
+        for place, signs in zip(one["cuts"], kinds, strict=True):
+            place["escapes"] = signs
+    return records
+
+
+def test_escapes_by_hand():
+    records = escaping(["reopened", "", "", ""], ["", "", "unanswered", "contradicted"])
+    counts = answer_counts(records, [2, 4, 8])
+    assert [(c["forced"], c["escaped"], c["escape_ratio"]) for c in counts] == [(4, 1, 0.25), (4, 2, 0.5), (4, 2, 0.5)]
+    # 5 of 12; at 8 the same answers as at 4
+    assert results(records)["alarms"].keys() == {"answers resume the reasoning", "thinking is never finished"}
+    few = escaping(["reopened", "", "", ""], ["", "", "unanswered", ""])  # 3 of 12 are a quarter
+    assert "answers resume the reasoning" in results(few)["alarms"]
+    fewer = escaping(["reopened", "reopened", "", ""], [""] * 4)
+    assert "answers resume the reasoning" not in results(fewer)["alarms"]
+    # The second trace of 2 tokens ended by itself: its answers are not escapes, whatever they say
+    records[1]["finished"] = True
+    (at_2, at_4, _) = answer_counts(records, [2, 4, 8])
+    assert (at_2["forced"], at_2["escaped"], at_4["forced"], at_4["escaped"]) == (2, 1, 2, 0)
+    (line,) = (line for line in explain_zeros(results(few)) if "resume" in line)
+    assert "3 of 12" in line and "--truncation-bridge" in line
 
 
 def test_the_table_has_the_counters_and_the_number_of_problems():
     header, at_2, *_ = table(results(RECORDS)).splitlines()
     assert "set (n=2)" in header
-    assert header.split()[-8:] == ["answers", "score", "0", "ill-formed", "cut", "off", "no", "box"]
-    assert at_2.split()[-5:] == ["4", "3", "1", "2", "1"]
+    names = ["answers", "score", "0", "ill-formed", "cut", "off", "no", "box", "forced", "escaped"]
+    assert header.split()[-10:] == names
+    assert at_2.split()[-7:] == ["4", "3", "1", "2", "1", "0", "0"]
 
 
 @pytest.mark.parametrize(
@@ -118,17 +148,26 @@ def test_what_to_look_at_when_all_is_zero(values, advice):
 def test_rewards_that_look_for_no_box_and_old_samples():
     def own(**kwargs): ...
 
-    for left_out, reward, named in ((("no_box",), own, "`own`"), (("clipped", "no_box"), None, "older")):
+    escapes = ("forced", "escaped", "escape_ratio")
+    cases = (
+        (("no_box",), own, "`own`", ()),
+        (("clipped", "no_box", "escapes"), None, "older", escapes),
+        (("escapes",), None, "older", escapes),
+    )
+    for left_out, reward, named, unknown in cases:
         records = deepcopy(RECORDS)
         for place in (place for one in records for place in one["cuts"]):
             for name in left_out:
                 del place[name]
         found = results(records, reward)
         counts = found["curves"]["set"]["answers"][0]
-        assert [name for name, count in counts.items() if count is None] == list(left_out)
+        known = [name for name in left_out if name != "escapes"]
+        ratio = () if unknown else ("escape_ratio",)  # without forced cuts there is none
+        assert [name for name, count in counts.items() if count is None] == [*known, *unknown, *ratio]
         (line,) = explain_zeros(found)
         assert named in line
-        assert "no box" not in table(found).splitlines()[0]
+        header = table(found).splitlines()[0]
+        assert ("no box" in header) == ("no_box" not in left_out) and ("escaped" in header) == (not unknown)
 
 
 def test_answers_by_hand(tmp_path):
@@ -140,4 +179,5 @@ def test_answers_by_hand(tmp_path):
     assert rows[0]["reward"] == 1.0 and rows[1]["well_formed"] is False and rows[1]["clipped"] is True
     assert json.loads(rows[6]["gold"]) == ["4", "5"] and rows[6]["problem"] == "1"
     assert set(rows["finished"]) == {True}  # a trace of 2 tokens, within every budget
+    assert set(rows["escape"]) == {""}
     assert rows["no_box"][:6] == [False, False, True, True, True, True]

@@ -7,7 +7,7 @@ import pytest
 from tests.support.anytime import GREEDY, PROMPTS
 from tests.support.servers import TinyServer, serving
 from trl_anytime import CompletionClient, anytime_generate
-from trl_anytime.inference.streaming import stream_answers, streaming_sampler
+from trl_anytime.inference.streaming import StreamingSampler, stream_answers
 
 
 def make_client(server, **settings):
@@ -94,7 +94,7 @@ def test_streaming(model, tokenizer, config, capsys):
     (expected,) = anytime_generate(model, tokenizer, PROMPTS[:1], config=config)
     with serving(TinyServer(model)) as server:
         for streamed in (model, make_client(server)):
-            sample = streaming_sampler(streamed, tokenizer, GREEDY)
+            sample = StreamingSampler(streamed, tokenizer, GREEDY)
             rollout = stream_answers(sample, tokenizer, config, PROMPTS[0], 256)
             assert rollout == expected.rollout
             printed = capsys.readouterr().out
@@ -106,6 +106,6 @@ def test_streaming(model, tokenizer, config, capsys):
 @pytest.mark.parametrize("fault", ["drops", "overloaded", "garbles"])
 def test_a_stream_that_breaks_off_is_an_error(model, tokenizer, config, fault):
     with serving(TinyServer(model, [fault])) as server:
-        sample = streaming_sampler(make_client(server), tokenizer, GREEDY)
+        sample = StreamingSampler(make_client(server), tokenizer, GREEDY)
         with pytest.raises((ConnectionError, ValueError), match=server.url):
             stream_answers(sample, tokenizer, config, PROMPTS[0], 256)

@@ -9,7 +9,7 @@ from tests.support.anytime import make_anytime_config
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_tokenizer
 from trl_anytime import CompletionClient
-from trl_anytime.inference.probe import OWN_FIELD, VLLM_FIELD, judge, probe, results_table, verdict
+from trl_anytime.inference.probe import OWN_FIELD, VLLM_FIELD, escapes, judge, probe, results_table, verdict
 
 CONFIG = make_anytime_config()  # "so </think>" (9, 5) closes, "answer" (8) follows
 ONE, THREE, SO, END, ANSWER, EOS = 11, 13, 9, 5, 8, 2
@@ -93,6 +93,24 @@ def test_a_thinking_that_ended_by_itself_is_fine():
     result = judge([ONE, ONE, END, THREE, EOS], 4, CONFIG, tokenizer)
     assert (result.outcome, result.thinking_tokens, result.passed) == ("not reached", 3, True)
     assert result.detail and result.detail in results_table([result])
+
+
+def test_answers_that_resume_the_reasoning():
+    """Behind a cut alone: with a second end, or without an answer in the 4 tokens that training allows."""
+    tokenizer = make_tokenizer()
+    cases = {
+        (THREE, EOS): None,
+        (THREE, END, EOS): "reopened",
+        (tokenizer.convert_tokens_to_ids("<think>"), THREE, EOS): "reopened",
+        (SO,) * 9: "unanswered",
+        (SO, SO, SO, EOS): None,
+    }
+    results = [judge([*[ONE] * 4, SO, END, ANSWER, *answer], 4, CONFIG, tokenizer) for answer in cases]
+    assert [result.escape for result in results] == list(cases.values())
+    said = escapes(results)
+    assert "3 of 5" in said and "4 (unanswered)" in said and escapes(results[:1]) is None
+    assert results_table(results).count("unanswered") == 1
+    assert judge([ONE, END, ANSWER, *[SO] * 9], 4, CONFIG, tokenizer).escape is None  # it ended by itself
 
 
 def test_a_bridge_that_is_nothing_but_the_marker():

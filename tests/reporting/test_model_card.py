@@ -216,6 +216,22 @@ def test_card_before_and_after():
     assert place == ("text-generation", "owner/bench", "test", "abc")
 
 
+def test_escapes_before_and_after():
+    """A share for each budget at which traces were cut."""
+    before, after = ({"eval_summary/escape_ratio@2": value} for value in (0.5, 0.125))
+    log = [evaluation(0, 0.1, 0.2, 0.3, **before), evaluation(4, 0.7, 0.8, 0.9, **after)]
+    lines = build_card(make_facts(log_history=log)).text.splitlines()
+    (start,) = (i for i, line in enumerate(lines) if "resume the reasoning" in line)
+    assert [line.strip("| ").split(" | ") for line in lines[start + 4 : start + 7]] == [
+        ["2", "0.500", "0.125"],
+        ["4", "–", "–"],
+        ["6", "–", "–"],
+    ]
+    assert "resume the reasoning" not in build_card(make_facts()).text
+    (first, last) = evaluations(log)[""]
+    assert (first.escapes, last.escapes) == ({2: 0.5}, {2: 0.125})
+
+
 def test_eval_result_files():
     files = eval_result_files(make_facts())
     assert list(files) == [f".eval_results/anytime_owner-bench_{budget}.yaml" for budget in (2, 4, 6)]

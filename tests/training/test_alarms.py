@@ -20,6 +20,8 @@ HEALTHY = {
     "anytime/reward@4": 0.5,
     "anytime/no_advantage_ratio": 0.25,
     "summary/clipped_ratio": 0.0,
+    "summary/escape_ratio@2": 0.1,
+    "summary/escape_ratio@4": 0.0,
     "thinking/finished_ratio": 0.5,
     "thinking/empty_ratio": 0.0,
     "thinking/never_cut_ratio": 0.25,
@@ -48,6 +50,8 @@ CASES = [
     ("nothing to learn from", {"anytime/no_advantage_ratio": 0.96}, {"anytime/no_advantage_ratio": 0.94}),
     ("boxes are missing", counts(48, 52, 0), counts(51, 49, 0)),
     ("summaries are cut off", {"summary/clipped_ratio": 0.26}, {"summary/clipped_ratio": 0.24}),
+    # The mean over the budgets
+    ("summaries resume the reasoning", {"summary/escape_ratio@2": 0.52}, {"summary/escape_ratio@2": 0.48}),
     ("thinking is never finished", {"thinking/finished_ratio": 0.0}, {"thinking/finished_ratio": 0.02}),
     ("thinking is always empty", {"thinking/empty_ratio": 1.0}, {"thinking/empty_ratio": 0.98}),
     ("the verifier gives up", counts(1000, 0, 51), counts(1000, 0, 49)),
@@ -234,14 +238,15 @@ def test_the_sample_is_short():
 # Real runs
 
 
-def biased(end=1.0, eos=2.0, extra_words=()):
+def biased(end=1.0, eos=3.0, resumes=-50.0, extra_words=()):
     """A random model with a bias to end: traces are cut, finished and given up, and most summaries end early."""
     tokenizer = make_tokenizer(extra_words=extra_words)
     model = make_model(vocab_size=len(tokenizer))
     head = torch.nn.Linear(32, len(tokenizer))
     head.weight = model.lm_head.weight
     head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)), requires_grad=False)
-    for word, value in (("</think>", end), ("<|im_end|>", eos)):
+    # A summary that starts to think again would set off an alarm of its own
+    for word, value in (("</think>", end), ("<|im_end|>", eos), ("<think>", resumes)):
         head.bias.data[tokenizer.convert_tokens_to_ids(word)] = value
     model.lm_head = head
     return model
@@ -304,14 +309,23 @@ def test_a_constant_reward(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_no_boxes(tmp_path, caplog):
-    warnings = train(tmp_path, caplog, reward=MathReward())
+    warnings = train(tmp_path, caplog, reward=MathReward(), max_steps=20)
     assert names(warnings) == {"no reward at any budget", "boxes are missing"}
 
 
 @pytest.mark.slow
 def test_summaries_that_are_cut_off(tmp_path, caplog):
-    (warning,) = train(tmp_path, caplog, max_summary_length=4)
-    assert "Step 10" in warning and names([warning]) == {"summaries are cut off"}
+    """Behind a forced cut they resume the reasoning, as far as can be told."""
+    warnings = train(tmp_path, caplog, model=biased(eos=2.0), max_summary_length=4)
+    assert all("Step 10" in warning for warning in warnings)
+    assert names(warnings) == {"summaries are cut off", "summaries resume the reasoning"}
+
+
+@pytest.mark.slow
+def test_summaries_that_resume_the_reasoning(tmp_path, caplog):
+    """They end, but often begin to think again."""
+    (warning,) = train(tmp_path, caplog, model=biased(end=3.0, resumes=3.0))
+    assert names([warning]) == {"summaries resume the reasoning"} and "<think>" in warning.split("Sample")[1]
 
 
 @pytest.mark.slow
@@ -356,8 +370,9 @@ def test_alarms_can_be_switched_off(tmp_path, caplog):
 def test_logs_that_are_far_apart(tmp_path, caplog):
     """Rollouts of four updates, logged every seven, which are means."""
     settings = {"steps_per_generation": 2, "num_iterations": 2, "logging_steps": 7, "per_device_train_batch_size": 4}
-    (warning,) = train(tmp_path, caplog, reward=constant(0.0), max_steps=21, **settings)
-    assert "Step 14" in warning and names([warning]) == {"no reward at any budget"} and "14 updates" in warning
+    warnings = train(tmp_path, caplog, reward=constant(0.0), max_steps=21, **settings)
+    (warning,) = (warning for warning in warnings if "no reward at any budget" in warning)
+    assert "Step 14" in warning and "14 updates" in warning
 
 
 @pytest.mark.slow

@@ -1,19 +1,21 @@
 """Evaluation and deployment on real vLLM: its offline engine, and `vllm serve` as `serve-command` prints it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from openai import OpenAI
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 
-from tests.support.anytime import expected_tokens
+from tests.support.anytime import expected_tokens, make_markers
 from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
-from trl_anytime import AnytimeConfig, CompletionClient, Sampling, anytime_generate
+from trl_anytime import AnytimeConfig, CompletionClient, Sampling, Settling, anytime_generate
 from trl_anytime.cli import main
 from trl_anytime.commands.common import FAILED
 from trl_anytime.inference.generate import open_backend
@@ -98,6 +100,39 @@ def test_the_engine_agrees_with_transformers(llm, tokenizer, ending, by_transfor
     for ours, theirs in zip(found, by_transformers, strict=True):
         assert ours.rollout.thinking.token_ids == theirs.rollout.thinking.token_ids
         assert ours.answers == theirs.answers
+
+
+@pytest.mark.parametrize("temperature", [0, 0.5])
+def test_thinking_that_has_settled(llm, tokenizer, ending, model, temperature):
+    """Greedy as by transformers. Seeded draws are those without the rule, up to the stop."""
+    words = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    words["model"]["vocab"] = {
+        rf"\boxed{{{word}}}" if word.isdigit() else word: token for word, token in vocabulary.items()
+    }
+    boxing = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(words)), eos_token="<|im_end|>")
+    prompts = [re.sub(r"\b(\d)\b", r"\\boxed{\1}", prompt) for prompt in PROMPTS]
+    config = replace(ending, markers=make_markers((5,)), max_summary_length=3)
+    settings = {"budgets": [8, 60], "config": config, "sampling": Sampling(temperature=temperature), "seed": 1}
+    rule = Settling(checks=2, every=3)
+    free = anytime_generate(llm, boxing, prompts, **settings)
+    found = anytime_generate(llm, boxing, prompts, **settings, stop_when=rule)
+    for without, output in zip(free, found, strict=True):
+        trace, full = output.rollout.thinking.token_ids, without.rollout.thinking.token_ids
+        assert trace == full[: len(trace)]
+        checks = output.rollout.checks
+        assert [check.cut for check in checks] == [3 * (i + 1) for i in range(len(checks))]
+        if output.ended == "settled":
+            assert len(trace) == checks[-1].cut < len(full)
+            assert output.answers[-1].answer_ids == checks[-1].summaries
+        else:
+            assert (trace, output.ended) == (full, without.ended) and len(checks) == (len(trace) - 1) // 3
+    assert "settled" in {output.ended for output in found}
+    if not temperature:
+        expected = anytime_generate(model, boxing, prompts, **settings, stop_when=rule)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.ended, ours.thinking, ours.answers) == (theirs.ended, theirs.thinking, theirs.answers)
+            assert ours.rollout.checks == theirs.rollout.checks
 
 
 def test_shared_cuts_are_sampled_once(llm, tokenizer, ending):

@@ -96,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         save_samples,
         table,
     )
+    from ..evaluation.settling import settling_table
     from ..evaluation.zeros import explain_zeros
 
     for name, value in _PRESETS.get(options.preset, {}).items():
@@ -147,10 +148,15 @@ def run(options: argparse.Namespace) -> int:
     save_samples(records, problem_sets, output / "samples.parquet")
     save_answers(records, problem_sets, output / "answers.parquet")
     _draw([results] if baseline is None else [baseline, results], output / "curve.png")
-    say(json.dumps(results, indent=1) if options.json else table(results))
+    _draw_settling(results, output / "settling.png")
+    tables = filter(None, (table(results), settling_table(results)))
+    say(json.dumps(results, indent=1) if options.json else "\n\n".join(tables))
     for said in filter(None, (*explain_zeros(results), limited_answers(results))):
         say(f"\n{said}", sys.stderr)
-    say(f"\nIn {output}: results.json, samples.jsonl, samples.parquet, answers.parquet, curve.png", sys.stderr)
+    say(
+        f"\nIn {output}: results.json, samples.jsonl, samples.parquet, answers.parquet, curve.png, settling.png",
+        sys.stderr,
+    )
     return 0
 
 
@@ -172,6 +178,17 @@ def _draw(results: list[dict[str, Any]], path: Path) -> None:
         )
         return
     plot_results(results, path)
+
+
+def _draw_settling(results: dict[str, Any], path: Path) -> None:
+    """Draw what stopping early saves and loses, if there is a setting to try and matplotlib is installed."""
+    try:
+        from ..reporting.settling_plot import plot_settling
+    except ModuleNotFoundError:  # `_draw` has said so
+        return
+    groups = results["settling"]["groups"]
+    if any(group["points"] for group in groups.values()):
+        plot_settling(results["settling"], path)
 
 
 def _load_function(text: str) -> Any:

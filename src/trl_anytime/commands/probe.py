@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..inference.probe import OWN_FIELD, QUESTION, probe, results_table, verdict
+    from ..inference.probe import OWN_FIELD, QUESTION, escapes, probe, results_table, verdict
 
     field = options.budget_field or OWN_FIELD
     budgets, options.budgets = options.budgets, None  # keep those of the config
@@ -40,5 +40,7 @@ def run(options: argparse.Namespace) -> int:
         say(json.dumps({"results": [asdict(result) for result in results], "wrong": wrong}, indent=1))
     else:
         say(results_table(results))
+        for said in filter(None, (escapes(results),)):
+            say(f"\n{said}")
         say(f"\n{wrong or 'The server keeps to thinking budgets, with the trained markers.'}")
     return FAILED if wrong else 0

@@ -24,6 +24,7 @@ from ..outside.progress import progress
 from ..rewards import AnswerReward, FormatReward, MathReward, TaskReward
 from ..rewards.returned import checked_rewards, failure_text
 from ..rewards.task import ENTRY_COLUMN
+from ..rollout.escapes import EscapeSearch
 from ..rollout.http_backend import CompletionClient
 from ..rollout.types import SUMMARY_FACTS, Rollout
 from .journal import Journal, sample_key
@@ -220,6 +221,7 @@ class Evaluation:
             thinking = rollout.thinking
             facts = rollout.summary_facts(self.config.budgets, self.config.markers, self.tokenizer)
             clipped = rollout.clipped(self.config.max_summary_length, self.config.eos_token_ids)
+            escapes = EscapeSearch(self.config.markers, self.tokenizer)
             cuts = []
             for context in settings.contexts(thinking):
                 ids = rollout.summaries[context.budgets[0]]
@@ -229,6 +231,11 @@ class Evaluation:
                 first = context.budgets[0] * self.num_summaries
                 facts_here = facts[first : first + self.num_summaries]
                 are_formed = [told["well_formed"] for told in facts_here]
+                is_forced = self.config.markers.is_forced(context.bridge)
+                kinds = [
+                    (is_forced and escapes.kind(*summary)) or ""
+                    for summary in zip(ids, texts, clipped[context.budgets[0]], strict=True)
+                ]
                 cuts.append(
                     {
                         "budgets": [self.config.budgets[j] for j in context.budgets],
@@ -238,6 +245,7 @@ class Evaluation:
                         "answers": texts,
                         "well_formed": are_formed,
                         "clipped": clipped[context.budgets[0]],
+                        "escapes": kinds,
                         **self._missing_boxes(problems, texts, are_formed),
                         "rewards": rewards,
                     }

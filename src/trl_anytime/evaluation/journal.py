@@ -105,7 +105,11 @@ def _sample_of(protocol: Protocol) -> Check:
         cuts=list_of(
             fields(
                 # What a sample of version 0.1.0 or older may lack, and what only rewards with boxes have
-                {"clipped": list_of(boolean, **per_summary), "no_box": list_of(boolean, **per_summary)},
+                {
+                    "clipped": list_of(boolean, **per_summary),
+                    "no_box": list_of(boolean, **per_summary),
+                    "escapes": list_of(string(100), **per_summary),
+                },
                 budgets=list_of(integer(1), least=1),
                 thinking_tokens=integer(0),
                 bridge_tokens=integer(0),

@@ -16,6 +16,7 @@ from ..outside.validation import MEBIBYTE, Unfit, fields, free_form, integer, li
 from .journal import REWARD
 from .problems import ProblemSet
 from .protocol import NOT_COMPARED, Protocol, differences
+from .settling import calibration
 from .statistics import Estimate, compare, estimates
 from .zeros import COUNTERS, alarms, answer_counts
 
@@ -89,6 +90,8 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
             "answers": answer_counts(group_records, budgets),
         }
     results["alarms"] = alarms(results)
+    bridge = protocol.config.markers.answer_bridge
+    results["settling"] = calibration(records, budgets, groups, bridge, protocol.num_summaries)
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
     results["cost"] = _cost(records)
     limited: Counter[str] = Counter()
@@ -220,6 +223,7 @@ def save_answers(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
             "answer_tokens": cut["answer_tokens"][k],
             "well_formed": cut["well_formed"][k],
             **{name: cut[name][k] if name in cut else None for name in ("clipped", "no_box")},
+            "escape": cut["escapes"][k] if "escapes" in cut else None,
             "reward": cut["rewards"][k],
         }
         for record in records
@@ -229,7 +233,7 @@ def save_answers(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
     ]
     # Given, because a column of nothing but null has no type of its own
     types = {name: type(value).__name__ for name, value in rows[0].items()}
-    types |= {"clipped": "bool", "no_box": "bool", "reward": "float"}
+    types |= {"clipped": "bool", "no_box": "bool", "escape": "str", "reward": "float"}
     names = {"str": "string", "int": "int64", "bool": "bool", "float": "float64"}
     features = Features({name: Value(names[kind]) for name, kind in types.items()})
     Dataset.from_list(rows, features).to_parquet(str(path))

@@ -99,8 +99,8 @@ def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Es
 def _bootstrapped(sets: list[np.ndarray], seed: int) -> tuple[list[Estimate], Estimate]:
     means_M = np.mean([values_QM.mean(axis=0) for values_QM in sets], axis=0)
     means_BM = np.mean([resampled_means(values_QM, seed + i) for i, values_QM in enumerate(sets)], axis=0)
-    curve = [_estimate(mean, means_BM[:, j]) for j, mean in enumerate(means_M)]
-    return curve, _estimate(means_M.mean(), means_BM.mean(axis=1))
+    curve = [quantile_estimate(mean, means_BM[:, j]) for j, mean in enumerate(means_M)]
+    return curve, quantile_estimate(means_M.mean(), means_BM.mean(axis=1))
 
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> tuple[list[Comparison], Comparison]:
@@ -145,6 +145,15 @@ def _widened(estimate: Estimate, sets: list[np.ndarray]) -> Estimate:
     return Estimate(estimate.mean, float(low), float(high))
 
 
-def _estimate(mean: float, means_B: np.ndarray) -> Estimate:
+def quantile_estimate(mean: float, means_B: np.ndarray) -> Estimate:
+    """
+    Return an estimate with the interval between quantiles of the bootstrap.
+
+    Args:
+        mean (`float`):
+            The estimate.
+        means_B (`np.ndarray`):
+            The same of each bootstrap sample, of shape (B,).
+    """
     low, high = np.quantile(means_B, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return Estimate(float(mean), float(low), float(high))

@@ -1,13 +1,13 @@
 """Answers at any thinking budget, in batches and with the token ids that training splices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, set_seed
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from ..outside.display import for_html
 from ..rollout.backend import Generation, PrefixGeneration
 from ..rollout.http_backend import CompletionClient, ServerGeneration
 from ..rollout.sampling import Sampling
+from ..rollout.settling import Settling, StopWhenSettled
 from ..rollout.transformers_backend import TransformersGeneration, unsupported_sampling
 from ..rollout.types import Rollout
 from .anytime_config import AnytimeConfig
@@ -76,6 +77,25 @@ class AnytimeOutput:
     answers: list[BudgetAnswer]
     rollout: Rollout
 
+    @property
+    def ended(self) -> str:
+        """
+        Return how the thinking ended.
+
+        Returns:
+            `str`: `"finished"` (with the end of thinking), `"budget"` (cut at the last budget), `"settled"` (stopped,
+            see [`Settling`]) or `"eos"` (broken off without the end of thinking).
+        """
+        thinking = self.rollout.thinking
+        if thinking.settled:
+            return "settled"
+        return "finished" if thinking.finished else "eos" if thinking.ended_with_eos else "budget"
+
+    @property
+    def check_tokens(self) -> int:
+        """Return the tokens of all checks of [`Settling`], bridges included."""
+        return sum(check.num_tokens for check in self.rollout.checks)
+
     @classmethod
     def from_rollout(
         cls, rollout: Rollout, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase
@@ -121,7 +141,7 @@ class AnytimeOutput:
             for answer in self.answers
         ]
         return (
-            f"<details><summary>Thinking, {len(self.rollout.thinking.token_ids)} tokens</summary>"
+            f"<details><summary>Thinking, {len(self.rollout.thinking.token_ids)} tokens ({self.ended})</summary>"
             f"{for_html(self.thinking)}</details>"
             "<table><thead><tr><th>budget</th><th>thinking tokens</th><th>answer</th></tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>"
@@ -148,6 +168,7 @@ def anytime_generate(
     max_summary_length: int | None = None,
     seed: int | None = None,
     max_cached_tokens: int | None = None,
+    stop_when: str | Settling | None = None,
 ) -> list[AnytimeOutput]:
     """
     Think once for each prompt, and answer at one or several budgets.
@@ -175,12 +196,16 @@ def anytime_generate(
             Seed of the draws.
         max_cached_tokens (`int`, *optional*):
             See [`TransformersGeneration`].
+        stop_when (`str` or [`Settling`], *optional*):
+            `"settled"` ends a trace before its last budget when its answers have settled, by the defaults of
+            [`Settling`]. Up to there its tokens are those that it would have without.
 
     Returns:
         `list[AnytimeOutput]`: one for each prompt.
 
     Raises:
-        `ValueError`: If the model has no thinking markers, or a budget is beyond its context.
+        `ValueError`: If the model has no thinking markers, or a budget is beyond its context. Also if the backend
+            cannot stop when the answers have settled.
 
     Example:
 
@@ -209,10 +234,33 @@ def anytime_generate(
     if not prompt_ids:
         return []
     config.check_context(max(map(len, prompt_ids)), config.budgets[-1], context_length(model), "the model's")
-    settings = config.rollout_settings(num_summaries)
+    settings = replace(config.rollout_settings(num_summaries), stop=stop_rule(stop_when, config, tokenizer))
     with open_backend(model, tokenizer, config.sampling, seed, max_cached_tokens) as generation:
         rollouts = generation.roll_out(prompt_ids, settings)
     return [AnytimeOutput.from_rollout(rollout, config, tokenizer) for rollout in rollouts]
+
+
+def stop_rule(
+    stop_when: str | Settling | None, config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase
+) -> StopWhenSettled | None:
+    """
+    Return the rule that `stop_when` names, see [`anytime_generate`].
+
+    Raises:
+        `ValueError`: If there is no such rule, or it does not fit the budgets and the sampling of the config.
+    """
+    if stop_when is None:
+        return None
+    settling = Settling() if stop_when == "settled" else stop_when
+    if not isinstance(settling, Settling):
+        raise ValueError(f"`stop_when` must be 'settled' or a `Settling`, got {stop_when!r}.")
+    return StopWhenSettled(
+        settling.resolved(config.budgets[-1], config.sampling.temperature),
+        config.markers,
+        tokenizer,
+        config.max_summary_length,
+        config.eos_token_ids,
+    )
 
 
 def find_config(model: Any, tokenizer: PreTrainedTokenizerBase) -> AnytimeConfig:
@@ -317,6 +365,9 @@ class GenerateSampler:
             Receives the tokens as they come. Prompts are then sampled one at a time.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts that are sampled together.
+        should_stop (`Callable`, *optional*):
+            Asked after each token whether the tokens of a prompt so far are enough. Prompts are then sampled one at a
+            time.
     """
 
     def __init__(
@@ -326,9 +377,11 @@ class GenerateSampler:
         pad_token_id: int,
         streamer: BaseStreamer | None = None,
         batch_size: int = 16,
+        should_stop: Callable[[list[int]], bool] | None = None,
     ):
         self._model, self._generation_config, self._pad_token_id = model, generation_config, pad_token_id
-        self._streamer, self._batch_size = streamer, 1 if streamer else batch_size
+        self._streamer, self._should_stop = streamer, should_stop
+        self._batch_size = 1 if streamer or should_stop else batch_size
 
     def __call__(
         self, prompt_ids: list[list[int]], max_new_tokens: int, stop_token_ids: list[int], num_generations: int
@@ -352,10 +405,25 @@ class GenerateSampler:
                 torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=generation_config,
+                stopping_criteria=self._criteria(width),
                 streamer=self._streamer,
             )
             sampled += [_up_to_stop(ids, stop_token_ids) for ids in output[:, width:].tolist()]
         return sampled, None
+
+    def _criteria(self, width: int) -> StoppingCriteriaList | None:
+        return None if self._should_stop is None else StoppingCriteriaList([_Asks(self._should_stop, width)])
+
+
+class _Asks(StoppingCriteria):
+    """Criterion that asks a function about the tokens behind a prompt of `width` tokens."""
+
+    def __init__(self, should_stop: Callable[[list[int]], bool], width: int):
+        self._should_stop, self._width = should_stop, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        (tokens,) = input_ids[:, self._width :].tolist()
+        return torch.tensor([self._should_stop(tokens)], device=input_ids.device)
 
 
 def _up_to_stop(token_ids: list[int], stop_token_ids: list[int]) -> list[int]:

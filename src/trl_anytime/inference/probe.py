@@ -9,6 +9,7 @@ from ..outside.display import for_terminal
 from ..outside.tables import aligned
 from ..outside.validation import TOKEN_ID, fields, list_of, or_null, string
 from ..rollout.encoding import encode
+from ..rollout.escapes import EscapeSearch
 from ..rollout.http_backend import CompletionClient
 from ..rollout.sampling import BUDGET_FIELD
 from .anytime_config import AnytimeConfig
@@ -47,6 +48,9 @@ class ProbeResult:
             `"trained"`, or what is wrong with the tokens between trace and answer.
         detail (`str`):
             Further remarks.
+        escape (`str`, *optional*):
+            How the answer resumes the reasoning behind a cut, see
+            [`~trl_anytime.rollout.escapes.EscapeSearch.kind`]. `None` if it does not, or if the trace was not cut.
     """
 
     budget: int
@@ -55,6 +59,7 @@ class ProbeResult:
     answered: bool
     markers: str
     detail: str = ""
+    escape: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -110,7 +115,16 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
         found = f"no {markers.answer_bridge!r} before the answer"
     elif not has_answer_bridge:
         detail = "it ended by itself, without an answer bridge after it"
-    return ProbeResult(budget, thinking, outcome, answered, found, detail)
+    escape = _escape(summary, config, tokenizer) if is_cut else None
+    return ProbeResult(budget, thinking, outcome, answered, found, detail, escape)
+
+
+def _escape(token_ids: list[int], config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return how an answer resumes the reasoning, of which training would see the first tokens."""
+    summary = token_ids[: config.max_summary_length]
+    clipped = len(summary) == config.max_summary_length and summary[-1] not in config.eos_token_ids
+    text = str(tokenizer.decode(summary, skip_special_tokens=True))
+    return EscapeSearch(config.markers, tokenizer).kind(summary, text, clipped)
 
 
 def probe(
@@ -220,15 +234,25 @@ def verdict(results: list[ProbeResult], budget_field: str = OWN_FIELD) -> str | 
     return None
 
 
+def escapes(results: list[ProbeResult]) -> str | None:
+    """Say how many answers behind a cut resume the reasoning, or return `None` if none does."""
+    cut = [result for result in results if result.outcome == "enforced"]
+    resumed = [f"{result.budget} ({result.escape})" for result in cut if result.escape is not None]
+    if not resumed:
+        return None
+    return f"{len(resumed)} of {len(cut)} answers behind a cut resume the reasoning: at {', '.join(resumed)} tokens."
+
+
 def results_table(results: list[ProbeResult]) -> str:
     """Show the results as a table."""
-    rows = [["budget", "thinking", "outcome", "answered", "markers"]]
+    rows = [["budget", "thinking", "outcome", "answered", "escape", "markers"]]
     rows += [
         [
             str(result.budget),
             "-" if result.thinking_tokens is None else str(result.thinking_tokens),
             result.outcome,
             "yes" if result.answered else "no",
+            result.escape or "-",
             for_terminal(
                 f"{result.markers}{f' ({result.detail})' if result.detail and result.passed else ''}",
                 one_line=True,
@@ -236,4 +260,4 @@ def results_table(results: list[ProbeResult]) -> str:
         ]
         for result in results
     ]
-    return aligned(rows, left=(4,))
+    return aligned(rows, left=(5,))

@@ -29,6 +29,9 @@ def decode_traces(
     stop_token_ids: Collection[int],
     max_new_tokens: int,
     pad_token_id: int,
+    settle: Callable[[Trunk, list[list[int]], list[int], int], Collection[int]] | None = None,
+    settle_every: int = 1,
+    settled_leave: bool = False,
 ) -> tuple[list[list[int]], Trunk]:
     """
     Sample a trace for each prompt.
@@ -53,6 +56,14 @@ def decode_traces(
             Most tokens of a trace.
         pad_token_id (`int`):
             Token that fills up shorter prompts.
+        settle (`Callable`, *optional*):
+            Function from the trunk so far, the tokens of all traces, the indices of those that go on, and how many
+            tokens these have, to the indices of those that need not go on. Decoding ends when no trace has to.
+        settle_every (`int`, *optional*, defaults to `1`):
+            Tokens between two calls of `settle`.
+        settled_leave (`bool`, *optional*, defaults to `False`):
+            Whether such a trace leaves the batch as a finished one does. If tokens are drawn, the draws of the others
+            depend on it.
 
     Returns:
         `tuple`: the token ids of each trace up to its end, and the trunk, which may have tokens behind the end of a
@@ -70,7 +81,7 @@ def decode_traces(
     cache = growing_cache(max_length=width + max_new_tokens)
     rows = list(range(len(prompts)))  # the index of the prompt that each row continues
     sampled: list[list[int]] = [[] for _ in prompts]
-    running, trunks = set(rows), []
+    running, settled, trunks = set(rows), set[int](), []
     look_every, seen = max(8, max_new_tokens // 64), 0
     # The prompts, and what is sampled for them
     token_ids = torch.nn.functional.pad(padded, (0, max_new_tokens))
@@ -100,7 +111,9 @@ def decode_traces(
             )
         num_sampled = length + 1 - width
         is_last = num_sampled == max_new_tokens
-        if num_stopped <= FINISHED_SHARE * len(rows) and num_sampled % look_every and not is_last:
+        is_look = num_stopped > FINISHED_SHARE * len(rows) or num_sampled % look_every == 0 or is_last
+        is_check = settle is not None and num_sampled % settle_every == 0
+        if not is_look and not is_check:
             continue
 
         for row, new in zip(rows, token_ids[:, width + seen : length + 1].tolist(), strict=True):
@@ -111,11 +124,17 @@ def decode_traces(
                     sampled[row] = sampled[row][:end]
                     running.remove(row)
         seen = num_sampled
+        if settle is not None and is_check and running - settled:
+            trunk = Trunk.from_cache(cache, starts, rows)
+            settled |= set(settle(trunk, sampled, sorted(running - settled), num_sampled))
+            if settled_leave:
+                running -= settled
         finished = [r for r, row in enumerate(rows) if row not in running]
-        if running and len(finished) <= FINISHED_SHARE * len(rows):
+        # A check removes no rows by itself
+        if running - settled and (not is_look or len(finished) <= FINISHED_SHARE * len(rows)):
             continue
         trunk = Trunk.from_cache(cache, starts, rows)
-        if not running:
+        if not running - settled:
             trunks.append(trunk)
             break
         trunks.append(trunk.select(finished))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ class Curve:
             Share of the summaries that no reward function scored. The means leave them out.
         first_step (`int`, *optional*):
             For an average over logs, the step of the first log.
+        escapes (`dict[int, float]`, *optional*):
+            Share of the summaries behind a forced cut that resume the reasoning, for each budget that has any.
     """
 
     step: int
     rewards: dict[int, float]
     unscored: float = 0.0
     first_step: int | None = None
+    escapes: dict[int, float] = field(default_factory=dict)
 
 
 def load_log_history(path: Path) -> list[dict[str, Any]]:
@@ -60,7 +63,8 @@ def load_log_history(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_log(log: dict[str, Any], name: str) -> None:
-    drawn = [key for key in log if key == LENGTH or key.removeprefix("eval_").startswith("anytime/")]
+    read = ("anytime/", "summary/escape_ratio@")
+    drawn = [key for key in log if key == LENGTH or key.removeprefix("eval_").startswith(read)]
     fields(step=integer(0))(log, name)
     for key in drawn:
         value = log[key]
@@ -160,11 +164,25 @@ def _average(curves: Sequence[Curve]) -> Curve:
     for budget in budgets:
         rewards = [curve.rewards[budget] for curve in curves if budget in curve.rewards]
         means[budget] = sum(rewards) / len(rewards)
-    return Curve(curves[-1].step, means, first_step=curves[0].step)
+    escapes = {}
+    for budget in sorted({budget for curve in curves for budget in curve.escapes}):
+        ratios = [curve.escapes[budget] for curve in curves if budget in curve.escapes]
+        escapes[budget] = sum(ratios) / len(ratios)
+    return Curve(curves[-1].step, means, first_step=curves[0].step, escapes=escapes)
 
 
 def _curve(log: Mapping[str, Any], prefix: str) -> Curve | None:
-    rewards = {
+    rewards = _at_budgets(log, prefix)
+    if not rewards:
+        return None
+    unscored = log.get(prefix.replace("reward@", "unscored_ratio"))
+    escapes = _at_budgets(log, prefix.replace("anytime/reward@", "summary/escape_ratio@"))
+    return Curve(log["step"], rewards, unscored or 0.0, escapes=escapes)
+
+
+def _at_budgets(log: Mapping[str, Any], prefix: str) -> dict[int, float]:
+    """Return the logged values of a metric at budgets, in their order."""
+    values = {
         int(match[1]): float(value)
         for key, value in log.items()
         # TRL logs None where it has found nothing but NaN
@@ -172,7 +190,4 @@ def _curve(log: Mapping[str, Any], prefix: str) -> Curve | None:
         and value is not None
         and math.isfinite(value)
     }
-    if not rewards:
-        return None
-    unscored = log.get(prefix.replace("reward@", "unscored_ratio"))
-    return Curve(log["step"], dict(sorted(rewards.items())), unscored or 0.0)
+    return dict(sorted(values.items()))

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Protocol
 
 from .markers import ThinkingMarkers
+from .settling import Check, StopWhenSettled
 from .timing import PhaseTimes
 from .types import Context, Rollout, Thinking
 
@@ -37,6 +38,8 @@ class RolloutSettings:
         share_summaries (`bool`, *optional*, defaults to `False`):
             Whether budgets that share a cut share its summaries. Then the curve of an evaluation costs less and keeps
             its mean. In training each budget has summaries of its own.
+        stop ([`StopWhenSettled`], *optional*):
+            Rule that ends a trace before its last budget.
     """
 
     budgets: list[int]
@@ -46,6 +49,7 @@ class RolloutSettings:
     eos_token_ids: list[int]
     num_generations: int = 1
     share_summaries: bool = False
+    stop: StopWhenSettled | None = None
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -72,6 +76,21 @@ class RolloutSettings:
             )
             for (cut, bridge), indices in budgets_at.items()
         ]
+
+    def check_context(self, cut: int) -> Context:
+        """Return the place of a check of `stop`, at which a running trace is summarised."""
+        assert self.stop is not None
+        bridge = self.markers.truncation_bridge_ids + self.markers.answer_bridge_ids
+        return Context(cut, bridge, (), self.stop.answers)
+
+    def known_summaries(self, context: Context, checks: Sequence[Check]) -> list[list[int]] | None:
+        """Return the summaries of a context that a check has sampled there, or `None` if there are not enough."""
+        if not self.markers.is_forced(context.bridge):
+            return None
+        for check in checks:
+            if check.cut == context.cut and len(check.summaries) >= context.num_summaries:
+                return check.summaries[: context.num_summaries]
+        return None
 
     @property
     def max_new_tokens(self) -> int:
@@ -145,6 +164,11 @@ class PrefixGeneration(Generation):
         self._sample = sample
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        if settings.stop is not None:
+            raise ValueError(
+                "Thinking cannot stop when it has settled, because each check would compute its trace again. Leave "
+                "out `stop_when`."
+            )
         self.times.seconds.clear()
         prompts, markers = [list(ids) for ids in prompt_ids], settings.markers
         with self.times("thinking"):

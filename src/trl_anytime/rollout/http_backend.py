@@ -5,8 +5,9 @@ A request that is refused for now, stalls or breaks off is sent again until it s
 are checked. One that is shorter than it should be is an error, never a result.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..outside.display import for_terminal
 from ..outside.validation import TOKEN_ID, Check, Unfit, fields, integer, list_of, or_null, string
 from .backend import Generation, RolloutSettings
 from .sampling import BUDGET_FIELD, NO_BUDGET, Sampling
+from .settling import Watch
 from .types import Rollout, Thinking
 
 _NAME = string(10_000)
@@ -151,7 +153,7 @@ class CompletionClient:
         stop_token_ids: list[int],
         sampling: Sampling,
         seed: int | None = None,
-    ) -> Iterator[list[int]]:
+    ) -> Generator[list[int], None, None]:
         """
         Continue one prompt, and yield the tokens as they come.
 
@@ -246,6 +248,9 @@ class ServerGeneration(Generation):
     """
     The two phases on an OpenAI-compatible server, with one request for a trace and one for all its summaries.
 
+    A trace that may stop when it has settled has a request for the tokens up to each check. The server goes on from
+    its prefix cache. A seeded draw cannot be continued in this way.
+
     Args:
         client ([`CompletionClient`]):
             The server.
@@ -260,32 +265,59 @@ class ServerGeneration(Generation):
         self._client, self._sampling, self._seed = client, sampling, seed
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
+        if settings.stop is not None and self._seed is not None and self._sampling.temperature > 0:
+            raise ValueError(
+                "A server cannot continue a seeded draw after a check, so the thinking would not be that of the seed. "
+                "Leave out `seed` or `stop_when`, or set `temperature` to 0."
+            )
         with ThreadPoolExecutor(min(self._client.concurrency, len(prompt_ids))) as pool:
             return list(pool.map(lambda i: self._roll_out(i, prompt_ids[i], settings), range(len(prompt_ids))))
 
     def _roll_out(self, index: int, prompt: Sequence[int], settings: RolloutSettings) -> Rollout:
         seed = None if self._seed is None else self._seed + index
-        (sampled,) = self._client.complete(
-            [prompt], settings.budgets[-1], settings.stop_token_ids, self._sampling, seed=seed
-        )
-        thinking = Thinking.from_tokens(sampled, settings.markers, settings.eos_token_ids)
+        watch = None if settings.stop is None else settings.stop.watch()
+        thinking = self._think(prompt, settings, watch, seed)
         contexts = settings.contexts(thinking)
+        checks = [] if watch is None else watch.checks
+        known = [settings.known_summaries(context, checks) for context in contexts]
         # One request gets A summaries of each prompt
         prompts = [
             context_ids
-            for context in contexts
+            for context, summaries in zip(contexts, known, strict=True)
+            if summaries is None
             for context_ids in [context.token_ids(prompt, thinking)]
             * (context.num_summaries // settings.num_summaries)
         ]
-        summaries = iter(
-            self._client.complete(
-                prompts,
-                settings.max_summary_length,
-                settings.eos_token_ids,
-                self._sampling,
-                settings.num_summaries,
-                seed,
+        sampled = iter(self._summarise(prompts, settings, settings.num_summaries, seed) if prompts else [])
+        by_context = [
+            list(islice(sampled, context.num_summaries)) if summaries is None else summaries
+            for context, summaries in zip(contexts, known, strict=True)
+        ]
+        return replace(Rollout.assemble(prompt, thinking, contexts, by_context), checks=checks)
+
+    def _think(
+        self, prompt: Sequence[int], settings: RolloutSettings, watch: Watch | None, seed: int | None
+    ) -> Thinking:
+        """Sample a trace, in parts between the checks if there is a rule that may stop it."""
+        most, sampled = settings.budgets[-1], list[int]()
+        while True:
+            until = most if watch is None else min(most, watch.next_cut)
+            (new,) = self._client.complete(
+                [[*prompt, *sampled]], until - len(sampled), settings.stop_token_ids, self._sampling, seed=seed
             )
+            sampled += new
+            thinking = Thinking.from_tokens(sampled, settings.markers, settings.eos_token_ids)
+            is_over = thinking.finished or thinking.ended_with_eos or len(sampled) == most
+            if watch is None or is_over:
+                return thinking
+            context = settings.check_context(until)
+            asked = [context.token_ids(prompt, thinking)]
+            if watch.add(until, self._summarise(asked, settings, context.num_summaries, seed)):
+                return thinking.stopped(until)
+
+    def _summarise(
+        self, prompts: Sequence[Sequence[int]], settings: RolloutSettings, num_summaries: int, seed: int | None
+    ) -> list[list[int]]:
+        return self._client.complete(
+            prompts, settings.max_summary_length, settings.eos_token_ids, self._sampling, num_summaries, seed
         )
-        by_context = [list(islice(summaries, context.num_summaries)) for context in contexts]
-        return Rollout.assemble(prompt, thinking, contexts, by_context)

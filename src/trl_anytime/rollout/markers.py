@@ -88,6 +88,10 @@ class ThinkingMarkers:
         """Return the number of tokens of the longest bridge."""
         return len(self.truncation_bridge_ids) + len(self.answer_bridge_ids)
 
+    def is_forced(self, bridge: Sequence[int]) -> bool:
+        """Return whether a bridge closes a trace by force, which did not end by itself."""
+        return len(bridge) > len(self.answer_bridge_ids)
+
     @property
     def max_end_length(self) -> int:
         """Return the most tokens that the end of thinking may be spread over."""

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,7 +17,8 @@ from ..modeling.trace_decoding import decode_traces
 from ..outside.host_warnings import without_host_warnings
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
-from .types import Rollout, Thinking
+from .settling import Watch
+from .types import Context, Rollout, Thinking
 
 # Settings that a branch can be sampled with, besides repetition_penalty: rules that look at the scores of one token
 # alone
@@ -33,6 +34,7 @@ _WARPERS = (
     logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
 )
+_SEEDS = 2**63 - 1  # number of seeds to draw from
 
 
 class TransformersGeneration(Generation):
@@ -75,24 +77,47 @@ class TransformersGeneration(Generation):
         rollouts: list[Rollout] = []
         with self._hold_model() as model, torch.no_grad(), without_host_warnings():
             _check_tokens(model, prompts, settings)
-            for start in range(0, len(prompts), at_once):
-                part = prompts[start : start + at_once]
-                with self.times("thinking"):
-                    traces, trunk = self._think(model, part, settings)
-                with self.times("summarising"):
-                    rollouts += self._summarise(model, part, traces, trunk, settings)
+            parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
+            if len(parts) == 1:
+                return self._roll_out_part(model, prompts, settings)
+            # Draws of their own, so that a part that stops early does not change those of the next
+            for part, seed in zip(parts, torch.randint(_SEEDS, (len(parts),)).tolist(), strict=True):
+                with own_draws(model.device, seed):
+                    rollouts += self._roll_out_part(model, part, settings)
         return rollouts
 
-    def _think(
+    def _roll_out_part(
         self, model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings
+    ) -> list[Rollout]:
+        watches = [] if settings.stop is None else [settings.stop.watch() for _ in prompts]
+        with self.times("thinking"):
+            traces, trunk = self._think(model, prompts, settings, watches)
+        with self.times("summarising"):
+            return self._summarise(model, prompts, traces, trunk, settings, watches)
+
+    def _think(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        settings: RolloutSettings,
+        watches: Sequence[Watch] = (),
     ) -> tuple[list[Thinking], Trunk]:
-        """Sample one trace for each prompt, and return them with the trunk of their keys and values."""
+        """
+        Sample one trace for each prompt, and return them with the trunk of their keys and values.
+
+        With `watches`, one for each prompt, a trace ends when its answers have settled. If tokens are drawn, its row
+        stays in the batch as long as it would without. The draws of the other rows depend on it.
+        """
         choose, needs_history = self._choice(model)
         scans = [EndScan(settings.markers) for _ in prompts]
         stop_ids = set(settings.stop_token_ids)
 
         def find_end(row: int, token_ids: list[int], seen: int) -> int | None:
             return _length(token_ids, seen, stop_ids, scans[row])
+
+        def settle(trunk: Trunk, sampled: list[list[int]], rows: list[int], cut: int) -> list[int]:
+            answers = self._check(model, trunk, prompts, sampled, rows, cut, settings)
+            return [row for row, own in zip(rows, answers, strict=True) if watches[row].add(cut, own)]
 
         sampled, trunk = decode_traces(
             model,
@@ -103,8 +128,31 @@ class TransformersGeneration(Generation):
             stop_token_ids=stop_ids,
             max_new_tokens=settings.budgets[-1],
             pad_token_id=self._pad_token_id,
+            settle=settle if watches else None,
+            settle_every=1 if settings.stop is None else settings.stop.every,
+            settled_leave=bool(watches) and not _prepared_sampling(model, self._generation_config)[1],
         )
-        return [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled], trunk
+        traces = [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled]
+        for row, watch in enumerate(watches):
+            if watch.settled_at is not None:
+                traces[row] = traces[row].stopped(watch.settled_at)
+        return traces, trunk
+
+    def _check(
+        self,
+        model: PreTrainedModel,
+        trunk: Trunk,
+        prompts: list[list[int]],
+        sampled: list[list[int]],
+        rows: list[int],
+        cut: int,
+        settings: RolloutSettings,
+    ) -> list[list[list[int]]]:
+        """Sample the summaries of a check for some rows. The draws of the thinking are not touched."""
+        context = settings.check_context(cut)
+        traces = [Thinking(ids, finished=False, ended_with_eos=False) for ids in sampled]
+        with own_draws(model.device):
+            return self._decode(model, trunk, [(row, context) for row in rows], prompts, traces, settings)
 
     def _summarise(
         self,
@@ -113,6 +161,7 @@ class TransformersGeneration(Generation):
         traces: list[Thinking],
         trunk: Trunk,
         settings: RolloutSettings,
+        watches: Sequence[Watch] = (),
     ) -> list[Rollout]:
         contexts = [settings.contexts(thinking) for thinking in traces]
         if not settings.num_summaries:
@@ -120,7 +169,32 @@ class TransformersGeneration(Generation):
                 Rollout.assemble(prompts[i], traces[i], contexts[i], [[] for _ in contexts[i]])
                 for i in range(len(prompts))
             ]
+        checks = [watch.checks for watch in watches] or [[] for _ in prompts]
         slots = [(i, context) for i, trace_contexts in enumerate(contexts) for context in trace_contexts]
+        known = [settings.known_summaries(context, checks[i]) for i, context in slots]
+        missing = [slot for slot, summaries in zip(slots, known, strict=True) if summaries is None]
+        decoded = iter(self._decode(model, trunk, missing, prompts, traces, settings))
+        in_order = iter([next(decoded) if summaries is None else summaries for summaries in known])
+        return [
+            replace(
+                Rollout.assemble(prompts[i], traces[i], contexts[i], list(islice(in_order, len(contexts[i])))),
+                checks=checks[i],
+            )
+            for i in range(len(prompts))
+        ]
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        trunk: Trunk,
+        slots: list[tuple[int, Context]],
+        prompts: list[list[int]],
+        traces: list[Thinking],
+        settings: RolloutSettings,
+    ) -> list[list[list[int]]]:
+        """Sample the summaries of contexts, each given with the index of its rollout."""
+        if not slots:
+            return []
         branch_contexts = []
         for i, context in slots:
             history = context.token_ids(prompts[i], traces[i])
@@ -141,11 +215,7 @@ class TransformersGeneration(Generation):
             )
             for (c, _), context_samples in zip(part, branches, strict=True):
                 decoded[c] += context_samples
-        rest = iter(decoded)
-        return [
-            Rollout.assemble(prompts[i], traces[i], contexts[i], list(islice(rest, len(contexts[i]))))
-            for i in range(len(prompts))
-        ]
+        return decoded
 
     def _parts(
         self, contexts: list[BranchContext], settings: RolloutSettings, held: int
@@ -190,6 +260,20 @@ def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: Ro
                 f"{name} has token {wrong}, but the model has only {size} tokens. Use the model's own tokenizer, "
                 "or add embeddings with `model.resize_token_embeddings(len(tokenizer))`."
             )
+
+
+@contextmanager
+def own_draws(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """
+    Seed the generators of PyTorch inside, and leave them as they were.
+
+    Without a seed, it is drawn from their state, so that the same run draws the same. With that state itself, a check
+    would draw by the numbers that the thinking draws by next.
+    """
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        torch.manual_seed(int(torch.randint(_SEEDS, ())) if seed is None else seed)
+        yield
 
 
 def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan) -> int | None:

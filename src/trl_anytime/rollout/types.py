@@ -1,7 +1,7 @@
 """One rollout: a trace, its cuts, and the summaries sampled at each of them, as token ids."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..method.budgets import thinking_cuts
 from .markers import ThinkingMarkers
+from .settling import Check
 
 # Arguments of reward functions, one value per summary, besides TRL's
 SUMMARY_FACTS = ("well_formed", "budget", "cut", "thinking_length", "finished", "thinking")
@@ -28,12 +29,15 @@ class Thinking:
             Whether the trace ends with EOS instead.
         logprobs (`list[float]`, *optional*):
             Log-probabilities of its tokens in the sampling distribution, if the backend knows them.
+        settled (`bool`, *optional*, defaults to `False`):
+            Whether it was stopped because its answers had settled. It is then cut there, whatever the budget.
     """
 
     token_ids: list[int]
     finished: bool
     ended_with_eos: bool
     logprobs: list[float] | None = None
+    settled: bool = False
 
     @classmethod
     def from_tokens(
@@ -60,6 +64,12 @@ class Thinking:
         kept = list(token_ids[:end])
         ended_with_eos = end is None and bool(kept) and kept[-1] in eos_token_ids
         return cls(kept, end is not None, ended_with_eos, None if logprobs is None else list(logprobs[: len(kept)]))
+
+    def stopped(self, length: int) -> "Thinking":
+        """Return the trace as it was after `length` tokens, where its answers had settled."""
+        return Thinking(
+            self.token_ids[:length], False, False, None if self.logprobs is None else self.logprobs[:length], True
+        )
 
     def cut(self, budget: int, markers: ThinkingMarkers) -> tuple[int, tuple[int, ...]]:
         """
@@ -144,6 +154,8 @@ class Rollout:
             M × A summaries, up to and including EOS if it came.
         summary_logprobs (`list[list[list[float]]]`, *optional*):
             Log-probabilities of their tokens in the sampling distribution, if the backend knows them.
+        checks (`list[Check]`, *optional*):
+            What was sampled while the thinking ran, to see whether it had settled.
     """
 
     prompt_ids: list[int]
@@ -152,6 +164,7 @@ class Rollout:
     bridges: list[tuple[int, ...]]
     summaries: list[list[list[int]]]
     summary_logprobs: list[list[list[float]]] | None = None
+    checks: list[Check] = field(default_factory=list)
 
     @classmethod
     def assemble(

@@ -8,7 +8,7 @@ sampling settings. For its server mode see [`~trl_anytime.rollout.vllm_server`].
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from trl.import_utils import is_vllm_available
 from .backend import Generation, RolloutSettings
 from .markers import EndScan
 from .sampling import BUDGET_FIELD, NO_BUDGET
+from .settling import Watch
 from .types import Rollout, Thinking
 
 if is_vllm_available():
@@ -174,12 +175,18 @@ class _OpenRollout:
             Tokens of the summaries' contexts.
         scan ([`EndScan`]):
             Search for the end of its thinking.
+        watch ([`Watch`], *optional*):
+            State of the rule that ends its thinking when it has settled.
+        checks (`list[list[_Continuation]]`):
+            Summaries of its checks, as far as they have been requested.
     """
 
     prompt_ids: list[int]
     number: int
     sampled: _Continuation
     scan: EndScan
+    watch: Watch | None = None
+    checks: list[list[_Continuation]] = field(default_factory=list)
     summaries: list[list[_Continuation]] = field(default_factory=list)
     num_context_tokens: int = 0
 
@@ -188,18 +195,36 @@ class _OpenRollout:
         return self.scan.end_of_thinking(self.sampled.token_ids) is not None
 
     def thinking(self, settings: RolloutSettings) -> Thinking:
-        """Return the thinking so far."""
-        return Thinking.from_tokens(
+        """Return the thinking so far, or up to where it had settled."""
+        thinking = Thinking.from_tokens(
             self.sampled.token_ids, settings.markers, settings.eos_token_ids, logprobs=self.sampled.logprobs
         )
+        settled_at = None if self.watch is None else self.watch.settled_at
+        return thinking if settled_at is None else thinking.stopped(settled_at)
 
     def num_passed(self, budgets: list[int]) -> int:
         """Return how many of the budgets cut the thinking at a place that is already certain."""
         return len(budgets) if self.sampled.finished else bisect_right(budgets, len(self.sampled.token_ids))
 
+    def has_open_checks(self) -> bool:
+        """
+        Judge the complete checks in order, and return whether others may still end the thinking.
+
+        The thinking goes on while a check is answered, so the answers may come after its end.
+        """
+        if self.watch is None:
+            return False
+        for summaries in self.checks[len(self.watch.checks) :]:
+            if self.watch.settled_at is not None:
+                break
+            if not all(summary.finished for summary in summaries):
+                return True
+            self.watch.add(self.watch.next_cut, [summary.token_ids for summary in summaries])
+        return False
+
     def close(self, settings: RolloutSettings) -> Rollout:
         """Make the complete rollout."""
-        return Rollout.from_budgets(
+        rollout = Rollout.from_budgets(
             self.prompt_ids,
             self.thinking(settings),
             settings.budgets,
@@ -207,6 +232,7 @@ class _OpenRollout:
             [[summary.token_ids for summary in at_budget] for at_budget in self.summaries],
             [[summary.logprobs for summary in at_budget] for at_budget in self.summaries],
         )
+        return rollout if self.watch is None else replace(rollout, checks=self.watch.checks)
 
 
 class EngineGeneration(Generation):
@@ -243,7 +269,7 @@ class EngineGeneration(Generation):
         self._engine = engine
         self._parameters = {"logprobs": 0, **(sampling or {})}
         self._overlap = overlap
-        self.num_steps = self.num_context_tokens = self.num_cached_tokens = 0
+        self.num_steps = self.num_context_tokens = self.num_cached_tokens = self._next_number = 0
         if not engine.vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
                 "The vLLM engine runs without a prefix cache, so every summary would compute its thinking again. vLLM "
@@ -266,7 +292,7 @@ class EngineGeneration(Generation):
             summary.num_cached_tokens
             for rollout in rollouts
             for summary in dict.fromkeys(
-                chain.from_iterable(rollout.summaries)
+                chain.from_iterable(rollout.checks + rollout.summaries)
             )  # once each, as budgets may share them
         )
         return [rollout.close(settings) for rollout in rollouts]
@@ -276,29 +302,73 @@ class EngineGeneration(Generation):
             sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
             per_rollout = 1 + len(settings.budgets) * settings.num_summaries
             numbers = range(0, len(prompts) * per_rollout, per_rollout)
+            stop = settings.stop
             rollouts = [
-                _OpenRollout(prompt, number, loop.add(prompt, _with_seed(sampling, number)), EndScan(settings.markers))
+                _OpenRollout(
+                    prompt,
+                    number,
+                    loop.add(prompt, _with_seed(sampling, number)),
+                    EndScan(settings.markers),
+                    None if stop is None else stop.watch(),
+                )
                 for prompt, number in zip(prompts, numbers, strict=True)
             ]
             thinking = {rollout.sampled: rollout for rollout in rollouts}
-            while thinking:
-                for continuation in loop.step():
+            self._next_number = len(prompts) * per_rollout  # of the checks, so that the others keep their seeds
+            while thinking or any(rollout.has_open_checks() for rollout in rollouts):
+                grown = loop.step()
+                for continuation in grown:
                     rollout = thinking.get(continuation)
                     if rollout is None:
                         continue  # a summary
                     # A marker that is found in the text does not stop the engine
                     if rollout.has_ended() and not continuation.finished:
                         loop.abort([continuation])
+                    if stop is not None:
+                        self._request_checks(loop, rollout, settings)
                     if continuation.finished:
                         del thinking[continuation]
-                    if self._overlap:
+                    if self._overlap and stop is None:  # where a trace will be cut is not known before
                         self._summarise(loop, rollout, settings)
+                if stop is not None:
+                    self._end_settled(loop, rollouts, thinking)
         with self.times("summarising"):
             for rollout in rollouts:
                 self._summarise(loop, rollout, settings)
             while loop.has_unfinished:
                 loop.step()
         return rollouts
+
+    def _request_checks(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+        """Request the summaries of all checks that the thinking has passed since the last call."""
+        stop = settings.stop
+        assert stop is not None
+        end = rollout.scan.end_of_thinking(rollout.sampled.token_ids)
+        length = len(rollout.sampled.token_ids) if end is None else end
+        if rollout.sampled.finished:  # nothing is left to end where the thinking ended
+            length -= 1
+        sampling = self._sampling(settings.max_summary_length, settings.eos_token_ids)
+        for check in range(len(rollout.checks), length // stop.every):
+            context = settings.check_context((check + 1) * stop.every)
+            token_ids = context.token_ids(rollout.prompt_ids, rollout.thinking(settings))
+            first = self._next_number
+            rollout.checks.append(
+                [loop.add(token_ids, _with_seed(sampling, first + a)) for a in range(context.num_summaries)]
+            )
+            self._next_number += context.num_summaries
+            rollout.num_context_tokens += context.num_summaries * len(token_ids)
+
+    def _end_settled(
+        self, loop: _EngineLoop, rollouts: list[_OpenRollout], thinking: dict[_Continuation, _OpenRollout]
+    ) -> None:
+        """End the thinking that has settled, and the checks behind that place."""
+        for rollout in rollouts:
+            rollout.has_open_checks()
+            if rollout.watch is None or rollout.watch.settled_at is None:
+                continue
+            behind = [summary for check in rollout.checks[len(rollout.watch.checks) :] for summary in check]
+            loop.abort([c for c in (rollout.sampled, *behind) if not c.finished])
+            thinking.pop(rollout.sampled, None)
 
     def _summarise(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
         """Request the summaries at all budgets that the thinking has passed since the last call."""
@@ -316,12 +386,27 @@ class EngineGeneration(Generation):
             ):
                 rollout.summaries.append(rollout.summaries[-1])
                 continue
+            at_check = self._summaries_of_check(rollout, cut, bridge, settings)
+            if at_check is not None:
+                rollout.summaries.append(at_check)
+                continue
             context = [*rollout.prompt_ids, *thinking.token_ids[:cut], *bridge]
             first = rollout.number + 1 + j * num_summaries
             rollout.summaries.append(
                 [loop.add(context, _with_seed(sampling, first + a)) for a in range(num_summaries)]
             )
             rollout.num_context_tokens += num_summaries * len(context)
+
+    def _summaries_of_check(
+        self, rollout: _OpenRollout, cut: int, bridge: tuple[int, ...], settings: RolloutSettings
+    ) -> list[_Continuation] | None:
+        """Return the summaries at a cut that a check has sampled there, or `None` if there are not enough."""
+        if rollout.watch is None or not settings.markers.is_forced(bridge):
+            return None
+        for check, summaries in zip(rollout.watch.checks, rollout.checks, strict=False):
+            if check.cut == cut and len(summaries) >= settings.num_summaries:
+                return summaries[: settings.num_summaries]
+        return None
 
     def _sampling(self, max_tokens: int, stop_token_ids: list[int]) -> dict[str, Any]:
         """Return the sampling parameters of one phase."""

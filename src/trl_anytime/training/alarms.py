@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..evaluation.zeros import CLIPPED, NO_BOX
+from ..evaluation.zeros import CLIPPED, ESCAPED, NO_BOX
 from ..rollout.types import Rollout
 
 logger = get_logger(__name__)
@@ -122,6 +122,11 @@ def _no_box(metrics: Mapping[str, float]) -> float | None:
     return missing / looked_at if looked_at else None
 
 
+def _escapes(metrics: Mapping[str, float]) -> float | None:
+    ratios = [value for name, value in metrics.items() if name.startswith("summary/escape_ratio@")]
+    return sum(ratios) / len(ratios) if ratios else None
+
+
 def _timeouts(metrics: Mapping[str, float]) -> float | None:
     graded = _counts(metrics, "graded")
     return _counts(metrics, "timeouts") / graded if graded else None
@@ -167,6 +172,15 @@ ALARMS = (
         CLIPPED,
         "Raise `max_summary_length`",
         shows=lambda rollout, ids, text: len(ids),
+    ),
+    Alarm(
+        "summaries resume the reasoning",
+        "the mean `summary/escape_ratio@…`",
+        _escapes,
+        ESCAPED,
+        "Look at the sample. If it goes on thinking, set a `truncation_bridge` that the model knows, or begin with "
+        "longer budgets. If it is a good answer that is cut off, raise `max_summary_length`",
+        shows=lambda rollout, ids, text: len(ids) * (not rollout.thinking.finished),
     ),
     Alarm(
         "thinking is never finished",

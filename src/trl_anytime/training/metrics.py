@@ -54,9 +54,10 @@ def rollout_metrics(
     eos_token_ids: Container[int],
     max_summary_length: int,
     gather: Callable[[torch.Tensor], torch.Tensor],
+    escapes: Sequence[Sequence[Sequence[str | None] | None]],
 ) -> dict[str, list[float]]:
     """
-    Compute lengths, formats and signal of the rollouts of all ranks.
+    Compute lengths, formats, escapes and signal of the rollouts of all ranks.
 
     Args:
         rollouts (`Sequence[Rollout]`):
@@ -73,10 +74,14 @@ def rollout_metrics(
             Most tokens of a summary.
         gather (`Callable`):
             Collects a tensor from all ranks along its first dimension.
+        escapes (`Sequence`):
+            Signs of resumed reasoning of each rollout, see [`~trl_anytime.rollout.escapes.EscapeSearch.kinds`].
 
     Returns:
         `dict[str, list[float]]`: one value per rollout. `completions/*_terminated_length` has one value over the
         rollouts whose thinking ended by itself (thinking and all summaries together), and is absent if there are none.
+        `summary/escape_ratio@b` has one value per rollout whose trace was cut by force at b, and is absent if there
+        are none.
     """
     per_rollout = torch.tensor(
         [
@@ -94,15 +99,19 @@ def rollout_metrics(
     per_summary = torch.tensor(
         [
             [
-                [(len(ids), clipped, formed) for ids, clipped, formed in zip(*at_budget, strict=True)]
-                for at_budget in zip(
+                [
+                    (len(ids), clipped, formed, math.nan if kinds is None else kinds[a] is not None)
+                    for a, (ids, clipped, formed) in enumerate(zip(*at_budget, strict=True))
+                ]
+                for kinds, *at_budget in zip(
+                    rollout_escapes,
                     rollout.summaries,
                     rollout.clipped(max_summary_length, eos_token_ids),
                     rollout.well_formed(markers),
                     strict=True,
                 )
             ]
-            for rollout in rollouts
+            for rollout, rollout_escapes in zip(rollouts, escapes, strict=True)
         ],
         dtype=torch.float32,
     )
@@ -110,7 +119,7 @@ def rollout_metrics(
     length, finished, cut, empty, uncut, no_advantage = gather(
         torch.cat([per_rollout.to(advantages), no_advantage], dim=1)
     ).unbind(1)
-    summary_length, clipped, formed = gather(per_summary.to(advantages)).unbind(dim=3)
+    summary_length, clipped, formed, escaped = gather(per_summary.to(advantages)).unbind(dim=3)
     metrics = {
         "anytime/no_advantage_ratio": no_advantage,
         "completions/clipped_ratio": cut,
@@ -122,6 +131,11 @@ def rollout_metrics(
         "summary/clipped_ratio": clipped.mean(dim=(1, 2)),
         **{f"anytime/formatted@{budget}": formed[:, j].mean(dim=1) for j, budget in enumerate(budgets)},
     }
+    for j, budget in enumerate(budgets):
+        of_forced = escaped[:, j].mean(dim=1)
+        of_forced = of_forced[~of_forced.isnan()]
+        if len(of_forced):
+            metrics[f"summary/escape_ratio@{budget}"] = of_forced
     terminated = (length + summary_length.sum(dim=(1, 2)))[cut == 0]
     if len(terminated):
         for name, value in (("mean", terminated.mean()), ("min", terminated.min()), ("max", terminated.max())):

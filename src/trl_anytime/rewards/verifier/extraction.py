@@ -43,6 +43,29 @@ def last_boxed(text: str) -> str | None:
     return None if last is None or last[1] is None else text[last[0] : last[1]]
 
 
+def all_boxed(text: str) -> list[str]:
+    r"""Return the contents of all complete `\boxed{...}` that stand in no other box, in linear time."""
+    if "\\boxed" not in text:
+        return []
+    open_groups: list[int | None] = []  # as in `last_boxed`
+    found: list[str] = []
+    num_open = 0  # boxes
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            if match["open"]:
+                open_groups.append(match.end())
+                num_open += 1
+        elif match[0] == "{":
+            open_groups.append(None)
+        elif match[0] == "}" and open_groups:
+            start = open_groups.pop()
+            if start is not None:
+                num_open -= 1
+                if not num_open:
+                    found.append(text[start : match.start()])
+    return found
+
+
 def answer_paragraph(summary: str, answer_bridge: str) -> str:
     """
     Return the first paragraph of `answer_bridge + summary` that starts with the final-answer text.
