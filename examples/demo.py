@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ import arithmetic
 import datasets
 import torch
 import transformers
-import warm_start
 from peft import LoraConfig
 from smollm2 import HUB_ID, Unavailable, get_model, whole_folder
 from toy_task import show_progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTConfig, SFTTrainer
 
 from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.cli import main as trl_anytime
-from trl_anytime.method.budgets import check_budgets
+from trl_anytime.inference.anytime_config import AnytimeConfig
+from trl_anytime.method.budgets import check_budgets, prior_weights
 from trl_anytime.rewards import TaskReward
 
 BUDGETS = [16, 32, 64, 96]
+SFT_BATCH_SIZE = 16
 PROMPTS_PER_UPDATE, GROUP_SIZE = 8, 8
 # Seeds of the problems, on top of the run's
 EVAL_SEED, SFT_SEED, RL_SEED = 1, 2, 3
@@ -51,27 +54,24 @@ def main(options: argparse.Namespace) -> None:
     check_settings(output, options)
     torch.set_num_threads(options.threads)
     base = options.model or output / "base"
-    started, trained = output / "warm_start", output / "trained"
+    warm_start, trained = output / "warm_start", output / "trained"
 
     if options.model is None and not base.exists():
         print(f"\n1. Get {HUB_ID}", flush=True)
         with timed("download", output):
             print(f"   From {get_model(base)}")
     problems = arithmetic.make_problems(options.eval_problems, EVAL_SEED + 10 * options.seed)
-    if not started.exists():
-        print(
-            f"\n2. Warm start: {options.sft_steps} steps of {warm_start.SFT_BATCH_SIZE} made chains of thought",
-            flush=True,
-        )
+    if not warm_start.exists():
+        print(f"\n2. Warm start: {options.sft_steps} steps of {SFT_BATCH_SIZE} made chains of thought", flush=True)
         with timed("warm start", output):
-            supervised_fine_tune(base, started, set(problems["question"]), options)
+            supervised_fine_tune(base, warm_start, set(problems["question"]), options)
     print("\n3. Accuracy before", flush=True)
     with timed("evaluation before", output):
-        evaluate(started, output / "before", options)
+        evaluate(warm_start, output / "before", options)
     if not (trained / "trainer_state.json").exists():  # written last
         print(f"\n4. BRPO at budgets {options.budgets}, {options.updates} updates", flush=True)
         with timed("BRPO", output):
-            train(started, trained, set(problems["question"]), options)
+            train(warm_start, trained, set(problems["question"]), options)
     print("\n5. Accuracy after", flush=True)
     with timed("evaluation after", output):
         evaluate(trained, output / "after", options, baseline=output / "before" / "results.json")
@@ -116,26 +116,74 @@ def timed(stage: str, output: Path) -> Iterator[None]:
         write(file, costs)
 
 
+def bfloat16_is_faster() -> bool:
+    """Whether this CPU multiplies faster in bfloat16, as those with AVX512-BF16 or AMX do."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        x @ x
+        start = time.perf_counter()
+        for _ in range(5):
+            x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def common_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of both trainers."""
+    return {
+        "bf16": bfloat16_is_faster(),
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "seed": options.seed,
+        "save_total_limit": 1,
+    }
+
+
 def supervised_fine_tune(base: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:
     """Teach a chat model to think, and save it with its anytime config."""
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    warm_start.open_thinking(model, tokenizer)
-    problems = arithmetic.make_problems(
-        options.sft_steps * warm_start.SFT_BATCH_SIZE, SFT_SEED + 10 * options.seed, held_out
-    )
+    arithmetic.open_thinking(model, tokenizer)
+    problems = arithmetic.make_problems(options.sft_steps * SFT_BATCH_SIZE, SFT_SEED + 10 * options.seed, held_out)
     rng = random.Random(options.seed)
-    dataset = warm_start.make_sft_dataset(
-        problems["question"], arithmetic.make_thinking, tokenizer, options.budgets[-1], rng
-    )
+    dataset = arithmetic.make_sft_dataset(problems["question"], tokenizer, options.budgets[-1], rng)
     checkpoints = folder.with_name(f"{folder.name}_checkpoints")
-    trainer = warm_start.make_sft_trainer(model, tokenizer, dataset, checkpoints, options.sft_steps, options.seed)
+    args = SFTConfig(
+        str(checkpoints),
+        max_steps=options.sft_steps,
+        per_device_train_batch_size=SFT_BATCH_SIZE // 2,
+        gradient_accumulation_steps=2,
+        learning_rate=4e-4,
+        warmup_steps=options.sft_steps // 10,
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        dataset_kwargs={"skip_prepare_dataset": True},  # it is tokenized
+        save_steps=15,
+        **common_settings(options),
+    )
+    trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+
+    config = AnytimeConfig.from_tokenizer(
+        tokenizer, truncation_bridge=arithmetic.TRUNCATION_BRIDGE, answer_bridge=arithmetic.ANSWER_BRIDGE
+    )
+    sampling = replace(config.sampling, temperature=1.0)
+    config = replace(
+        config,
+        budgets=options.budgets,
+        prior=prior_weights("uniform", options.budgets).tolist(),
+        max_summary_length=arithmetic.MAX_SUMMARY_LENGTH,
+        sampling=sampling,
+    )
     with whole_folder(folder) as part:
         trainer.save_model(str(part))
-        warm_start.make_anytime_config(tokenizer, options.budgets).save_pretrained(part)
+        config.save_pretrained(part)
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -144,18 +192,18 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
 
 
-def train(started: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:
+def train(warm_start: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:
     """Train by BRPO, and save the model with its card."""
     problems = arithmetic.make_problems(options.updates * PROMPTS_PER_UPDATE, RL_SEED + 10 * options.seed, held_out)
-    dataset = problems.map(lambda row: {"prompt": warm_start.make_prompt(row["question"])})
+    dataset = problems.map(lambda row: {"prompt": arithmetic.make_prompt(row["question"])})
     args = BRPOConfig(
         str(folder),
         budgets=options.budgets,
         num_summaries=2,
         summary_weight="objective",
-        max_summary_length=warm_start.MAX_SUMMARY_LENGTH,
-        truncation_bridge=warm_start.TRUNCATION_BRIDGE,
-        answer_bridge=warm_start.ANSWER_BRIDGE,
+        max_summary_length=arithmetic.MAX_SUMMARY_LENGTH,
+        truncation_bridge=arithmetic.TRUNCATION_BRIDGE,
+        answer_bridge=arithmetic.ANSWER_BRIDGE,
         num_generations=GROUP_SIZE,
         per_device_train_batch_size=GROUP_SIZE,  # the logits of more rows would be what takes the memory
         gradient_accumulation_steps=PROMPTS_PER_UPDATE,
@@ -167,14 +215,14 @@ def train(started: Path, folder: Path, held_out: set[str], options: argparse.Nam
         card_base_model=None if options.model else HUB_ID,
         card_dataset="chain_sum of reasoning-gym",
         card_question=dataset[0]["question"],
-        **warm_start.common_settings(options.seed),
+        **common_settings(options),
     )
     trainer = BRPOTrainer(
-        str(started),
+        str(warm_start),
         args,
         dataset,
         reward_funcs=TaskReward(),
-        processing_class=AutoTokenizer.from_pretrained(started),
+        processing_class=AutoTokenizer.from_pretrained(warm_start),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if options.lora else None,
     )
     show_progress(trainer)

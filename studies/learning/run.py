@@ -18,7 +18,6 @@ import time
 import traceback
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,13 @@ def run_job(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     # They take long, and only the workers need them
     from transformers.utils import logging
 
+    from . import measure, training
+
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
     start = time.perf_counter(), time.process_time()
-    module = import_module(f"{study.package}.{'measure' if job.kind == 'measure' else 'training'}")
-    record = getattr(module, job.kind)(study, job, output_dir / "models" / job.name)
+    work = {"warm_start": training.warm_start, "train": training.train, "measure": measure.measure}[job.kind]
+    record = work(study, job, output_dir / "models" / job.name)
     gc.collect()  # trainers hold themselves in cycles
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     return {"job": vars(job), **record, "job_seconds": [round(s, 1) for s in seconds]}

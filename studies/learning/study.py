@@ -81,8 +81,6 @@ class Study:
             In order of importance, each with `cells`, `arms`, `seeds`, and optionally `learning_rates` to try in
             place of the set ones, or `measure: true` to measure the checkpoints (`warm_start` among the arms) instead
             of training.
-        package (`str`, *optional*, defaults to `"studies.learning"`):
-            Where `training` and `measure` lie, which do the jobs.
     """
 
     tasks: dict[str, dict[str, Any]]
@@ -92,7 +90,6 @@ class Study:
     learning_rates: dict[str, dict[str, float]]
     warm_start_seeds: list[int]
     stages: list[dict[str, Any]]
-    package: str = "studies.learning"
 
     @classmethod
     def load(cls, path: str | Path) -> "Study":

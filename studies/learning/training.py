@@ -138,18 +138,10 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
         eval_steps=study.training["eval_every"],
         **settings,
     )
-    record = run_arm(study, job, trainer)
-    trainer.save_model()
-    return record
-
-
-def run_arm(study: Study, job: Job, trainer: BRPOTrainer) -> dict[str, Any]:
-    """Train; returns the curve and the costs so far at each evaluation, and the seconds of an update by phase."""
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
 
-    budgets = trainer.args.budgets
     history = trainer.state.log_history
     logs = [log for log in history if "loss" in log]
     per_rollout = len(budgets) * trainer.args.num_summaries
@@ -159,7 +151,7 @@ def run_arm(study: Study, job: Job, trainer: BRPOTrainer) -> dict[str, Any]:
         rollouts * (log["thinking/mean_length"] + per_rollout * log.get("summary/mean_length", 0))
         for log in logs
     ]
-    return {
+    record = {
         "budgets": budgets,
         "phase_seconds": {
             name.removeprefix("time/"): round(sum(log[name] for log in logs) / len(logs), 4)
@@ -178,3 +170,5 @@ def run_arm(study: Study, job: Job, trainer: BRPOTrainer) -> dict[str, Any]:
             if "eval_runtime" in log
         ],
     }
+    trainer.save_model()
+    return record

@@ -14,19 +14,27 @@ import arithmetic
 import demo
 import pytest
 import smollm2
-import warm_start
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from tests.support import ROOT
-from tests.support.tiny import make_model, save_chat_model
+from tests.support.tiny import byte_tokenizer, make_model
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 QUESTION = "State the final answer to the following arithmetic problem: 15 - 43 + 7 ="
 
 
 @pytest.fixture
 def chat_model(tmp_path) -> Path:
-    return save_chat_model(tmp_path / "chat_model")
+    """A random chat model, whose template knows no thinking."""
+    folder = tmp_path / "chat_model"
+    tokenizer = byte_tokenizer([], 300, CHATML, special_tokens=("<|im_end|>", "<|im_start|>"), end="<|im_end|>")
+    tokenizer.save_pretrained(folder)
+    make_model("llama", len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    return folder
 
 
 # Chains of thought
@@ -59,11 +67,11 @@ def test_thinking_leads_to_its_answer():
 def test_sft_rows_train_thinking_and_answer_only(chat_model):
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
     model = make_model("llama", len(tokenizer))
-    warm_start.open_thinking(model, tokenizer)
+    arithmetic.open_thinking(model, tokenizer)
     end = tokenizer.convert_tokens_to_ids("</think>")
     assert tokenizer("</think>", add_special_tokens=False)["input_ids"] == [end]
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
-    rows = warm_start.make_sft_dataset([QUESTION] * 200, arithmetic.make_thinking, tokenizer, 60, random.Random(0))
+    rows = arithmetic.make_sft_dataset([QUESTION] * 200, tokenizer, 60, random.Random(0))
     prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n<think>\n"
     prompt_length = len(tokenizer(prompt)["input_ids"])
     written = 0
@@ -75,7 +83,7 @@ def test_sft_rows_train_thinking_and_answer_only(chat_model):
         assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
         behind = ids.index(end) + 1
         assert behind - 1 - prompt_length <= 60
-        bridge = len(tokenizer(warm_start.ANSWER_BRIDGE)["input_ids"])
+        bridge = len(tokenizer(arithmetic.ANSWER_BRIDGE)["input_ids"])
         assert labels[behind : behind + bridge] == [-100] * bridge and -100 not in labels[behind + bridge :]
         written += labels[behind - 1] == end  # trained where the trace ended by itself, not where it was cut
     assert 0 < written < 200

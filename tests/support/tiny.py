@@ -1,7 +1,5 @@
 """A tokenizer, models and data small enough to train in a test, made on the spot."""
 
-from pathlib import Path
-
 import torch
 from datasets import Dataset
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
@@ -182,15 +180,3 @@ class Recorder(BRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         self.scored.append(output)
         return output
-
-
-def save_chat_model(folder: Path) -> Path:
-    """Save a random ChatML model, whose template knows no thinking."""
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = byte_tokenizer([], 300, template, special_tokens=("<|im_end|>", "<|im_start|>"), end="<|im_end|>")
-    tokenizer.save_pretrained(folder)
-    make_model("llama", len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
-    return folder
