@@ -67,7 +67,8 @@ def plot_checkpoints(
     """
     Plot curves over training, with a column of panels for each data set.
 
-    Above are the curves against budgets, coloured by step. Below is the accuracy at each budget against steps.
+    Above are the curves against budgets, coloured by step, and the frontier as a dashed line if there is one. Below is
+    the accuracy at each budget against steps.
 
     Args:
         by_step (`Mapping[int, dict]`):
@@ -89,9 +90,13 @@ def plot_checkpoints(
             before = [e["mean"] for e in baseline["curves"][name]["accuracy"]]
             label = for_plot(baseline["protocol"]["model"])
             above.plot(baseline["protocol"]["budgets"], before, "o--", ms=3, color="gray", label=label)
-            above.legend(loc="lower right", fontsize="small")
         for curve, color in zip(curves.values(), of_steps.to_rgba(np.array(steps)), strict=True):
             above.plot(budgets, curve, "o-", ms=3, color=color)
+        frontiers = [results["frontier"][name] for results in by_step.values() if name in results.get("frontier", {})]
+        if frontiers:
+            above.plot(*zip(*frontiers[-1], strict=True), "k--", lw=1, label="frontier")
+        if above.get_legend_handles_labels()[0]:
+            above.legend(loc="lower right", fontsize="small")
         at_budgets = zip(*curves.values(), strict=True)
         for means, color in zip(at_budgets, of_budgets.to_rgba(np.array(budgets)), strict=True):
             below.plot(steps, means, "o-", ms=3, color=color)
