@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +114,10 @@ def test_a_curve(folder, finished, capsys):
     assert run(folder, "finished") == 0  # all is there, so nothing is drawn
     printed = capsys.readouterr()
     lines = printed.out.partition("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == ["budget", *map(str, BUDGETS), "anytime", "thinking", "finished"]
+    assert [line.split()[0] for line in lines] == [
+        *("budget", *map(str, BUDGETS)),
+        *("anytime", "area", "index", "stable", "flipped", "thinking", "finished"),
+    ]
     assert "%|" not in printed.err  # no progress bars in a pipe
     assert load_results(finished / "results.json") == results
 
@@ -334,6 +339,18 @@ def test_a_row_for_each_answer(finished):
     )
 
 
+def test_a_row_for_each_sample_says_when_it_stays_right(finished):
+    rows = load_dataset("parquet", data_files=str(finished / "samples.parquet"), split="train").to_pandas()
+    answers = load_dataset("parquet", data_files=str(finished / "answers.parquet"), split="train").to_pandas()
+    key = ["dataset", "question", "sample"]
+    stable = answers[answers["stays_right"]].groupby(key)["budget"].min()
+    found = rows.set_index(key)["first_stable_budget"].dropna()
+    assert found.sort_index().to_dict() == stable.to_dict() and len(found) > 0
+    for place, count in rows.set_index(key)["flips"].items():
+        rewards = answers.set_index(key).loc[place].sort_values("budget")["reward"].tolist()
+        assert count == sum(a > b for a, b in pairwise(rewards))
+
+
 # Baselines and pictures
 
 
@@ -367,6 +384,50 @@ def test_plots(folder, finished, tmp_path, capsys):
     assert main(["plot", str(tmp_path)]) == BAD_INPUT
     assert main(["plot", str(folder)]) == BAD_INPUT
     assert str(folder) in capsys.readouterr().err
+
+
+def test_results_of_an_older_version(folder, finished, tmp_path):
+    """Those without areas, stability and frontiers. The picture of questions needs none of them."""
+    results = json.loads((finished / "results.json").read_text())
+    for name in ("right_at", "first_stable_budget", "flips"):
+        del results[name]
+    for curve in results["curves"].values():
+        for name in ("area", "anytime_index", "stability"):
+            del curve[name]
+    old = tmp_path / "results.json"
+    old.write_text(json.dumps(results))
+    for name, more in (("curves", []), ("questions", ["--questions"])):
+        assert main(["plot", str(old), *more, "--output", str(tmp_path / f"{name}.png")]) == 0
+        assert (tmp_path / f"{name}.png").stat().st_size > 0
+    assert run(folder, "finished", "--baseline", old) == 0
+    assert load_results(finished / "results.json")["baseline"]["model"] == str(folder)
+
+
+def test_a_frontier(folder, finished, tmp_path, capsys):
+    (tmp_path / "frontier.csv").write_text("budget,accuracy\n2,0.5\n64,1\n")
+    shutil.copytree(finished, folder / "gap")
+    assert run(folder, "gap", "--frontier", tmp_path / "frontier.csv") == 0
+    results = load_results(folder / "gap" / "results.json")
+    gap = results["curves"]["problems"]["gap"]
+    # At 32 the frontier is 0.5 + 0.5 · 30 / 62
+    assert (gap["from"], gap["to"]) == (2, 32)
+    mean = 0.5 + 0.25 * 30 / 62 - results["curves"]["problems"]["area"]["mean"]
+    assert gap["mean"]["mean"] == pytest.approx(mean) and gap["area"]["mean"] == pytest.approx(30 * mean)
+    assert "gap" in [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    (tmp_path / "frontier.csv").write_text("budget,accuracy\n2,50\n64,100\n")
+    assert run(folder, "none", "--frontier", tmp_path / "frontier.csv") == BAD_INPUT
+    assert "frontier.csv" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+
+
+def test_results_with_no_question_right(folder):
+    """The columns keep their types, and there is no index."""
+    (folder / "none.py").write_text("def none(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    assert run(folder, "zero", "--reward", f"{folder / 'none.py'}:none", "--limit", 2, "--samples", 1) == 0
+    curve = load_results(folder / "zero" / "results.json")["curves"]["problems"]
+    assert curve["anytime_index"] is None and curve["stability"]["never_right"] == 2
+    rows = load_dataset("parquet", data_files=str(folder / "zero" / "samples.parquet"), split="train")
+    assert rows.features["first_stable_budget"].dtype == "int64" and set(rows["first_stable_budget"]) == {None}
 
 
 # Bad input

@@ -13,6 +13,7 @@ from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import AnytimeConfig, Sampling
 from trl_anytime.cli import main
 from trl_anytime.commands.common import BAD_INPUT
+from trl_anytime.evaluation.frontier import Frontier
 from trl_anytime.evaluation.journal import Journal
 from trl_anytime.evaluation.problems import load_problems
 from trl_anytime.evaluation.protocol import Protocol
@@ -277,7 +278,7 @@ def sample(question):
     return {**whole, "prompt_tokens": 3, "finished": True, "seconds": 0.5, "cuts": [cut]}
 
 
-RESULTS = results_of(PROTOCOL, [sample(0), sample(1)])
+RESULTS = results_of(PROTOCOL, [sample(0), sample(1)], frontiers={"a": Frontier([3, 12], [0.1, 0.9])})
 RESULT_FIELDS = {
     ("format",): [*NUMBERS, 0, 2, 1.0, ...],
     ("protocol",): [None, [], "x", {}, ...],
@@ -290,6 +291,8 @@ RESULT_FIELDS = {
     ("curves", "a", "accuracy", 0): [None, 0.5, [], {}],
     ("curves", "a", "accuracy", 0, "mean"): [*NUMBERS, 1e300, ...],
     ("curves", "a", "anytime_average"): [None, 0.5, ...],
+    ("frontier",): [None, [], {"a": None}, {"a": []}, {"a": [[3]]}, {"a": [[3, "1"]]}, {"a": [[3, NAN]]}],
+    ("right_at",): NUMBERS,
     ("questions",): [None, [], {}, ..., {"b": [[1.0] * 4] * 2}],
     ("questions", "a"): [None, {}, [], [[1.0] * 4], [[1.0] * 3] * 2],
     ("questions", "a", 0): [None, 1.0, [], [1.0], ["1"] * 4],

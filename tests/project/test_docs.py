@@ -182,6 +182,7 @@ def workplace(tmp_path_factory):
         '{"problem": "1 2", "answer": 3}\n{"problem": "4 5", "answer": 9}\n'
     )
     write_own_data(folder)
+    (folder / "frontier.csv").write_text(next(b.code for b in blocks("csv") if b.page == "docs/evaluation.md"))
     results = [
         "--dataset",
         str(folder / "problems" / "amc.jsonl"),

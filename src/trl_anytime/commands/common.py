@@ -41,19 +41,28 @@ class Commands:
 
 def parse_budgets(text: str) -> list[int]:
     """Parse budgets from `250:8000:250` (first, last and step) or `250,1000,8000`."""
+    return _parse_increasing(text, "budgets", 1, "250,1000,8000, or 250:8000:250")
+
+
+def parse_steps(text: str) -> list[int]:
+    """Parse the steps of checkpoints from `100:1000:100` (first, last and step) or `100,200`."""
+    return _parse_increasing(text, "steps", 0, "100,200, or 100:1000:100")
+
+
+def _parse_increasing(text: str, what: str, least: int, example: str) -> list[int]:
     try:
         if ":" in text:
             first, last, step = (int(part) for part in text.split(":"))
-            budgets = list(range(first, last + 1, step))
+            numbers = list(range(first, last + 1, step))
         else:
-            budgets = [int(part) for part in text.split(",")]
+            numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        budgets = []
-    if not budgets or budgets[0] < 1 or any(a >= b for a, b in pairwise(budgets)):
-        in_order = ",".join(map(str, sorted({budget for budget in budgets if budget > 0})))
-        fix = f"Give {in_order}." if in_order else "Give 250,1000,8000, or 250:8000:250 (first:last:step)."
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of increasing budgets. {fix}")
-    return budgets
+        numbers = []
+    if not numbers or numbers[0] < least or any(a >= b for a, b in pairwise(numbers)):
+        in_order = ",".join(map(str, sorted({number for number in numbers if number >= least})))
+        fix = f"Give {in_order}." if in_order else f"Give {example} (first:last:step)."
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of increasing {what}. {fix}")
+    return numbers
 
 
 def add_model(

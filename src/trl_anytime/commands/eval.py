@@ -1,14 +1,14 @@
-"""`trl-anytime eval`: measure a whole accuracy-versus-budget curve."""
+"""`trl-anytime eval`: measure a whole accuracy-versus-budget curve, of a model or of each checkpoint of a run."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..outside.display import for_shell
-from .common import SYSTEM_PROMPT, Commands, add_model, add_sampling, say
-from .loading import check_machine, load_model, load_tokenizer_and_config
+from . import checkpoints
+from .common import SYSTEM_PROMPT, Commands, add_model, add_sampling, parse_steps, say
+from .loading import check_machine
+from .measurement import FILES, Measurement, print_results
 
 # `None` keeps the value of the model's anytime config
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -34,6 +34,7 @@ def add_to(commands: Commands) -> None:
         "  trl-anytime eval outputs/model --dataset mine.jsonl --answer-column truth --limit 100\n"
         "  trl-anytime eval deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B --preset paper --backend vllm --output base\n"
         "  trl-anytime eval outputs/model --preset paper --backend vllm --baseline base/results.json\n"
+        "  trl-anytime eval outputs/model --checkpoints --dataset math500 --budgets 500:8000:500\n"
         "  trl-anytime eval outputs/model --dataset math500 --base-url http://localhost:8000 --concurrency 64",
     )
     add_model(command, with_backend=True)
@@ -76,119 +77,59 @@ def add_to(commands: Commands) -> None:
     )
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--baseline", type=Path, metavar="RESULTS", help="results.json to compare with")
+    measure.add_argument(
+        "--frontier",
+        type=Path,
+        metavar="FILE",
+        help="best known accuracies to measure the gap to: CSV or JSON with budget, accuracy and perhaps dataset",
+    )
+    measure.add_argument(
+        "--right-at",
+        type=float,
+        default=0.5,
+        metavar="REWARD",
+        help="least mean reward of a question that counts as right (default: %(default)g)",
+    )
     measure.add_argument("--batch-size", type=int, metavar="N", help="samples that are computed together")
-    measure.add_argument("--output", type=Path, help="folder of the results (default: outputs/eval/MODEL)")
+    measure.add_argument(
+        "--output", type=Path, help="folder of the results (default: outputs/eval/MODEL, or MODEL-checkpoints there)"
+    )
+    checkpoints = command.add_argument_group("checkpoints")
+    checkpoints.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="evaluate each checkpoint-STEP in the folder MODEL, one after another, into a folder of its own",
+    )
+    checkpoints.add_argument(
+        "--steps", type=parse_steps, help="only these: 100,200 or 100:1000:100 (default: all checkpoints)"
+    )
     command.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..data.problems import as_flag
-    from ..evaluation.evaluate import INSTRUCTION, Evaluation
-    from ..evaluation.problems import load_problems
-    from ..evaluation.protocol import NOT_COMPARED as not_compared
-    from ..evaluation.protocol import differences
-    from ..evaluation.results import (
-        comparison,
-        limited_answers,
-        load_results,
-        results_of,
-        save_answers,
-        save_samples,
-        table,
-    )
-    from ..evaluation.settling import settling_table
-    from ..evaluation.zeros import explain_zeros
-
     for name, value in _PRESETS.get(options.preset, {}).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if not options.datasets:
         raise ValueError("There is no data set to evaluate on. Set --dataset (such as --dataset aime24) or --preset.")
+    if options.steps is not None and not options.checkpoints:
+        raise ValueError("--steps names checkpoints. Add --checkpoints, or remove it.")
+    if options.checkpoints and options.base_url:
+        raise ValueError(
+            "--checkpoints and --base-url exclude each other, because a server holds one model. Leave out --base-url, "
+            "or serve and evaluate each checkpoint by itself."
+        )
+    found = checkpoints.find(Path(options.model), options.steps) if options.checkpoints else []
     check_machine(options)
-    baseline = None if options.baseline is None else load_results(options.baseline)
-    reward = None if options.reward is None else _load_function(options.reward)
-    problem_sets = [
-        load_problems(
-            source,
-            options.problem_column,
-            options.answer_column,
-            options.split,
-            options.limit,
-            options.on_bad_gold,
-            any_text=reward is not None,
-            spell=as_flag,
-        )
-        for source in options.datasets
-    ]
-    tokenizer, config = load_tokenizer_and_config(options)
-    output = options.output or Path("outputs", "eval", Path(options.model).name)
-    evaluation = Evaluation(
-        load_model(options),
-        tokenizer,
-        config,
-        problem_sets,
-        options.model,
-        num_samples=1 if options.samples is None else options.samples,
-        num_summaries=options.summaries,
-        instruction=INSTRUCTION if options.instruction is None else options.instruction,
-        reward=reward,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        max_cached_tokens=options.max_cached_tokens,
-    )
-    if baseline is not None:  # before sampling, which may take hours
-        found = differences(evaluation.protocol.as_dict(), baseline["protocol"], not_compared)
-        if found:
-            raise ValueError(f"{options.baseline} has another protocol: {'; '.join(found)}. Use the same settings.")
-    records = evaluation.run(output / "samples.jsonl")
-    results = results_of(evaluation.protocol, records)
-    if baseline is not None:
-        results["baseline"] = comparison(results, baseline)
-    _write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    save_samples(records, problem_sets, output / "samples.parquet")
-    save_answers(records, problem_sets, output / "answers.parquet")
-    _draw([results] if baseline is None else [baseline, results], output / "curve.png")
-    _draw_settling(results, output / "settling.png")
-    tables = filter(None, (table(results), settling_table(results)))
-    say(json.dumps(results, indent=1) if options.json else "\n\n".join(tables))
-    for said in filter(None, (*explain_zeros(results), limited_answers(results))):
-        say(f"\n{said}", sys.stderr)
-    say(
-        f"\nIn {output}: results.json, samples.jsonl, samples.parquet, answers.parquet, curve.png, settling.png",
-        sys.stderr,
-    )
+    measurement = Measurement.of(options, None if options.reward is None else _load_function(options.reward))
+    name = Path(options.model).name + "-checkpoints" * options.checkpoints
+    output = options.output or Path("outputs", "eval", name)
+    if options.checkpoints:
+        return checkpoints.run(options, measurement, found, output)
+    results = measurement.measure(measurement.evaluation(options), options, output)
+    print_results(results, options.json)
+    say(f"\nIn {output}: {FILES}", sys.stderr)
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _draw(results: list[dict[str, Any]], path: Path) -> None:
-    try:
-        from ..reporting.plots import plot_results
-    except ModuleNotFoundError as error:
-        say(
-            f"{path.name} is not drawn, because {error.name} is missing. Run `pip install 'trl-anytime[plot]'`, then "
-            f"`trl-anytime plot {for_shell(str(path.with_name('results.json')))}`.",
-            sys.stderr,
-        )
-        return
-    plot_results(results, path)
-
-
-def _draw_settling(results: dict[str, Any], path: Path) -> None:
-    """Draw what stopping early saves and loses, if there is a setting to try and matplotlib is installed."""
-    try:
-        from ..reporting.settling_plot import plot_settling
-    except ModuleNotFoundError:  # `_draw` has said so
-        return
-    groups = results["settling"]["groups"]
-    if any(group["points"] for group in groups.values()):
-        plot_settling(results["settling"], path)
 
 
 def _load_function(text: str) -> Any:

@@ -1,7 +1,7 @@
 """Load what a command's options name: tokenizer and anytime config, model, engine, a server's client."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,17 +9,30 @@ if TYPE_CHECKING:
     from ..inference.anytime_config import AnytimeConfig
 
 
-def load_tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, AnytimeConfig]":
-    """Load the model's tokenizer and anytime config, and apply the options for budgets and sampling."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer_and_config(options: argparse.Namespace, run: Path | None = None) -> "tuple[Any, AnytimeConfig]":
+    """
+    Load the model's tokenizer and anytime config, and apply the options for budgets and sampling.
+
+    Args:
+        options (`Namespace`):
+            Options with `model`.
+        run (`Path`, *optional*):
+            Folder of the run, if the model is a checkpoint of it. It is taken for files that the checkpoint lacks.
+    """
     from dataclasses import replace
 
     from transformers import AutoTokenizer
 
-    from ..inference.anytime_config import AnytimeConfig
+    from ..inference.anytime_config import ANYTIME_CONFIG_NAME, AnytimeConfig
 
-    tokenizer = _loaded("tokenizer", options.model, AutoTokenizer.from_pretrained)
+    tokenizer = _loaded("tokenizer", _holder(options.model, run, _TOKENIZER), AutoTokenizer.from_pretrained)
     config = AnytimeConfig.from_pretrained(
-        options.model,
+        _holder(options.model, run, (ANYTIME_CONFIG_NAME,)),
         tokenizer,
         think_end=options.think_end,
         truncation_bridge=options.truncation_bridge,
@@ -33,6 +46,35 @@ def load_tokenizer_and_config(options: argparse.Namespace) -> "tuple[Any, Anytim
     if given.get("system_prompt") is not None:
         changes["system_prompt"] = given["system_prompt"] or None
     return tokenizer, replace(config, sampling=replace(config.sampling, **sampling), **changes)
+
+
+def _holder(model: str, run: Path | None, names: Sequence[str]) -> str:
+    """Return where files are taken from: a checkpoint, else its run, else the base model of an adapter."""
+    from ..outside.validation import MEBIBYTE, fields, read_json, string
+
+    if run is None:
+        return model
+    for folder in (Path(model), run):
+        if any((folder / name).is_file() for name in names):
+            return str(folder)
+    adapter = Path(model, _ADAPTER_CONFIG)
+    if not adapter.is_file():
+        return model
+    return read_json(adapter, fields(base_model_name_or_path=string(10_000, least=1)), MEBIBYTE)[
+        "base_model_name_or_path"
+    ]
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """Return the files with weights in a model's folder."""
+    return sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.is_file()})
+
+
+def checksum_of_weights(model: str) -> str | None:
+    """Return a checksum of the weights in a model's folder, or `None` for a model of the Hub."""
+    from ..training.checkpoint import checksum
+
+    return " ".join(f"{file.name}:{checksum(file):08x}" for file in weights_of(Path(model))) or None
 
 
 def make_client(options: argparse.Namespace) -> Any:
@@ -58,6 +100,11 @@ def load_model(options: argparse.Namespace) -> Any:
     if options.base_url:
         return make_client(options)
     if vars(options).get("backend") == "vllm":
+        if Path(options.model, _ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{options.model} holds an adapter, which --backend vllm does not load. Leave the option out, or "
+                "merge the adapter into its base model."
+            )
         return _vllm()(
             options.model,
             dtype=options.dtype,

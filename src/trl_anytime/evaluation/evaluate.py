@@ -42,7 +42,7 @@ class Evaluation:
 
     Args:
         model ([`~transformers.PreTrainedModel`], `vllm.LLM` or [`CompletionClient`]):
-            The model, an engine, or a server.
+            The model, an engine, or a server. Only [`run`] needs it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
         config ([`AnytimeConfig`]):
@@ -67,6 +67,8 @@ class Evaluation:
             Seed of the draws.
         max_cached_tokens (`int`, *optional*):
             See [`TransformersGeneration`].
+        weights (`str`, *optional*):
+            Checksum of the model's weights, see [`Journal`].
 
     Raises:
         `ValueError`: If settings do not fit each other, or a budget is beyond the context.
@@ -84,6 +86,7 @@ class Evaluation:
     batch_size: int | None = None
     seed: int = 0
     max_cached_tokens: int | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_summaries", "batch_size"):
@@ -140,6 +143,20 @@ class Evaluation:
         }
         return {name: self.config.prompt_ids(self.tokenizer, messages) for name, messages in prompts.items()}
 
+    def finished(self, journal_path: Path) -> list[dict[str, Any]] | None:
+        """
+        Return the records of all samples if the journal has them, else `None`.
+
+        Raises:
+            `ValueError`: If the journal belongs to another protocol or other weights.
+        """
+        if not journal_path.exists():
+            return None
+        journal = Journal(journal_path, self.protocol, self.weights)
+        journal.close()
+        expected = sum(len(problems.questions) for problems in self.problem_sets) * self.num_samples
+        return sorted(journal.records, key=sample_key) if len(journal.records) == expected else None
+
     def run(self, journal_path: Path) -> list[dict[str, Any]]:
         """
         Draw and grade all samples that the journal does not have yet.
@@ -148,14 +165,14 @@ class Evaluation:
             `list[dict]`: the records of all samples.
 
         Raises:
-            `ValueError`: If a budget is beyond the context, the journal belongs to another protocol, or the model's
-            server refuses a request for good.
+            `ValueError`: If a budget is beyond the context, the journal belongs to another protocol or other weights,
+            or the model's server refuses a request for good.
             `ConnectionError`: If the server fails for longer than its client's patience. What is finished is kept.
         """
         longest = max(len(ids) for dataset_ids in self._prompt_ids.values() for ids in dataset_ids)
         whose = "the server's" if isinstance(self.model, CompletionClient) else "the model's"
         self.config.check_context(longest, self.config.budgets[-1], context_length(self.model), whose)
-        journal = Journal(journal_path, self.protocol)
+        journal = Journal(journal_path, self.protocol, self.weights)
         try:
             done = {sample_key(record) for record in journal.records}
             # Take all questions once before any question twice

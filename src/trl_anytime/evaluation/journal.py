@@ -35,22 +35,25 @@ class Journal:
             Path of the file. It is created if it does not exist.
         protocol ([`Protocol`]):
             Protocol of the evaluation.
+        weights (`str`, *optional*):
+            Checksum of the model's weights. Samples of others are refused. `None` if not known.
 
     Attributes:
         records (`list[dict]`):
             Finished samples.
 
     Raises:
-        `ValueError`: If the file belongs to another protocol, or is damaged elsewhere than at its end. The message
-            names the line and the field.
+        `ValueError`: If the file belongs to another protocol or other weights, or is damaged elsewhere than at its
+            end. The message names the line and the field.
     """
 
-    def __init__(self, path: Path, protocol: Protocol):
+    def __init__(self, path: Path, protocol: Protocol, weights: str | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.records: list[dict[str, Any]] = []
         complete = 0  # bytes of whole lines. A crash may have left part of a line after them.
         if path.exists():
-            check = fields(protocol=mapping_of(free_form))
+            # Neither journals of version 0.1.0 or older nor those of servers name the weights
+            check = fields({"weights": string(100_000)}, protocol=mapping_of(free_form))
             for i, line in enumerate(read_lines(path, _MOST_BYTES_OF_JOURNAL, _MOST_BYTES_OF_SAMPLE)):
                 complete += len(line)
                 try:
@@ -66,6 +69,11 @@ class Journal:
                         f"{path} belongs to another protocol: {'; '.join(found)}. Set another --output, or repeat "
                         "the command that created it."
                     )
+                if weights is not None and values.get("weights", weights) != weights:
+                    raise ValueError(
+                        f"{path} has samples of other weights: {protocol.model} has been saved once more since. Set "
+                        "another --output, or remove the file."
+                    )
                 check = _sample_of(protocol)
             if len({sample_key(values) for values in self.records}) != len(self.records):
                 raise ValueError(f"{path} has samples twice, because two runs wrote to it. Set another --output.")
@@ -73,7 +81,7 @@ class Journal:
         self._file.truncate(complete)
         self._file.seek(0, os.SEEK_END)
         if not complete:
-            self._append({"protocol": protocol.as_dict()})
+            self._append({"protocol": protocol.as_dict(), **({} if weights is None else {"weights": weights})})
 
     def add(self, record: dict[str, Any]) -> None:
         """Add a finished sample. It is on the disk when this returns."""

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,26 @@ import numpy as np
 from ..inference.anytime_config import BUDGETS
 from ..outside.display import for_terminal
 from ..outside.tables import aligned
-from ..outside.validation import MEBIBYTE, Unfit, fields, free_form, integer, list_of, mapping_of, read_json, string
+from ..outside.validation import (
+    MEBIBYTE,
+    Unfit,
+    fields,
+    free_form,
+    integer,
+    list_of,
+    mapping_of,
+    number,
+    read_json,
+    string,
+)
+from .areas import anytime_index, area_weights
+from .frontier import FRONTIER, Frontier
 from .journal import REWARD
 from .problems import ProblemSet
 from .protocol import NOT_COMPARED, Protocol, differences
 from .settling import calibration
-from .statistics import Estimate, compare, estimates
+from .stability import RIGHT_AT, first_stable, flips, right_in_sample, stability, stays_right
+from .statistics import Estimate, ResampledCurve, compare
 from .zeros import COUNTERS, alarms, answer_counts
 
 AVERAGE = "average"  # over several data sets, each with the same weight
@@ -27,6 +41,7 @@ _MOST_BYTES_OF_RESULTS = 256 * MEBIBYTE
 
 _ESTIMATE = fields(mean=REWARD, low=REWARD, high=REWARD)
 _RESULTS = fields(
+    {"frontier": mapping_of(FRONTIER, most=_MOST_SETS + 1), "right_at": number(-1e30, 1e30)},
     protocol=fields(
         model=string(10_000),
         budgets=BUDGETS,
@@ -52,7 +67,18 @@ def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[st
     }
 
 
-def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, Any]:
+def curve_names(sets: Iterable[str]) -> list[str]:
+    """Return the names of an evaluation's curves: those of its data sets, and the average of several."""
+    names = list(sets)
+    return [*names, AVERAGE] if len(names) > 1 else names
+
+
+def results_of(
+    protocol: Protocol,
+    records: list[dict[str, Any]],
+    right_at: float = RIGHT_AT,
+    frontiers: Mapping[str, Frontier] | None = None,
+) -> dict[str, Any]:
     """
     Return the results of an evaluation, for a file.
 
@@ -61,22 +87,31 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
             Protocol of the evaluation.
         records (`list[dict]`):
             All samples.
+        right_at (`float`, *optional*, defaults to `0.5`):
+            Least mean reward of a question that is right.
+        frontiers (`Mapping[str, Frontier]`, *optional*):
+            Frontiers by the name of the curve.
     """
+    frontiers = {} if frontiers is None else frontiers
     expected = sum(count for _, count in protocol.problems.values()) * protocol.num_samples
     assert len(records) == expected, f"{len(records)} of {expected} samples"
     budgets = protocol.config.budgets
     by_set = accuracies(records, budgets)
     results: dict[str, Any] = {"format": _RESULTS_FORMAT, "protocol": protocol.as_dict(), "curves": {}}
-    groups = {name: [name] for name in protocol.problems}
-    if len(groups) > 1:
-        groups[AVERAGE] = list(protocol.problems)
+    groups = {name: list(protocol.problems) if name == AVERAGE else [name] for name in curve_names(protocol.problems)}
     for group, names in groups.items():
-        curve, average = estimates([by_set[name] for name in names])
+        sets = [by_set[name] for name in names]
+        curve = ResampledCurve.of(sets)
+        index = curve.statistic(lambda curves: anytime_index(curves, budgets))
         group_records = [record for record in records if record["dataset"] in names]
         lengths = [record["thinking_tokens"] for record in group_records]
         results["curves"][group] = {
-            "accuracy": [asdict(estimate) for estimate in curve],
-            "anytime_average": asdict(average),
+            "accuracy": [asdict(estimate) for estimate in curve.at_budgets()],
+            "anytime_average": asdict(curve.average()),
+            "area": asdict(curve.weighted(area_weights(budgets))),
+            "anytime_index": None if index is None else asdict(index),
+            **({"gap": frontiers[group].gap(budgets, curve)} if group in frontiers else {}),
+            "stability": stability(sets, budgets, right_at),
             "thinking": {
                 "mean_tokens": float(np.mean(lengths)),
                 "finished": float(np.mean([record["finished"] for record in group_records])),
@@ -93,6 +128,12 @@ def results_of(protocol: Protocol, records: list[dict[str, Any]]) -> dict[str, A
     bridge = protocol.config.markers.answer_bridge
     results["settling"] = calibration(records, budgets, groups, bridge, protocol.num_summaries)
     results["questions"] = {name: values.tolist() for name, values in by_set.items()}
+    right = {name: values >= right_at for name, values in by_set.items()}
+    results["right_at"] = right_at
+    results["first_stable_budget"] = {name: first_stable(right_QM, budgets) for name, right_QM in right.items()}
+    results["flips"] = {name: flips(right_QM).tolist() for name, right_QM in right.items()}
+    if frontiers:
+        results["frontier"] = {name: frontier.points for name, frontier in frontiers.items()}
     results["cost"] = _cost(records)
     limited: Counter[str] = Counter()
     for record in records:
@@ -191,23 +232,37 @@ def _check_shapes(results: dict[str, Any]) -> None:
             raise Unfit(f"`curves.{name}.accuracy` must have an estimate for each budget.")
 
 
-def save_samples(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path) -> None:
+def save_samples(
+    records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path, right_at: float = RIGHT_AT
+) -> None:
     """Write all samples to a Parquet file, one row each."""
-    from datasets import Dataset
+    from datasets import Dataset, Value
 
     problems = _problem_of(problem_sets)
     rows = [
         {
             **problems(record),
             **{name: record[name] for name in ("thinking", "thinking_tokens", "finished")},
+            "first_stable_budget": first_stable(right, budgets)[0],
+            "flips": int(flips(right)[0]),
             "cuts": record["cuts"],
         }
         for record in records
+        for budgets in [_budgets_of(record)]
+        for right in [right_in_sample(record, budgets, right_at)]
     ]
-    Dataset.from_list(rows).to_parquet(str(path))
+    dataset = Dataset.from_list(rows)
+    # Where no sample stays right, the column would have no type
+    dataset.cast_column("first_stable_budget", Value("int64")).to_parquet(str(path))
 
 
-def save_answers(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path) -> None:
+def _budgets_of(record: dict[str, Any]) -> list[int]:
+    return sorted(budget for cut in record["cuts"] for budget in cut["budgets"])
+
+
+def save_answers(
+    records: list[dict[str, Any]], problem_sets: Sequence[ProblemSet], path: Path, right_at: float = RIGHT_AT
+) -> None:
     """Write all answers to a Parquet file, a row for each sample, budget and summary."""
     from datasets import Dataset, Features, Value
 
@@ -225,18 +280,27 @@ def save_answers(records: list[dict[str, Any]], problem_sets: Sequence[ProblemSe
             **{name: cut[name][k] if name in cut else None for name in ("clipped", "no_box")},
             "escape": cut["escapes"][k] if "escapes" in cut else None,
             "reward": cut["rewards"][k],
+            "stays_right": stable[budget],
         }
         for record in records
+        for stable in [_stable_at(record, right_at)]
         for cut in record["cuts"]
         for budget in cut["budgets"]
         for k in range(len(cut["answers"]))
     ]
     # Given, because a column of nothing but null has no type of its own
     types = {name: type(value).__name__ for name, value in rows[0].items()}
-    types |= {"clipped": "bool", "no_box": "bool", "escape": "str", "reward": "float"}
+    types |= {"clipped": "bool", "no_box": "bool", "escape": "str", "reward": "float", "stays_right": "bool"}
     names = {"str": "string", "int": "int64", "bool": "bool", "float": "float64"}
     features = Features({name: Value(names[kind]) for name, kind in types.items()})
     Dataset.from_list(rows, features).to_parquet(str(path))
+
+
+def _stable_at(record: dict[str, Any], right_at: float) -> dict[int, bool]:
+    """Return for each budget whether a sample is right there and at all larger ones."""
+    budgets = _budgets_of(record)
+    stable = stays_right(right_in_sample(record, budgets, right_at))[0]
+    return dict(zip(budgets, stable.tolist(), strict=True))
 
 
 def _problem_of(problem_sets: Sequence[ProblemSet]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -252,6 +316,11 @@ def _problem_of(problem_sets: Sequence[ProblemSet]) -> Callable[[dict[str, Any]]
         }
 
     return columns
+
+
+def _flipped(stability: dict[str, Any]) -> str:
+    """Say how many questions are right and later wrong, and what this costs at the last budget."""
+    return f"{stability['flipped']} questions, {-100 * stability['at'][-1]['lost']:.1f}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -287,6 +356,13 @@ def table(results: dict[str, Any]) -> str:
         for j, budget in enumerate(budgets)
     ]
     rows.append(["anytime", *(cell(c["anytime_average"]) for c in curves.values())])
+    if len(budgets) > 1:
+        rows.append(["area", *(cell(c["area"]) for c in curves.values())])
+        rows.append(["index", *(cell(c["anytime_index"]) if c["anytime_index"] else "–" for c in curves.values())])
+    if "frontier" in results:
+        rows.append(["gap", *(cell(c["gap"]["mean"]) if "gap" in c else "–" for c in curves.values())])
+    rows.append(["stable", *(f"{c['stability']['right_at_last']} questions" for c in curves.values())])
+    rows.append(["flipped", *(_flipped(c["stability"]) for c in curves.values())])
     rows.append(["thinking", *(f"{c['thinking']['mean_tokens']:.0f} tokens" for c in curves.values())])
     rows.append(["finished", *(f"{100 * c['thinking']['finished']:.1f} %" for c in curves.values())])
     if "baseline" in results:

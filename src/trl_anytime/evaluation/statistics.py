@@ -7,6 +7,7 @@ Wilson's interval is used.
 Dimensions: Q questions, M budgets, B bootstrap samples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -74,33 +75,87 @@ def resampled_means(values_QM: np.ndarray, seed: int = 0) -> np.ndarray:
     )
 
 
-def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Estimate]:
+@dataclass(frozen=True)
+class ResampledCurve:
     """
-    Estimate a curve and its average over budgets.
+    Curve with its bootstrap samples, from which everything that depends on it is estimated.
 
-    For several sets of questions, the estimate is the mean over the sets. Each set is resampled by itself. If each
-    set's questions are all at 0 or all at 1, the interval is the mean of the sets' Wilson intervals. It is then a
-    little too wide.
+    For several sets of questions, the curve is the mean over the sets. Each set is resampled by itself.
 
     Args:
         sets (`list[np.ndarray]`):
             Accuracies of shape (Q, M). Each is the mean over the samples of a question at a budget.
+        means_M (`np.ndarray`):
+            The curve, shape (M,).
+        means_BM (`np.ndarray`):
+            The curve of each bootstrap sample, shape (B, M).
+    """
+
+    sets: list[np.ndarray]
+    means_M: np.ndarray
+    means_BM: np.ndarray
+
+    @classmethod
+    def of(cls, sets: list[np.ndarray], seed: int = 0) -> "ResampledCurve":
+        """Resample sets of accuracies, each of shape (Q, M)."""
+        means_M = np.mean([values_QM.mean(axis=0) for values_QM in sets], axis=0)
+        means_BM = np.mean([resampled_means(values_QM, seed + i) for i, values_QM in enumerate(sets)], axis=0)
+        return cls(sets, means_M, means_BM)
+
+    def weighted(self, weights_M: np.ndarray) -> Estimate:
+        """
+        Estimate a weighted sum over budgets.
+
+        If each set's questions all have the sum 0, or all have the sum 1, the interval is the mean of the sets' Wilson
+        intervals. It is then a little too wide.
+
+        Args:
+            weights_M (`np.ndarray`):
+                Weight of each budget, shape (M,). They sum to 1.
+        """
+        estimate = quantile_estimate(self.means_M @ weights_M, self.means_BM @ weights_M)
+        return _widened(estimate, [values_QM @ weights_M for values_QM in self.sets])
+
+    def at_budgets(self) -> list[Estimate]:
+        """Estimate the curve at each budget."""
+        return [self.weighted(weights_M) for weights_M in np.eye(len(self.means_M))]
+
+    def average(self) -> Estimate:
+        """Estimate the mean over budgets, which is the anytime average."""
+        estimate = quantile_estimate(self.means_M.mean(), self.means_BM.mean(axis=1))
+        return _widened(estimate, [values_QM.mean(axis=1) for values_QM in self.sets])
+
+    def statistic(self, function: Callable[[np.ndarray], np.ndarray]) -> Estimate | None:
+        """
+        Estimate any function of the curve.
+
+        Args:
+            function (`Callable`):
+                Function of curves of shape (…, M), with values of shape (…). NaN means that it is not defined there.
+
+        Returns:
+            [`Estimate`], *optional*: `None` where the function of the curve is not defined. The interval leaves out
+                bootstrap samples for which it is not.
+        """
+        mean, values_B = float(function(self.means_M)), function(self.means_BM)
+        return None if np.isnan(mean) else quantile_estimate(mean, values_B[~np.isnan(values_B)])
+
+
+def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Estimate]:
+    """
+    Estimate a curve and its average over budgets.
+
+    Args:
+        sets (`list[np.ndarray]`):
+            See [`ResampledCurve`].
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
 
     Returns:
         `tuple`: M estimates, and the estimate of their mean, which is the anytime average.
     """
-    curve, average = _bootstrapped(sets, seed)
-    curve = [_widened(estimate, [values_QM[:, j] for values_QM in sets]) for j, estimate in enumerate(curve)]
-    return curve, _widened(average, [values_QM.mean(axis=1) for values_QM in sets])
-
-
-def _bootstrapped(sets: list[np.ndarray], seed: int) -> tuple[list[Estimate], Estimate]:
-    means_M = np.mean([values_QM.mean(axis=0) for values_QM in sets], axis=0)
-    means_BM = np.mean([resampled_means(values_QM, seed + i) for i, values_QM in enumerate(sets)], axis=0)
-    curve = [quantile_estimate(mean, means_BM[:, j]) for j, mean in enumerate(means_M)]
-    return curve, quantile_estimate(means_M.mean(), means_BM.mean(axis=1))
+    curve = ResampledCurve.of(sets, seed)
+    return curve.at_budgets(), curve.average()
 
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> tuple[list[Comparison], Comparison]:
@@ -114,9 +169,13 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> 
             Seed of the draws.
     """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    curve, average = _bootstrapped(differences, seed)
+    resampled = ResampledCurve.of(differences, seed)
+    curve = [
+        quantile_estimate(mean, resampled.means_BM[:, j]) for j, mean in enumerate(resampled.means_M)
+    ]  # differences of 0 or 1 are no proportions, so Wilson's interval does not apply
+    average = quantile_estimate(resampled.means_M.mean(), resampled.means_BM.mean(axis=1))
     generator = np.random.default_rng(seed)
-    observed_M = np.mean([d.mean(axis=0) for d in differences], axis=0)
+    observed_M = resampled.means_M
     flipped = []
     for _ in range(_RESAMPLES // _ROWS_AT_ONCE):
         flips = [generator.choice([-1.0, 1.0], size=(_ROWS_AT_ONCE, len(d))) @ d / len(d) for d in differences]

@@ -12,15 +12,16 @@ from ..outside.display import for_plot
 from .learning_curves import LENGTH, Curve, evaluations, rewards_in_training
 
 # Overrides the user's own settings, because TeX would run commands in a name
-_WITHOUT_TEX = rc_context({"text.usetex": False})
+WITHOUT_TEX = rc_context({"text.usetex": False})
 
 
-@_WITHOUT_TEX
+@WITHOUT_TEX
 def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence[str] | None = None) -> None:
     """
     Plot accuracy against budget with confidence bands.
 
-    There is a panel for each data set, and a curve for each result.
+    There is a panel for each data set, and a curve for each result. The frontier of the last result that has one is a
+    dashed line.
 
     Args:
         results (`Sequence[dict]`):
@@ -48,6 +49,9 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence
             axes.fill_between(
                 budgets, [e.low for e in curve], [e.high for e in curve], color=line.get_color(), alpha=0.15
             )
+        frontiers = [result["frontier"][group] for result in results if group in result.get("frontier", {})]
+        if frontiers:
+            axes.plot(*zip(*frontiers[-1], strict=True), "k--", lw=1, label="frontier")
         drawn = [e for result in results for e in result["curves"].get(group, {"accuracy": ()})["accuracy"]]
         if all(e["low"] >= 0 and e["high"] <= 1 for e in drawn):  # a user's reward may have other bounds
             axes.set_ylim(0, 1)
@@ -57,7 +61,7 @@ def plot_results(results: Sequence[dict[str, Any]], path: Path, labels: Sequence
     figure.savefig(path, dpi=150)
 
 
-@_WITHOUT_TEX
+@WITHOUT_TEX
 def plot_change(panels: Mapping[str, Mapping[str, Curve]], metric: str, path: Path) -> None:
     """
     Plot rewards against budget before and after training, with a panel per set of problems.
@@ -103,7 +107,7 @@ def plot_training(log_history: Sequence[dict[str, Any]], path: Path) -> None:
     training_figure(log_history).savefig(path, dpi=120)
 
 
-@_WITHOUT_TEX
+@WITHOUT_TEX
 def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     """
     Plot a training run over its steps.
@@ -140,7 +144,7 @@ def training_figure(log_history: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-@_WITHOUT_TEX
+@WITHOUT_TEX
 def evaluations_figure(curves: Sequence[Curve], title: str) -> Figure:
     """
     Plot mean reward against budget, with a line per evaluation of a set, from light to dark.

@@ -92,7 +92,7 @@ def finish(folder: Path, settings: Mapping[str, Any]) -> None:
         if path.is_file() and path.name != MANIFEST:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+            files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "crc32": checksum(path)}
     _write(folder / MANIFEST, {"files": files, "settings": settings})
 
 
@@ -106,7 +106,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     new.replace(path)
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
     """
     Compute the CRC-32 of a file, at some 3 GB/s.
 
@@ -164,7 +164,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         if found != size:
             raise ValueError(f"{folder} is broken: {name} should have {size} bytes, but has {found or 'none'}.")
         try:
-            changed = _checksum(path) != recorded["crc32"]
+            changed = checksum(path) != recorded["crc32"]
         except OSError as error:
             raise ValueError(f"{folder} is broken: {name} cannot be read: {error}.") from None
         if changed:
@@ -179,12 +179,16 @@ def remove_unfinished(output_dir: Path) -> None:
     A checkpoint whose manifest cannot be read is kept, so that the user can look into it.
     """
     for folder in output_dir.glob("checkpoint-*"):
-        try:
-            unfinished = _read_manifest(folder)["files"] is None
-        except ValueError:
-            continue
-        if unfinished:
+        if is_unfinished(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Return whether the manifest of a checkpoint says that it has been begun and not finished."""
+    try:
+        return _read_manifest(folder)["files"] is None
+    except ValueError:
+        return False
 
 
 def rotate(output_dir: Path, limit: int | None, kept: Collection[Path]) -> None:
@@ -204,7 +208,7 @@ def rotate(output_dir: Path, limit: int | None, kept: Collection[Path]) -> None:
     """
     if limit is None or limit <= 0:
         return
-    numbered = _numbered(output_dir)
+    numbered = checkpoints_of(output_dir)
     surplus = len(numbered) - limit
     for _, folder in [entry for entry in numbered if entry[1] not in kept][: max(surplus, 0)]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -221,7 +225,7 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
         `ValueError`: If there is no whole checkpoint.
     """
     reasons = []
-    for _, folder in reversed(_numbered(output_dir)):
+    for _, folder in reversed(checkpoints_of(output_dir)):
         try:
             manifest(folder)
         except ValueError as error:
@@ -231,7 +235,7 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
     raise ValueError(" ".join([f"No whole checkpoint in {output_dir}.", *reasons]))
 
 
-def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+def checkpoints_of(output_dir: Path) -> list[tuple[int, Path]]:
     """Return the steps and folders of the checkpoints in `output_dir`, the lowest step first."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in output_dir.glob("*")]
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
