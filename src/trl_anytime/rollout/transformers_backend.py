@@ -156,7 +156,7 @@ class TransformersGeneration(Generation):
             seen = min(cached[i], len(prompts[i]) + context.cut)
             branch_contexts.append(BranchContext(i, seen, history[seen:], context.num_summaries, history))
 
-        logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
+        logits_processor, do_sample = prepared_sampling(model, self._generation_config)
         held = sum(trunk.layers[0][0].size(2) * len(trunk.rollouts) for trunk in trunks)
         decoded: list[list[list[int]]] = [[] for _ in slots]
         for part in self._parts(branch_contexts, settings, held):
@@ -165,7 +165,7 @@ class TransformersGeneration(Generation):
                 trunks,
                 [context for _, context in part],
                 partial(_choose, logits_processor, do_sample),
-                needs_history=any(not isinstance(processor, _WARPERS) for processor in logits_processor),
+                needs_history=needs_history(logits_processor),
                 eos_token_ids=settings.eos_token_ids,
                 max_new_tokens=settings.max_summary_length,
             )
@@ -231,9 +231,12 @@ def _choose(
     return torch.multinomial(scores.softmax(dim=-1), 1)[:, 0] if do_sample else scores.argmax(dim=-1)
 
 
-def _prepared_sampling(
-    model: PreTrainedModel, generation_config: GenerationConfig
-) -> tuple[LogitsProcessorList, bool]:
+def needs_history(logits_processor: LogitsProcessorList) -> bool:
+    """Return whether any of the processors looks at the tokens so far."""
+    return any(not isinstance(processor, _WARPERS) for processor in logits_processor)
+
+
+def prepared_sampling(model: PreTrainedModel, generation_config: GenerationConfig) -> tuple[LogitsProcessorList, bool]:
     """
     Return the logits processors of `generate()`, and whether it samples.
 
@@ -266,7 +269,7 @@ def unsupported_sampling(model: PreTrainedModel, generation_config: GenerationCo
     allowed = (*_WARPERS, logits_process.RepetitionPenaltyLogitsProcessor)
     others = sorted(
         type(processor).__name__
-        for processor in _prepared_sampling(model, generation_config)[0]
+        for processor in prepared_sampling(model, generation_config)[0]
         if not isinstance(processor, allowed)
     )
     return f"it does not support {', '.join(others)}" if others else None

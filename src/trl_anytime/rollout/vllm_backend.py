@@ -33,7 +33,7 @@ _MOST_EMPTY_STEPS = 1000
 
 
 @dataclass(eq=False)
-class _Continuation:
+class Continuation:
     """
     Tokens that an engine has sampled so far for one request.
 
@@ -57,7 +57,7 @@ class _Continuation:
     num_cached_tokens: int = 0
 
 
-class _EngineLoop:
+class EngineLoop:
     """
     Requests to an engine, and the tokens that have come for them step by step.
 
@@ -70,7 +70,7 @@ class _EngineLoop:
 
     def __init__(self, engine: Any):
         self._engine = engine
-        self._unfinished: dict[str, _Continuation] = {}
+        self._unfinished: dict[str, Continuation] = {}
         self._num_requests = 0
         self._num_empty_steps = 0
         self.num_steps = 0
@@ -80,7 +80,7 @@ class _EngineLoop:
         """Return whether any continuation is unfinished."""
         return bool(self._unfinished)
 
-    def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
+    def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> Continuation:
         """
         Request one continuation of `prompt_ids`.
 
@@ -97,18 +97,18 @@ class _EngineLoop:
         # Get only new tokens. Otherwise the whole trace would be copied for each of its tokens.
         sampling = {"extra_args": {BUDGET_FIELD: NO_BUDGET}, **sampling}
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
-        continuation = _Continuation(f"rollout-{self._num_requests}")
+        continuation = Continuation(f"rollout-{self._num_requests}")
         self._num_requests += 1
         self._engine.add_request(continuation.request_id, {"prompt_token_ids": prompt_ids}, params)
         self._unfinished[continuation.request_id] = continuation
         return continuation
 
-    def step(self) -> list[_Continuation]:
+    def step(self) -> list[Continuation]:
         """
         Let the engine make one step.
 
         Returns:
-            `list[_Continuation]`: Those that grew or are complete.
+            `list[Continuation]`: Those that grew or are complete.
 
         Raises:
             `RuntimeError`: If the engine fails or makes no progress.
@@ -144,7 +144,7 @@ class _EngineLoop:
             grown.append(continuation)
         return grown
 
-    def abort(self, continuations: Sequence[_Continuation]) -> None:
+    def abort(self, continuations: Sequence[Continuation]) -> None:
         """End unfinished continuations where they are."""
         self._engine.abort_request([continuation.request_id for continuation in continuations])
         for continuation in continuations:
@@ -166,9 +166,9 @@ class _OpenRollout:
             The rendered prompt.
         number (`int`):
             Number of its thinking among all continuations. The numbers of its summaries follow.
-        sampled (`_Continuation`):
+        sampled (`Continuation`):
             Its thinking.
-        summaries (`list[list[_Continuation]]`):
+        summaries (`list[list[Continuation]]`):
             A summaries for each budget, as far as they have been requested.
         num_context_tokens (`int`):
             Tokens of the summaries' contexts.
@@ -178,9 +178,9 @@ class _OpenRollout:
 
     prompt_ids: list[int]
     number: int
-    sampled: _Continuation
+    sampled: Continuation
     scan: EndScan
-    summaries: list[list[_Continuation]] = field(default_factory=list)
+    summaries: list[list[Continuation]] = field(default_factory=list)
     num_context_tokens: int = 0
 
     def has_ended(self) -> bool:
@@ -253,7 +253,7 @@ class EngineGeneration(Generation):
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.times.seconds.clear()
-        loop = _EngineLoop(self._engine)
+        loop = EngineLoop(self._engine)
         try:
             rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
         except BaseException:
@@ -271,7 +271,7 @@ class EngineGeneration(Generation):
         )
         return [rollout.close(settings) for rollout in rollouts]
 
-    def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
+    def _run(self, loop: EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
         with self.times("thinking"):
             sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
             per_rollout = 1 + len(settings.budgets) * settings.num_summaries
@@ -300,7 +300,7 @@ class EngineGeneration(Generation):
                 loop.step()
         return rollouts
 
-    def _summarise(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+    def _summarise(self, loop: EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
         """Request the summaries at all budgets that the thinking has passed since the last call."""
         passed = range(len(rollout.summaries), rollout.num_passed(settings.budgets))
         if not passed:
