@@ -27,6 +27,7 @@ from ..modeling.growing_cache import growing_cache, refill_cache
 from ..modeling.support import admit, branching_mismatch
 from ..modeling.tree_attention import plain_attention
 from ..outside.host_warnings import without_host_warnings
+from ..outside.validation import MOST_TOKEN_ID
 from ..rollout.http_backend import CompletionClient
 from ..rollout.markers import EndScan
 from ..rollout.transformers_backend import needs_history, prepared_sampling, unsupported_sampling
@@ -44,6 +45,8 @@ CHUNK = 32
 _ENTRIES = 1024
 # Pieces of a file of weights that go into a fingerprint, and their size in bytes
 _PIECES, _PIECE = 64, 4096
+# In place of an EOS token, where `generate()` would otherwise take the model's own
+_NO_TOKEN = MOST_TOKEN_ID
 # A prefix must have this many tokens before a server can be said to forget it. Caches hold whole blocks, of up to 128
 # tokens.
 _NOTICEABLE = 256
@@ -159,10 +162,16 @@ def derived_seed(*parts: Any) -> int:
 class _Draw:
     """Logits processor that leaves one token possible: one that is given, or one that is drawn by its own seed."""
 
-    def __init__(self, choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], given: dict[int, int]):
-        self._choose, self._given = choose, given
+    def __init__(
+        self,
+        choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        before: list[int],
+        given: dict[int, int],
+    ):
+        self._choose, self._before, self._given = choose, before, given
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        input_ids = torch.cat([input_ids.new_tensor([self._before]), input_ids], dim=1)
         given = self._given.get(input_ids.size(1))
         token = self._choose(input_ids, scores) if given is None else input_ids.new_tensor([given])
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
@@ -234,7 +243,8 @@ class TransformersSession(SessionBackend):
             self._cache = self._empty_cache()
         try:
             with self._ready():
-                self._generate(ids, self._cache, tokens, self._choose_at(len(trace.prompt_ids)), take, given)
+                choose = self._choose_at(len(trace.prompt_ids))
+                self._generate(ids, self._cache, tokens, choose, take, given, goes_on=len(ids) > len(trace.prompt_ids))
         except BaseException:
             self._mend_cache(trace)
             raise
@@ -265,17 +275,20 @@ class TransformersSession(SessionBackend):
         choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         take: Callable[[int], bool],
         given: Sequence[int] = (),
+        goes_on: bool = True,
     ) -> None:
-        input_ids = torch.tensor([ids], device=self._model.device)
+        # `generate()` feeds all tokens on top of a recurrent state, which has no length that it could ask for
+        fed = ids[-1:] if goes_on and not self._branches else ids
+        input_ids, mask = (torch.tensor([row], device=self._model.device) for row in (fed, [1] * len(ids)))
         config = copy.deepcopy(self._generation_config)
         config.do_sample, config.repetition_penalty = False, 1.0  # `choose` applies all of it
         config.temperature = config.top_p = config.top_k = config.min_p = None
-        config.max_new_tokens, config.eos_token_id, config.pad_token_id = tokens, None, 0
+        config.max_new_tokens, config.eos_token_id, config.pad_token_id = tokens, _NO_TOKEN, 0
         config.cache_implementation = None  # `generate()` refuses it beside a cache
-        draw = _Draw(choose, {len(ids) + i: token for i, token in enumerate(given)})
+        draw = _Draw(choose, ids[: len(ids) - len(fed)], {len(ids) + i: token for i, token in enumerate(given)})
         self._model.generate(
             input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            attention_mask=mask,
             past_key_values=cache,
             generation_config=config,
             logits_processor=LogitsProcessorList([cast(Any, draw)]),
@@ -331,7 +344,8 @@ class TransformersSession(SessionBackend):
                 return bool(summary) and token in config.eos_token_ids
 
             most = len(bridge) + config.max_summary_length
-            self._generate(trace.all_ids, copy.deepcopy(cache), most, choose, take, bridge)
+            goes_on = bool(trace.token_ids)
+            self._generate(trace.all_ids, copy.deepcopy(cache), most, choose, take, bridge, goes_on)
             summaries.append(summary)
         return summaries
 

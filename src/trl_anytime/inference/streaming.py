@@ -14,7 +14,7 @@ from .anytime_config import AnytimeConfig
 from .generate import GenerateSampler, padding_token
 
 
-class _EscapedStreamer(TextStreamer):
+class EscapedStreamer(TextStreamer):
     """Streamer that prints a model's text with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -33,7 +33,7 @@ def streaming_sampler(
         tokenizer, sampling, seed:
             See [`anytime_generate`].
     """
-    streamer = _EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+    streamer = EscapedStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
     if isinstance(model, CompletionClient):
 
         def sample(
