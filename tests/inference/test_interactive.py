@@ -18,19 +18,29 @@ from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.rollout.markers import ThinkingMarkers
 
 MOST_SECONDS = 100
+QUESTION = [{"role": "user", "content": "1 2 3"}]
+
+
+def the_model():
+    """One whose greedy thinking about the question goes on for longer than a test."""
+    return make_model(seed=4, max_position_embeddings=100_000).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that goes on thinking for longer than the test."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    model = make_model(max_position_embeddings=100_000)
-    model.save_pretrained(folder)
+    the_model().save_pretrained(folder)
     markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
     AnytimeConfig(markers, [4, 8], [0.5, 0.5], 3, GREEDY, [2]).save_pretrained(folder)
     return folder
+
+
+def session_of(folder, **settings):
+    """A session in this process about the same question."""
+    config = AnytimeConfig.from_pretrained(folder)
+    return AnytimeSession(the_model(), make_tokenizer(), QUESTION, config=config, **settings)
 
 
 class Terminal:
@@ -97,21 +107,13 @@ def test_enter_answers_and_thinking_goes_on(terminal, folder, leave):
     assert at.process.wait(MOST_SECONDS) == 0
     assert 0 < int(first[1]) < int(second[1]) <= int(left[1])
 
-    # The same in this process
-    tokenizer = make_tokenizer()
-    session = AnytimeSession(
-        make_model(max_position_embeddings=100_000).eval(),
-        tokenizer,
-        [{"role": "user", "content": "1 2 3"}],
-        config=AnytimeConfig.from_pretrained(folder),
-        max_summary_length=3,
-    )
+    session = session_of(folder, max_summary_length=3)
     for match in (first, second):
         session.think(int(match[1]) - len(session.token_ids))
         assert match[2].split() == session.answer().answers[0].split()
     session.think(int(left[1]) - len(session.token_ids))
     shown = re.sub(r"--- .*\r\n(.*\r\n--- thinking goes on\r\n)?", "", at.printed)
-    expected = tokenizer.decode(session.token_ids, skip_special_tokens=True).split()
+    expected = session._tokenizer.decode(session.token_ids, skip_special_tokens=True).split()
     assert shown.split("--- left")[0].split()[: len(expected)] == expected
 
 
@@ -119,14 +121,7 @@ def test_a_trace_that_ends_is_answered(terminal, folder):
     at = terminal("generate", folder, "1 2 3", "--interactive", "--device", "cpu", "--temperature", 1, "--seed", 1)
     found = at.read_until(r"--- answer after (\d+) thinking tokens, which ended the thinking\r\n")
     assert at.process.wait(MOST_SECONDS) == 0
-    session = AnytimeSession(
-        make_model(max_position_embeddings=100_000).eval(),
-        make_tokenizer(),
-        [{"role": "user", "content": "1 2 3"}],
-        config=AnytimeConfig.from_pretrained(folder),
-        sampling=Sampling(temperature=1.0),
-        seed=1,
-    )
+    session = session_of(folder, sampling=Sampling(temperature=1.0), seed=1)
     assert session.think(10_000)
     assert int(found[1]) == len(session.token_ids)
 

@@ -10,11 +10,12 @@ from trl_anytime import AnytimeConfig, AnytimeSession, CompletionClient, Samplin
 from trl_anytime.inference import session_backends
 from trl_anytime.rollout.markers import ThinkingMarkers
 
-PROMPTS = [f"<|im_start|> user {question} <|im_end|> <|im_start|> assistant <think>" for question in (
-    "1 2 3", "4", "5 6", "7 8 9 0 1", "2 2", "3 1 4 1 5")]  # fmt: skip
+PROMPTS = [
+    f"<|im_start|> user {question} <|im_end|> <|im_start|> assistant <think>" for question in ("1 2 3", "4", "7 8 9 0")
+]
 SAMPLINGS = {"greedy": Sampling(temperature=0), "sampled": Sampling(), "top-p": Sampling(0.8, top_p=0.9, top_k=9)}
-MOST = 300
-PAUSES = (1, 9, 22, 100, 3, 165)  # together MOST tokens
+MOST = 100
+PAUSES = (1, 9, 22, 50, 18)  # together MOST tokens
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def traces(model, tokenizer, config, sampling, between):
 
 def count_same(pairs):
     pairs = list(pairs)
-    assert sum(len(trace) == MOST for trace, _ in pairs) >= len(PROMPTS) - 2
+    assert sum(len(trace) == MOST for trace, _ in pairs) >= len(PROMPTS) - 1
     return sum(trace == paused for trace, paused in pairs), len(pairs)
 
 
@@ -117,8 +118,8 @@ def test_the_server(server, tokenizer, config, sampling, streamed, tmp_path):
 def test_the_engine_remembers(llm, tokenizer, config, caplog):
     """And is named once if it does not."""
     session = AnytimeSession(llm, tokenizer, PROMPTS[0], config=config, sampling=SAMPLINGS["sampled"], seed=0)
-    session.think(512)
-    assert len(session.token_ids) > 320 and not caplog.records
+    session.think(320)
+    assert len(session.token_ids) == 320 and not caplog.records
     assert session._backend._watch._before > session_backends._NOTICEABLE
     for _ in range(2):
         llm.reset_prefix_cache()
@@ -131,13 +132,13 @@ def test_the_server_says_what_it_remembers(server, tokenizer, config, caplog):
         CompletionClient(server), tokenizer, PROMPTS[0], config=config, sampling=SAMPLINGS["sampled"], seed=0
     )
     for on_tokens in (None, lambda new: None):
-        session.think(250, on_tokens)
-    assert session._backend._watch._before > 450 and not caplog.records
+        session.think(160, on_tokens)
+    assert session._backend._watch._before >= 256 and not caplog.records
 
 
 def test_an_answer_of_the_engine_computes_bridge_and_answer(llm, tokenizer, config):
     session = AnytimeSession(llm, tokenizer, PROMPTS[0], config=config, sampling=SAMPLINGS["sampled"], seed=0)
-    session.think(320)
+    session.think(40)
     first, second = session.answer(3).answer_ids, session.answer(3).answer_ids
     assert len({tuple(ids) for ids in first + second}) == 6
     again = AnytimeSession.resume(session.state(), llm, tokenizer)

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
 from ..modeling.growing_cache import growing_cache, refill_cache
 from ..modeling.support import admit, branching_mismatch
-from ..modeling.tree_attention import plain_attention
+from ..modeling.tree_attention import enable_tree_attention, plain_attention
 from ..outside.host_warnings import without_host_warnings
 from ..outside.validation import MOST_TOKEN_ID
 from ..rollout.http_backend import CompletionClient
@@ -311,8 +311,7 @@ class TransformersSession(SessionBackend):
         history = [*trace.all_ids, *bridge]
         trunk = Trunk.from_cache(cache, torch.zeros(1, dtype=torch.long, device=self._model.device), [0])
         seen = min(trunk.layers[0][0].size(2), len(trace.all_ids))
-        enabled = admit(self._model, ())
-        assert enabled is None, enabled
+        enable_tree_attention(self._model)  # until `_ready` ends
         (summaries,) = decode_branches(
             self._model,
             [trunk],
