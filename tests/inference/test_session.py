@@ -15,9 +15,11 @@ from tests.support.anytime import GREEDY, PROMPTS, make_anytime_config, usual_to
 from tests.support.servers import TinyServer, serving
 from tests.support.tiny import make_model, make_tokenizer
 from trl_anytime import AnytimeSession, CompletionClient, Sampling, anytime_generate
-from trl_anytime.inference import session_backends
-from trl_anytime.inference.session_backends import CHUNK
+from trl_anytime.inference import session_requests
+from trl_anytime.inference.session_backends import derived_seed
+from trl_anytime.inference.session_requests import CHUNK
 from trl_anytime.inference.session_state import SessionState
+from trl_anytime.inference.session_transformers import TransformersSession
 
 SAMPLED = Sampling(temperature=1.0)
 PENALTY = Sampling(temperature=0.8, top_k=7, repetition_penalty=1.3)
@@ -66,10 +68,10 @@ def test_a_draw_has_the_distribution_of_the_scores(model, tokenizer, endless):
     (ids,) = endless.prompt_ids(tokenizer, PROMPTS[:1])
     with torch.no_grad():
         probs = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    backend = session_backends.TransformersSession(model, replace(endless, sampling=SAMPLED), 0, 256)
+    backend = TransformersSession(model, replace(endless, sampling=SAMPLED), 0, 256)
     drawn = torch.zeros(20)
     for seed in range(400):
-        generator = torch.Generator().manual_seed(session_backends.derived_seed(seed))
+        generator = torch.Generator().manual_seed(derived_seed(seed))
         drawn[backend._choose(generator, None, probs.log()[None])] += 1
     # Five standard deviations of each frequency
     assert (drawn / 400 - probs).abs().le(5 * (probs * (1 - probs) / 400).sqrt() + 1e-3).all()
@@ -338,7 +340,7 @@ def test_a_stream_that_was_interrupted_goes_on(model, tokenizer, endless, at):
 @pytest.mark.parametrize("forgets", [False, True])
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_a_server_that_forgets_is_named_once(tokenizer, endless, caplog, monkeypatch, forgets, streamed):
-    monkeypatch.setattr(session_backends, "_NOTICEABLE", 64)
+    monkeypatch.setattr(session_requests, "_NOTICEABLE", 64)
     model = make_model(max_position_embeddings=1024).eval()
     server = SeededServer(model, max_model_len=1024)
     server.cached_tokens = lambda ids: 0 if forgets else len(ids) // 16 * 16

@@ -7,7 +7,7 @@ from vllm import LLM
 from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
 from trl_anytime import AnytimeConfig, AnytimeSession, CompletionClient, Sampling
-from trl_anytime.inference import session_backends
+from trl_anytime.inference import session_requests
 from trl_anytime.rollout.markers import ThinkingMarkers
 
 PROMPTS = [
@@ -120,10 +120,10 @@ def test_the_engine_remembers(llm, tokenizer, config, caplog):
     session = AnytimeSession(llm, tokenizer, PROMPTS[0], config=config, sampling=SAMPLINGS["sampled"], seed=0)
     session.think(320)
     assert len(session.token_ids) == 320 and not caplog.records
-    assert session._backend._watch._before > session_backends._NOTICEABLE
+    assert session._backend._watch._before > session_requests._NOTICEABLE
     for _ in range(2):
         llm.reset_prefix_cache()
-        session.think(session_backends.CHUNK)
+        session.think(session_requests.CHUNK)
     assert len(caplog.records) == 1
 
 

@@ -16,15 +16,10 @@ from ..rollout.sampling import Sampling
 from ..rollout.types import Rollout
 from .anytime_config import AnytimeConfig
 from .generate import AnytimeOutput, BudgetAnswer, context_length, find_config, is_transformers_model
-from .session_backends import (
-    EngineSession,
-    ServerSession,
-    SessionBackend,
-    Trace,
-    TransformersSession,
-    derived_seed,
-)
+from .session_backends import SessionBackend, Trace, derived_seed
+from .session_requests import EngineSession, ServerSession
 from .session_state import SessionState
+from .session_transformers import TransformersSession
 
 _SETTINGS = ("markers", "sampling", "max_summary_length", "eos_token_ids")
 _MOST_SEED = 2**63 - 1
