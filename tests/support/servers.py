@@ -128,6 +128,8 @@ class Handler(QuietHandler):
             fault = self.server.faults.pop(0) if self.server.faults else None
         if fault is not None:
             getattr(self, fault)(body)
+        elif body.get("temperature") == 0 and body.get("n", 1) > 1:  # as vLLM
+            self.send({"error": {"message": "n must be 1 when using greedy sampling"}}, 400)
         elif self.path == "/v1/chat/completions":
             ids = self.server.chat(body)
             text = self.server.tokenizer.decode(ids)

@@ -126,6 +126,9 @@ class CompletionClient:
             `ConnectionError`: If the server gives no complete answer while the patience lasts.
             `ValueError`: If the server refuses the request for good, or cannot return token ids.
         """
+        if sampling.temperature == 0 and num_continuations > 1:  # vLLM refuses to make the same one several times
+            once = self.complete(prompt_ids, max_tokens, stop_token_ids, sampling, 1, seed, on_cached)
+            return [list(ids) for ids in once for _ in range(num_continuations)]
         body = completion_body(self.model, prompt_ids, max_tokens, stop_token_ids, sampling, num_continuations, seed)
 
         complete = fields({"usage": _USAGE}, choices=list_of(_choice(max_tokens)))
