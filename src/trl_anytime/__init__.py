@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .inference.anytime_config import AnytimeConfig
     from .inference.generate import anytime_generate
     from .inference.logits_processor import ThinkingBudgetLogitsProcessor
+    from .inference.session import AnytimeSession
     from .rollout.http_backend import CompletionClient
     from .rollout.sampling import Sampling
     from .rollout.settling import Settling
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AnytimeConfig",
+    "AnytimeSession",
     "BRPOConfig",
     "BRPOTrainer",
     "CompletionClient",
@@ -29,6 +31,7 @@ __all__ = [
 
 _MODULE_OF = {
     "AnytimeConfig": ".inference.anytime_config",
+    "AnytimeSession": ".inference.session",
     "BRPOConfig": ".brpo_config",
     "BRPOTrainer": ".brpo_trainer",
     "CompletionClient": ".rollout.http_backend",

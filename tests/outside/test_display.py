@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tests.support.tiny import make_tokenizer
-from trl_anytime.inference.streaming import _EscapedStreamer
+from trl_anytime.inference.streaming import EscapedStreamer
 from trl_anytime.outside.display import for_markdown, for_plot, for_shell, for_terminal
 from trl_anytime.reporting.learning_curves import Curve
 from trl_anytime.reporting.plots import evaluations_figure, plot_change, plot_results, training_figure
@@ -160,7 +160,7 @@ def test_markdown_keeps_words_and_lines():
 
 def test_streams_are_escaped(capsys):
     tokenizer = make_tokenizer(extra_words=("\x1b[31m", "\u202e"))
-    streamer = _EscapedStreamer(tokenizer)
+    streamer = EscapedStreamer(tokenizer)
     for token in tokenizer("1 \x1b[31m \u202e 2")["input_ids"]:
         streamer.put(torch.tensor([token]))
     streamer.end()

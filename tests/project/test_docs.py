@@ -41,12 +41,13 @@ PAGES = {
 }
 MAKEFILE, CI = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
 
-NEEDS = {"GPU", "network", "a server", "a trained model", "data sets", "minutes"}
+NEEDS = {"GPU", "network", "a server", "a trained model", "data sets", "minutes", "a terminal"}
 # How commands without a comment are run here: with these words behind them
 IN_SHORT = {
     "benchmarks/tree_attention.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
     "benchmarks/generation.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
     "benchmarks/step.py": "--budgets 4 8 --prompt 4 --summary 4 --repeats 1",
+    "benchmarks/session.py": "--thinking 8 16 --prompt 4 --summary 4 --repeats 1",
     "benchmarks/memory.py": "--hidden 128 --layers 1 --budgets 8 16 --prompt 4 --summary 4",
 }
 FIGURE = r"\d[\d,]*\.?\d+"  # of two digits or more

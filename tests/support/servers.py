@@ -91,7 +91,13 @@ class TinyServer(LoopbackServer):
         self.model, self.faults, self.max_model_len, self.chat = model, list(faults), max_model_len, chat
         self.tokenizer = tokenizer
         self.cards = cards or [{"id": "tiny", "max_model_len": max_model_len}]
+        self.cached_tokens = None  # from the ids of a prompt to how many of them it says it had in its cache
         self.bodies, self.lock = [], threading.Lock()
+
+    def usage(self, body):
+        if self.cached_tokens is None:
+            return None
+        return {"prompt_tokens_details": {"cached_tokens": self.cached_tokens(body["prompt"][-1])}}
 
     def complete(self, body):
         sample = GenerateSampler(self.model, GenerationConfig(do_sample=False), 0)
@@ -122,6 +128,8 @@ class Handler(QuietHandler):
             fault = self.server.faults.pop(0) if self.server.faults else None
         if fault is not None:
             getattr(self, fault)(body)
+        elif body.get("temperature") == 0 and body.get("n", 1) > 1:  # as vLLM
+            self.send({"error": {"message": "n must be 1 when using greedy sampling"}}, 400)
         elif self.path == "/v1/chat/completions":
             ids = self.server.chat(body)
             text = self.server.tokenizer.decode(ids)
@@ -130,10 +138,13 @@ class Handler(QuietHandler):
             (choice,) = self.server.complete(body)
             chunks = [{"token_ids": [token], "finish_reason": None} for token in choice["token_ids"]]
             chunks[-1]["finish_reason"] = choice["finish_reason"]
-            lines = [f"data: {json.dumps({'choices': [chunk]})}\n\n" for chunk in chunks] + ["data: [DONE]\n\n"]
+            events = [{"choices": [chunk]} for chunk in chunks]
+            if body.get("stream_options", {}).get("include_usage"):
+                events.append({"choices": [], "usage": self.server.usage(body)})
+            lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
             self.send("".join(lines).encode())
         else:
-            self.send({"choices": self.server.complete(body)})
+            self.send({"choices": self.server.complete(body), "usage": self.server.usage(body)})
 
     # Faults
 

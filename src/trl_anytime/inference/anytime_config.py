@@ -163,10 +163,25 @@ class AnytimeConfig:
 
     @classmethod
     def _from_file(cls, file: Path) -> "AnytimeConfig":
-        values = read_json(file, fields(format=integer(1)), MEBIBYTE)
+        return cls.from_values(read_json(file, fields(format=integer(1)), MEBIBYTE), file)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: Any) -> "AnytimeConfig":
+        """
+        Make a config of the values of a file, and check them.
+
+        Args:
+            values (`dict[str, Any]`):
+                What [`to_values`] returned. `format` is known to be an int.
+            source (`Any`):
+                Source to name in an error.
+
+        Raises:
+            `ValueError`: If the values do not fit, or are newer than this package.
+        """
         if values["format"] > _FORMAT:
             raise Unfit(
-                f"{file} has format {values['format']}, but this version reads up to {_FORMAT}. Upgrade trl-anytime."
+                f"{source} has format {values['format']}, but this version reads up to {_FORMAT}. Upgrade trl-anytime."
             )
         try:
             _FIELDS(values, "")
@@ -187,7 +202,7 @@ class AnytimeConfig:
                 system_prompt=values.get("system_prompt"),
             )
         except ValueError as error:
-            raise Unfit(f"{file}: {error}") from error
+            raise Unfit(f"{source}: {error}") from error
 
     @classmethod
     def from_tokenizer(
@@ -261,17 +276,20 @@ class AnytimeConfig:
             system_prompt=system_prompt,
         )
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `anytime_config.json` into a folder and return its path. The folder is created if needed."""
+    def to_values(self) -> dict[str, Any]:
+        """Return the config as values of JSON."""
         markers: dict[str, Any] = {
             name: {"text": getattr(self.markers, name), "ids": list(getattr(self.markers, f"{name}_ids"))}
             for name in _MARKERS
         }
         markers["think_end"]["in_text"] = self.markers.in_text
-        values = {"format": _FORMAT, **vars(self), "markers": markers, "sampling": asdict(self.sampling)}
+        return {"format": _FORMAT, **vars(self), "markers": markers, "sampling": asdict(self.sampling)}
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write `anytime_config.json` into a folder and return its path. The folder is created if needed."""
         path = Path(save_directory) / ANYTIME_CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        path.write_text(json.dumps(self.to_values(), indent=2) + "\n")
         return path
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "AnytimeConfig":

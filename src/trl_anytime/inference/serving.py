@@ -186,7 +186,8 @@ def deployment(
         rank = min(rank for rank in _LORA_RANKS if rank >= adapter.rank)
         module = for_json({"name": model, "path": model})
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module, "--tokenizer", model]
-    command += ["--generation-config", "vllm", "--enable-prefix-caching"]
+    # The last tells a session whether the server still has what it computed
+    command += ["--generation-config", "vllm", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
     if config.chat_template_kwargs:
         command += ["--default-chat-template-kwargs", for_json(config.chat_template_kwargs)]
     if parser is not None:

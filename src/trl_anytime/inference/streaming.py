@@ -20,7 +20,7 @@ from .anytime_config import AnytimeConfig
 from .generate import GenerateSampler, padding_token, stop_rule
 
 
-class _EscapedStreamer(TextStreamer):
+class EscapedStreamer(TextStreamer):
     """Streamer that prints a model's text with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -60,7 +60,7 @@ class StreamingSampler:
 
         `should_stop` is asked after each token whether the tokens so far are enough.
         """
-        streamer = _EscapedStreamer(cast(Any, self._tokenizer), skip_prompt=True, skip_special_tokens=True)
+        streamer = EscapedStreamer(cast(Any, self._tokenizer), skip_prompt=True, skip_special_tokens=True)
         if not isinstance(self._model, CompletionClient):
             sample = self._local_sampler(streamer, should_stop)
             return sample(prompt_ids, max_new_tokens, stop_token_ids, num_generations)[0], None

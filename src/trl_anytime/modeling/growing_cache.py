@@ -1,5 +1,6 @@
 """A cache of keys and values that grows in place. The one of transformers is copied for every token."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -60,3 +61,28 @@ def growing_cache(max_length: int | None = None) -> Cache:
     """
     layer = partial(_GrowingLayer, max_length=max_length)
     return Cache(layer_class_to_replicate=cast(Any, layer))
+
+
+def refill_cache(cache: Cache, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], first: int) -> None:
+    """
+    Fill an empty cache as if `first` tokens had come together, and the others one by one.
+
+    The buffers then have the sizes that they had before. The result of a matrix product may depend on them in its
+    last bits.
+
+    Args:
+        cache (`Cache`):
+            Cache of [`growing_cache`].
+        layers (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
+            Keys and values of each layer, shape (1, heads, tokens, head size).
+        first (`int`):
+            Tokens that came first, together.
+    """
+    for index, (keys, values) in enumerate(layers):
+        start, end, length = 0, min(first, keys.size(2)), keys.size(2)
+        while start < length:
+            cache.update(keys[:, :, start:end], values[:, :, start:end], index)
+            buffers = cast(_GrowingLayer, cache.layers[index])._buffers
+            assert buffers is not None
+            # Up to the end of the buffer, then the one token that makes it grow
+            start, end = end, min(length, buffers[0].size(2) if end < buffers[0].size(2) else end + 1)

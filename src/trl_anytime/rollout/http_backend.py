@@ -5,7 +5,7 @@ A request that is refused for now, stalls or breaks off is sent again until it s
 are checked. One that is shorter than it should be is an error, never a result.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -29,6 +29,8 @@ MODELS = fields(
         least=1,
     )
 )
+
+_USAGE = or_null(fields({"prompt_tokens_details": or_null(fields({"cached_tokens": or_null(integer(0))}))}))
 
 
 class CompletionClient:
@@ -97,6 +99,7 @@ class CompletionClient:
         sampling: Sampling,
         num_continuations: int = 1,
         seed: int | None = None,
+        on_cached: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """
         Continue prompts.
@@ -114,6 +117,9 @@ class CompletionClient:
                 Number of continuations n of each prompt.
             seed (`int`, *optional*):
                 Seed of sampling.
+            on_cached (`Callable`, *optional*):
+                Called with the number of prompt tokens whose keys and values the server still had, if the server says
+                so. A vLLM server says so if it was started with `--enable-prompt-tokens-details`.
 
         Returns:
             `list[list[int]]`: N · n continuations. Those of one prompt are adjacent.
@@ -122,9 +128,12 @@ class CompletionClient:
             `ConnectionError`: If the server gives no complete answer while the patience lasts.
             `ValueError`: If the server refuses the request for good, or cannot return token ids.
         """
+        if sampling.temperature == 0 and num_continuations > 1:  # vLLM refuses to make the same one several times
+            once = self.complete(prompt_ids, max_tokens, stop_token_ids, sampling, 1, seed, on_cached)
+            return [list(ids) for ids in once for _ in range(num_continuations)]
         body = completion_body(self.model, prompt_ids, max_tokens, stop_token_ids, sampling, num_continuations, seed)
 
-        complete = fields(choices=list_of(_choice(max_tokens)))
+        complete = fields({"usage": _USAGE}, choices=list_of(_choice(max_tokens)))
 
         def check(answer: Any, name: str) -> Any:
             choices = complete(answer, name)["choices"]
@@ -143,7 +152,9 @@ class CompletionClient:
                     raise Unfit(f"a continuation ended after {length} of {max_tokens} tokens ({reason!r})")
             return answer
 
-        choices = self.request("/v1/completions", body, check=check)["choices"]
+        answer = self.request("/v1/completions", body, check=check)
+        _tell_cached(answer, on_cached)
+        choices = answer["choices"]
         return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 
     def stream(
@@ -153,6 +164,7 @@ class CompletionClient:
         stop_token_ids: list[int],
         sampling: Sampling,
         seed: int | None = None,
+        on_cached: Callable[[int], None] | None = None,
     ) -> Generator[list[int], None, None]:
         """
         Continue one prompt, and yield the tokens as they come.
@@ -162,7 +174,7 @@ class CompletionClient:
         Args:
             prompt_ids (`Sequence[int]`):
                 The prompt.
-            max_tokens, stop_token_ids, sampling, seed:
+            max_tokens, stop_token_ids, sampling, seed, on_cached:
                 See [`complete`].
 
         Raises:
@@ -170,21 +182,26 @@ class CompletionClient:
             `ValueError`: If the server refuses the request.
         """
         body = completion_body(self.model, [prompt_ids], max_tokens, stop_token_ids, sampling, seed=seed)
-        event = fields(choices=list_of(_choice(max_tokens, streamed=True), most=1))
+        body["stream"] = True
+        if on_cached is not None:
+            body["stream_options"] = {"include_usage": True}
+        event = fields({"usage": _USAGE}, choices=list_of(_choice(max_tokens, streamed=True), most=1))
 
         def parse(value: Any) -> Any:
-            choices = event(value, "an event")["choices"]
+            found = event(value, "an event")
+            _tell_cached(found, on_cached)
+            choices = found["choices"]
             return choices and (choices[0].get("token_ids") or choices[0]["finish_reason"]) and choices[0]
 
         num_tokens, reason = 0, None
-        for choice in self._server.stream("/v1/completions", {**body, "stream": True}, parse):
+        for choice in self._server.stream("/v1/completions", body, parse):
             tokens, reason = choice.get("token_ids") or [], choice["finish_reason"]
             num_tokens += len(tokens)
             if num_tokens > max_tokens:
                 raise ConnectionError(f"{self.base_url} broke off: more than {max_tokens} tokens came")
             if tokens:
                 yield tokens
-            if reason is not None:  # nothing more will come
+            if reason is not None and on_cached is None:  # nothing more will come
                 break
         if reason not in ("stop", "length"):
             raise ConnectionError(f"{self.base_url} broke off ({reason!r}).")
@@ -210,6 +227,13 @@ def served_from(folder: str | None, cards: dict[str, dict[str, Any]]) -> str | N
     names = [name for name in cards if Path(name).resolve() == wanted]
     names += [name for name, card in cards.items() if Path(card.get("root") or name).resolve() == wanted]
     return names[0] if names else None
+
+
+def _tell_cached(answer: dict[str, Any], on_cached: Callable[[int], None] | None) -> None:
+    """Call `on_cached` with the cached tokens of the prompt, if an answer says how many they are."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+    if on_cached is not None and details.get("cached_tokens") is not None:
+        on_cached(details["cached_tokens"])
 
 
 def _choice(max_tokens: int, streamed: bool = False) -> Check:

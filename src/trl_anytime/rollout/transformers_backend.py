@@ -130,7 +130,7 @@ class TransformersGeneration(Generation):
             pad_token_id=self._pad_token_id,
             settle=settle if watches else None,
             settle_every=1 if settings.stop is None else settings.stop.every,
-            settled_leave=bool(watches) and not _prepared_sampling(model, self._generation_config)[1],
+            settled_leave=bool(watches) and not prepared_sampling(model, self._generation_config)[1],
         )
         traces = [Thinking.from_tokens(ids, settings.markers, settings.eos_token_ids) for ids in sampled]
         for row, watch in enumerate(watches):
@@ -243,9 +243,8 @@ class TransformersGeneration(Generation):
 
     def _choice(self, model: PreTrainedModel) -> tuple[Callable[..., torch.Tensor], bool]:
         """Return the function that chooses next tokens, and whether it looks at the tokens so far."""
-        logits_processor, do_sample = _prepared_sampling(model, self._generation_config)
-        needs_history = any(not isinstance(processor, _WARPERS) for processor in logits_processor)
-        return partial(_choose, logits_processor, do_sample), needs_history
+        logits_processor, do_sample = prepared_sampling(model, self._generation_config)
+        return partial(_choose, logits_processor, do_sample), needs_history(logits_processor)
 
 
 def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings) -> None:
@@ -292,21 +291,41 @@ def _choose(
     See [`~trl_anytime.modeling.branch_decoding.decode_branches`] and
     [`~trl_anytime.modeling.trace_decoding.decode_traces`].
     """
-    scores = logits_processor(cast(torch.LongTensor, token_ids), logits.float())
+    return next_tokens(logits_processor(cast(torch.LongTensor, token_ids), logits.float()), do_sample)
+
+
+def next_tokens(scores: torch.Tensor, do_sample: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+    """
+    Draw tokens, or take the likeliest.
+
+    Args:
+        scores (`torch.Tensor`):
+            Logits, shape (B, V).
+        do_sample (`bool`):
+            Whether to draw.
+        generator (`torch.Generator`, *optional*):
+            Draws in place of the device's own.
+
+    Returns:
+        `torch.Tensor`: shape (B,), -1 where the logits are no distribution.
+    """
     if not do_sample:
         largest, tokens = scores.max(dim=-1)
         return tokens.masked_fill(~largest.isfinite(), -1)
     weights = scores.softmax(dim=-1)
     # What `torch.multinomial` computes for one draw, without its passes over all weights for its own assertions. One
     # number that is not finite makes all weights of its row NaN.
-    noise = torch.empty_like(weights).exponential_()
+    noise = torch.empty_like(weights).exponential_(generator=generator)
     tokens = torch.div(weights, noise, out=noise).argmax(dim=-1)
     return tokens.masked_fill(weights[:, 0].isnan(), -1)
 
 
-def _prepared_sampling(
-    model: PreTrainedModel, generation_config: GenerationConfig
-) -> tuple[LogitsProcessorList, bool]:
+def needs_history(logits_processor: LogitsProcessorList) -> bool:
+    """Return whether any of the processors looks at the tokens so far."""
+    return any(not isinstance(processor, _WARPERS) for processor in logits_processor)
+
+
+def prepared_sampling(model: PreTrainedModel, generation_config: GenerationConfig) -> tuple[LogitsProcessorList, bool]:
     """
     Return the logits processors of `generate()`, and whether it samples.
 
@@ -339,7 +358,7 @@ def unsupported_sampling(model: PreTrainedModel, generation_config: GenerationCo
     allowed = (*_WARPERS, logits_process.RepetitionPenaltyLogitsProcessor)
     others = sorted(
         type(processor).__name__
-        for processor in _prepared_sampling(model, generation_config)[0]
+        for processor in prepared_sampling(model, generation_config)[0]
         if not isinstance(processor, allowed)
     )
     return f"it does not support {', '.join(others)}" if others else None

@@ -34,7 +34,7 @@ _MOST_EMPTY_STEPS = 1000
 
 
 @dataclass(eq=False)
-class _Continuation:
+class Continuation:
     """
     Tokens that an engine has sampled so far for one request.
 
@@ -58,7 +58,7 @@ class _Continuation:
     num_cached_tokens: int = 0
 
 
-class _EngineLoop:
+class EngineLoop:
     """
     Requests to an engine, and the tokens that have come for them step by step.
 
@@ -71,7 +71,7 @@ class _EngineLoop:
 
     def __init__(self, engine: Any):
         self._engine = engine
-        self._unfinished: dict[str, _Continuation] = {}
+        self._unfinished: dict[str, Continuation] = {}
         self._num_requests = 0
         self._num_empty_steps = 0
         self.num_steps = 0
@@ -81,7 +81,7 @@ class _EngineLoop:
         """Return whether any continuation is unfinished."""
         return bool(self._unfinished)
 
-    def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> _Continuation:
+    def add(self, prompt_ids: list[int], sampling: dict[str, Any]) -> Continuation:
         """
         Request one continuation of `prompt_ids`.
 
@@ -98,18 +98,18 @@ class _EngineLoop:
         # Get only new tokens. Otherwise the whole trace would be copied for each of its tokens.
         sampling = {"extra_args": {BUDGET_FIELD: NO_BUDGET}, **sampling}
         params = SamplingParams(**sampling, n=1, output_kind=RequestOutputKind.DELTA)
-        continuation = _Continuation(f"rollout-{self._num_requests}")
+        continuation = Continuation(f"rollout-{self._num_requests}")
         self._num_requests += 1
         self._engine.add_request(continuation.request_id, {"prompt_token_ids": prompt_ids}, params)
         self._unfinished[continuation.request_id] = continuation
         return continuation
 
-    def step(self) -> list[_Continuation]:
+    def step(self) -> list[Continuation]:
         """
         Let the engine make one step.
 
         Returns:
-            `list[_Continuation]`: Those that grew or are complete.
+            `list[Continuation]`: Those that grew or are complete.
 
         Raises:
             `RuntimeError`: If the engine fails or makes no progress.
@@ -145,7 +145,7 @@ class _EngineLoop:
             grown.append(continuation)
         return grown
 
-    def abort(self, continuations: Sequence[_Continuation]) -> None:
+    def abort(self, continuations: Sequence[Continuation]) -> None:
         """End unfinished continuations where they are."""
         self._engine.abort_request([continuation.request_id for continuation in continuations])
         for continuation in continuations:
@@ -167,9 +167,9 @@ class _OpenRollout:
             The rendered prompt.
         number (`int`):
             Number of its thinking among all continuations. The numbers of its summaries follow.
-        sampled (`_Continuation`):
+        sampled (`Continuation`):
             Its thinking.
-        summaries (`list[list[_Continuation]]`):
+        summaries (`list[list[Continuation]]`):
             A summaries for each budget, as far as they have been requested.
         num_context_tokens (`int`):
             Tokens of the summaries' contexts.
@@ -177,17 +177,17 @@ class _OpenRollout:
             Search for the end of its thinking.
         watch ([`Watch`], *optional*):
             State of the rule that ends its thinking when it has settled.
-        checks (`list[list[_Continuation]]`):
+        checks (`list[list[Continuation]]`):
             Summaries of its checks, as far as they have been requested.
     """
 
     prompt_ids: list[int]
     number: int
-    sampled: _Continuation
+    sampled: Continuation
     scan: EndScan
     watch: Watch | None = None
-    checks: list[list[_Continuation]] = field(default_factory=list)
-    summaries: list[list[_Continuation]] = field(default_factory=list)
+    checks: list[list[Continuation]] = field(default_factory=list)
+    summaries: list[list[Continuation]] = field(default_factory=list)
     num_context_tokens: int = 0
 
     def has_ended(self) -> bool:
@@ -279,7 +279,7 @@ class EngineGeneration(Generation):
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.times.seconds.clear()
-        loop = _EngineLoop(self._engine)
+        loop = EngineLoop(self._engine)
         try:
             rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
         except BaseException:
@@ -297,7 +297,7 @@ class EngineGeneration(Generation):
         )
         return [rollout.close(settings) for rollout in rollouts]
 
-    def _run(self, loop: _EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
+    def _run(self, loop: EngineLoop, prompts: list[list[int]], settings: RolloutSettings) -> list[_OpenRollout]:
         with self.times("thinking"):
             sampling = self._sampling(settings.budgets[-1], settings.stop_token_ids)
             per_rollout = 1 + len(settings.budgets) * settings.num_summaries
@@ -339,7 +339,7 @@ class EngineGeneration(Generation):
                 loop.step()
         return rollouts
 
-    def _request_checks(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+    def _request_checks(self, loop: EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
         """Request the summaries of all checks that the thinking has passed since the last call."""
         stop = settings.stop
         assert stop is not None
@@ -359,7 +359,7 @@ class EngineGeneration(Generation):
             rollout.num_context_tokens += context.num_summaries * len(token_ids)
 
     def _end_settled(
-        self, loop: _EngineLoop, rollouts: list[_OpenRollout], thinking: dict[_Continuation, _OpenRollout]
+        self, loop: EngineLoop, rollouts: list[_OpenRollout], thinking: dict[Continuation, _OpenRollout]
     ) -> None:
         """End the thinking that has settled, and the checks behind that place."""
         for rollout in rollouts:
@@ -370,7 +370,7 @@ class EngineGeneration(Generation):
             loop.abort([c for c in (rollout.sampled, *behind) if not c.finished])
             thinking.pop(rollout.sampled, None)
 
-    def _summarise(self, loop: _EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
+    def _summarise(self, loop: EngineLoop, rollout: _OpenRollout, settings: RolloutSettings) -> None:
         """Request the summaries at all budgets that the thinking has passed since the last call."""
         passed = range(len(rollout.summaries), rollout.num_passed(settings.budgets))
         if not passed:
@@ -399,7 +399,7 @@ class EngineGeneration(Generation):
 
     def _summaries_of_check(
         self, rollout: _OpenRollout, cut: int, bridge: tuple[int, ...], settings: RolloutSettings
-    ) -> list[_Continuation] | None:
+    ) -> list[Continuation] | None:
         """Return the summaries at a cut that a check has sampled there, or `None` if there are not enough."""
         if rollout.watch is None or not settings.markers.is_forced(bridge):
             return None
