@@ -228,7 +228,7 @@ def run_lm_eval(tmp_path, replaced):
     for old, new in replaced.items():
         assert line.count(old) == 1
         line = line.replace(old, new)
-    command = [os.environ["LM_EVAL"], *shlex.split(line)[1:]]
+    command = [os.environ["LM_EVAL"], *shlex.split(line.replace("\\\n", " "))[1:]]
     command += ["--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
