@@ -33,23 +33,25 @@ test-oldest: $(VENV)-oldest/.installed
 		--ignore=tests/training/test_checkpoint.py --ignore=tests/training/test_faults.py \
 		--ignore=tests/training/test_sharding.py -m "not slow"
 
-# With a real vLLM engine, on the CPU
-test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
+# With a real vLLM engine, on the CPU, and lm-eval as a client
+test-vllm: $(VENV)-vllm/.installed $(VENV)-lm-eval/.installed
+	LM_EVAL=$(abspath $(VENV)-lm-eval/bin/lm_eval) $(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
 
 # What needs a GPU, in at most nine minutes, with the environment that is there. GPU="--minutes 5" gives it options.
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU)
 
-# What TRL's newest release or pre-release moved, allowed by pyproject.toml or not: what overrides it, and some training
+# TRL's newest release or pre-release, allowed by pyproject.toml or not: a line for each member that it moved, then the
+# tests of what overrides it, and of training
 test-main:
 	$(PYTHON) -m venv --clear $(VENV)-main
 	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)-main/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(VENV)-main/bin/pip install --quiet --pre --upgrade trl
-	$(VENV)-main/bin/pip show trl transformers | grep -E "Name|Version"
+	$(VENV)-main/bin/pip list 2>/dev/null | grep -E "^(trl|transformers|torch) "
+	moved=0; $(VENV)-main/bin/python tools/trl_members.py || moved=1; \
 	$(VENV)-main/bin/python -m pytest $(PARALLEL) tests/test_trl_contract.py tests/test_brpo_trainer.py \
-		--deselect tests/test_trl_contract.py::test_supported_versions
+		--deselect tests/test_trl_contract.py::test_supported_versions && exit $$moved
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -78,7 +80,7 @@ pins:
 	$(PYTHON) tools/pins.py newest $(VENV)-pins/bin/uv
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-wheel $(VENV)-pins $(VENV)-main dist site outputs
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-lm-eval $(VENV)-wheel $(VENV)-pins $(VENV)-main dist site outputs
 
 # torch first and alone: as a dependency of another package, pip may pick another build
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -104,6 +106,12 @@ $(VENV)-vllm/.installed: pyproject.toml Makefile constraints.txt tests/vllm_engi
 	$(VENV)-vllm/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Without torch, which it does not need to ask a server
+$(VENV)-lm-eval/.installed: Makefile tests/vllm_engine/lm_eval.txt
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/lm_eval.txt
 	touch $@
 
 # Without extras

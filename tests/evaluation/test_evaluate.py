@@ -237,14 +237,14 @@ def test_a_run_that_is_killed(folder):
     """The real thing: a process that is killed in the middle."""
     command = [sys.executable, "-m", "trl_anytime.cli", *arguments(folder, "killed", "--samples", 300)]
     command += ["--batch-size", "4"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     journal = folder / "killed" / "samples.jsonl"
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as process:
+        try:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < 10:  # or until the test's timeout
+                assert process.poll() is None
+                time.sleep(0.02)
+        finally:
+            process.kill()
     before = journal.read_bytes()
     complete = before[: before.rfind(b"\n") + 1]
     # Fewer samples are another protocol, so the file is told of it

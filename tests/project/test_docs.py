@@ -123,17 +123,19 @@ def test_a_comment_is_true(block):
         assert all(block.page in (ROOT / name).read_text() for name in block.marks.get("run by", []))
         return
     for words in block.commands() if block.marks.keys() == {"run by"} else []:
-        assert any(runs(ROOT / name, words) for name in block.marks["run by"]), words
+        assert any(runs(ROOT / name, words, block.page) for name in block.marks["run by"]), words
 
 
-def runs(path: Path, words: list[str]) -> bool:
-    """Whether a file runs a command: .ci/run by name, a test by the script that the command starts."""
+def runs(path: Path, words: list[str], page: str) -> bool:
+    """Whether a file runs a command: .ci/run by name, a test by the script that it starts, or read off the page."""
     text = path.read_text()
     if words[0] == "make":
         scripts = re.findall(r"[\w/]+\.py", recipe(words[1]))
         return bool(re.search(rf"make {words[1]}(-all)?\n", text)) or any(
             Path(script).name in text for script in scripts
         )
+    if page in text and " ".join(words[:2]) in text:
+        return True
     return str(path.relative_to(ROOT)) in words or any(Path(w).name in text for w in words if w.endswith(".py"))
 
 

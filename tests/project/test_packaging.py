@@ -16,6 +16,7 @@ import trl_anytime
 from tests.support import ROOT
 from tests.support.pages import table
 from tests.support.project import OLDEST, PINNED
+from tools.pins import LISTS
 
 CITATION = (ROOT / "CITATION.cff").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -93,7 +94,7 @@ def test_both_ends_of_each_range_are_tested(name):
 
 def test_the_pins_are_versions_alone():
     """No index, no host, no local version: any registry will do. torch is the release that the tests know."""
-    for file in ["constraints.txt", "tests/vllm_engine/requirements.txt"]:
+    for file in LISTS:
         lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
         assert len(lines) > 50 and all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     assert PINNED["torch"] == OLDEST["torch"]

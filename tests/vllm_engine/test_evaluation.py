@@ -1,7 +1,10 @@
 """Evaluation and deployment on real vLLM: its offline engine, and `vllm serve` as `serve-command` prints it."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -12,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 
+from tests.support import ROOT
 from tests.support.anytime import expected_tokens, make_markers
 from tests.support.tiny import make_model, make_tokenizer
 from tests.vllm_engine.servers import serving
@@ -229,6 +233,90 @@ def test_a_client_that_knows_no_budgets(server, tokenizer, model, config):
         reasoning, _, content = tokenizer.decode(found.token_ids[:-1]).partition("</think>")  # without EOS
         assert found.message.reasoning.split() == reasoning.split()
         assert found.message.content.split() == content.split()
+
+
+@pytest.fixture(scope="module")
+def answered(model, tokenizer, config):
+    """Questions whose answers hold no marker, with trace and answer by budget."""
+    questions = [f"{first} {second}" for first in range(10) for second in range(10)]
+    prompts = [[{"role": "user", "content": question}] for question in questions]
+    texts = {}
+    for question, output in zip(
+        questions, anytime_generate(model, tokenizer, prompts, [2, 8], config=config), strict=True
+    ):
+        if all(all(answer.well_formed) and answer.answers[0] for answer in output.answers):
+            tokens = {answer.budget: expected_tokens(output, j)[:-1] for j, answer in enumerate(output.answers)}
+            texts[question] = {budget: tokenizer.decode(ids).split("</think>") for budget, ids in tokens.items()}
+    # The traces have the text that the task stops at, and most answers depend on the budget
+    assert sum("6" in found[2][0] for found in texts.values()) >= 20
+    assert sum(found[2][1] != found[8][1] for found in texts.values()) >= 10
+    return texts
+
+
+def run_lm_eval(tmp_path, replaced):
+    """Run the line of docs/evaluation.md with other words. Return accuracy, and the answer to each question."""
+    if "LM_EVAL" not in os.environ:
+        pytest.skip("`make test-vllm` says where lm-eval is")
+    page = (ROOT / "docs/evaluation.md").read_text()
+    (line,) = re.findall(r"^(lm_eval run .*?)^```", page, re.MULTILINE | re.DOTALL)
+    for old, new in replaced.items():
+        assert line.count(old) == 1
+        line = line.replace(old, new)
+    command = [os.environ["LM_EVAL"], *shlex.split(line.replace("\\\n", " "))[1:]]
+    command += ["--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    accuracy = json.loads(results.read_text())["results"]["questions"]["exact_match,answer"]
+    return accuracy, {row["doc"]["problem"]: row["resps"][0][0].strip() for row in rows}
+
+
+def write_lm_eval_task(tmp_path, rows):
+    """Write a task and its data, as a user does who has no network."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "questions",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{problem}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["6"]},
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [{"function": "regex", "regex_pattern": "answer (.*)"}, {"function": "take_first"}],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "questions.yaml").write_text(json.dumps(task))
+
+
+@pytest.mark.timeout(900)  # lm-eval reads all of its tasks first
+@pytest.mark.parametrize("budget", [2, 8])
+def test_lm_eval_at_a_budget(server, folder, answered, tmp_path, budget):
+    """It finds the answers of `anytime_generate`, although the traces have a text that the task stops at."""
+    expected = {question: texts[budget][1].strip() for question, texts in answered.items()}
+    rows = [{"problem": question, "answer": text.removeprefix("answer ")} for question, text in expected.items()]
+    rows[0]["answer"] = "another"
+    write_lm_eval_task(tmp_path, rows)
+    accuracy, answers = run_lm_eval(
+        tmp_path,
+        {
+            "gsm8k": "questions",
+            "model=outputs/model": f"model={folder}",
+            "http://localhost:8000": server,
+            "1000": str(budget),
+            "1200": "64",
+        },
+    )
+    assert answers == expected
+    assert accuracy == pytest.approx(1 - 1 / len(rows))
 
 
 def test_an_adapter_is_served(folder, model, tokenizer, config, tmp_path_factory):

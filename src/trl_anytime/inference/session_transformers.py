@@ -45,8 +45,8 @@ class _Draw:
         token = self._choose(input_ids, scores) if given is None else input_ids.new_tensor([given])
         if token.item() < 0:
             raise FloatingPointError(
-                "The model's logits are NaN or infinite. Check the weights: a learning rate that is too high or float16 "
-                "are common causes."
+                "The model's logits are NaN or infinite. Check the weights: a learning rate that is too high or "
+                "float16 are common causes."
             )
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
