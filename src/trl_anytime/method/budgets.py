@@ -45,7 +45,7 @@ def exponential_budgets(first: int, last: int, count: int) -> list[int]:
     """
     Return budgets whose ratio is the same from each to the next, b_j = b_1 (b_m / b_1)^((j-1)/(m-1)).
 
-    Source: REO-RL, https://huggingface.co/papers/2506.07104, which spaces its budgets so.
+    Source: a summary of REO-RL, https://huggingface.co/papers/2506.07104, which spaces its budgets so.
 
     Args:
         first (`int`):
@@ -77,7 +77,7 @@ def trapezoid_prior(budgets: Sequence[int]) -> list[float]:
     have half the distance to their only neighbour. J is then the area under the curve from b_1 to b_m. Start with a
     budget of 0 for the area from 0 on.
 
-    Source: REO-RL, https://huggingface.co/papers/2506.07104, which weighs its budgets so.
+    Source: a summary of REO-RL, https://huggingface.co/papers/2506.07104, which weighs its budgets so.
 
     Args:
         budgets (`Sequence[int]`):
