@@ -30,3 +30,11 @@ def test_whole_steps_by_phase(monkeypatch, capsys):
     # A trace of 4 tokens and 2 · 2 branches of 3 + 3
     assert results["BRPO"]["pruned_ratio"] == results["rows"]["pruned_ratio"] == round(1 - 1 / 28, 3)
     assert results["unpruned"]["pruned_ratio"] == results["GRPO"]["pruned_ratio"] == 0
+
+
+def test_what_pruning_leaves_out(monkeypatch, capsys):
+    """Hardly a reward after two steps of warm start, so that nearly all is left out, and the gradients agree."""
+    monkeypatch.setattr(sys, "argv", ["pruning", "--sft_steps", "2", "--updates", "1", "--prompts", "2"])
+    runpy.run_module("benchmarks.pruning", run_name="__main__")
+    update, left_out, _, _, norm, norm_without = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert update == "1" and float(left_out) > 50 and norm == norm_without
