@@ -413,7 +413,7 @@ def test_a_frontier(folder, finished, tmp_path, capsys):
     assert (gap["from"], gap["to"]) == (2, 32)
     mean = 0.5 + 0.25 * 30 / 62 - results["curves"]["problems"]["area"]["mean"]
     assert gap["mean"]["mean"] == pytest.approx(mean) and gap["area"]["mean"] == pytest.approx(30 * mean)
-    assert "gap" in [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert "gap" in capsys.readouterr().out.partition("\n\n")[0].split()
     (tmp_path / "frontier.csv").write_text("budget,accuracy\n2,50\n64,100\n")
     assert run(folder, "none", "--frontier", tmp_path / "frontier.csv") == BAD_INPUT
     assert "frontier.csv" in capsys.readouterr().err

@@ -86,7 +86,7 @@ def is_exact(free, stopped, config, tokenizer, rule):
         (GREEDY, Settling(checks=3, every=5)),
         (Sampling(temperature=0.5), RULE),
         (Sampling(temperature=0.5), Settling(checks=2, every=4, answers=4, agreement=0.5)),
-        (Sampling(temperature=0.5), Settling(checks=1, every=7, answers=3)),
+        (Sampling(temperature=0.5), Settling(checks=1, every=4, answers=2)),
     ],
 )
 @pytest.mark.parametrize("max_cached_tokens", [None, 150])

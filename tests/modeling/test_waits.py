@@ -20,6 +20,7 @@ LIBRARIES = ("transformers", "trl", "accelerate", "peft")
 # Waits by what they are asked once for
 MEANT = {
     "micro-batch": {
+        "brpo_trainer.py BRPOTrainer._parts_of_update": 1,  # lengths of the rows
         "modeling/tree_attention.py forward_packed": 1,  # the longest row
         "modeling/tree_attention.py TreeLayout.from_packed": 1,  # widths and trunks of the budgets
         "training/micro_batches.py forward_some": 1,  # whether all rows are forwarded
@@ -29,7 +30,7 @@ MEANT = {
     "optimiser step": {"training/reliable_trainer.py ReliableGRPOTrainer._get_grad_norm": 1},  # whether it is finite
     "generation batch": {
         "brpo_trainer.py BRPOTrainer._log_batch": 2,  # rewards and cuts
-        "brpo_trainer.py BRPOTrainer._log_batch.<lambda>": 1,  # facts of the rollouts
+        "brpo_trainer.py BRPOTrainer._log_batch.<lambda>": 2,  # facts of the rollouts and of the summaries
         "brpo_trainer.py BRPOTrainer._train_on": 1,  # lengths before and after pruning
         "method/packing.py PackedRollouts.prune": 1,  # the longest row that is left
         "training/reward_guard.py RewardGuard.check_models": 2,  # whether rewards are finite

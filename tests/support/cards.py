@@ -10,7 +10,7 @@ def curve_tables(card: ModelCard) -> list[tuple[list[list[int]], dict[int, list[
     found = []
     for lines in re.findall(r"^\|.*\|\n\|[ :|-]+\|\n(?:\|.*\|\n?)+", card.text, flags=re.MULTILINE):
         header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines.splitlines())
-        if all(row[0].isdigit() for row in rows):
+        if header[0] == "thinking budget (tokens)":
             steps = [[int(step) for step in re.findall(r"\d+", cell)] for cell in header[1:]]
             found.append((steps, {int(row[0]): row[1:] for row in rows}))
     return found

@@ -168,7 +168,7 @@ def write(path: Path, text: str) -> None:
 
 
 def draw(results: list[dict[str, Any]], output: Path) -> None:
-    """Draw curves, and questions and early stops of the last of the results. Without matplotlib, say what to do."""
+    """Draw curves, and questions and early stops of the last results. Without matplotlib, say so."""
     try:
         from ..reporting.evaluation_plots import plot_questions
         from ..reporting.plots import plot_results
