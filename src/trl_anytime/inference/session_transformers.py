@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -81,6 +82,12 @@ class TransformersSession(SessionBackend):
     name = "transformers"
 
     def __init__(self, model: Any, config: AnytimeConfig, seed: int, context: int | None):
+        # As recurrent models have it in transformers 5.10, where they go on with other tokens
+        if "cache_params" in signature(model.forward).parameters:
+            raise ValueError(
+                f"{type(model).__name__} of transformers {version('transformers')} cannot go on from a state that is "
+                "kept. Update transformers."
+            )
         self._model, self._seed, self._context = model, seed, context
         self._generation_config = config.sampling.generation_config()
         with self._ready():
@@ -159,10 +166,10 @@ class TransformersSession(SessionBackend):
         self._model.generate(
             input_ids,
             attention_mask=mask,
-            past_key_values=cache,
             generation_config=config,
             logits_processor=LogitsProcessorList([cast(Any, draw)]),
             stopping_criteria=[_Take(take)],
+            past_key_values=cache,
         )
 
     def answer(self, trace: Trace, bridge: Sequence[int], num: int, seed: int) -> list[list[int]]:
