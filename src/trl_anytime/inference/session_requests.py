@@ -3,7 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,27 +131,21 @@ class EngineSession(_ChunkedSession):
     def _request(self, ids: list[int], tokens: int, stop_token_ids: list[int], seed: int) -> Iterator[list[int]]:
         from ..rollout.vllm_backend import EngineLoop  # needs vLLM
 
-        loop = EngineLoop(self._engine)
-        continuation = loop.add(ids, self._parameters(tokens, stop_token_ids, seed))
         num_tokens = 0
-        try:
+        with EngineLoop(self._engine) as loop:
+            continuation = loop.add(ids, self._parameters(tokens, stop_token_ids, seed))
             while loop.has_unfinished:
                 loop.step()
                 if new := continuation.token_ids[num_tokens:]:
                     num_tokens += len(new)
                     yield new
-        finally:  # an interruption must leave no request in the engine
-            if loop.has_unfinished:
-                with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
-                    loop.abort_all()
         self._watch.saw(len(ids), continuation.num_cached_tokens or 0)
 
     def answer(self, trace: Trace, bridge: Sequence[int], num: int, seed: int) -> list[list[int]]:
         from ..rollout.vllm_backend import EngineLoop  # needs vLLM
 
-        loop = EngineLoop(self._engine)
         config, ids = self._config, [*trace.all_ids, *bridge]
-        try:
+        with EngineLoop(self._engine) as loop:
             summaries = [
                 loop.add(
                     ids,
@@ -161,10 +155,6 @@ class EngineSession(_ChunkedSession):
             ]
             while loop.has_unfinished:
                 loop.step()
-        finally:
-            if loop.has_unfinished:
-                with suppress(Exception):
-                    loop.abort_all()
         return [summary.token_ids for summary in summaries]
 
     def _parameters(self, tokens: int, stop_token_ids: list[int], seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import is_peft_model
@@ -62,6 +62,8 @@ class EngineLoop:
     """
     Requests to an engine, and the tokens that have come for them step by step.
 
+    As a context manager it leaves no request in the engine, whatever ends it.
+
     This is the only place that uses vLLM's engine. The members used are the same in vLLM 0.22 and 0.31.
 
     Args:
@@ -75,6 +77,14 @@ class EngineLoop:
         self._num_requests = 0
         self._num_empty_steps = 0
         self.num_steps = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.has_unfinished:
+            with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
+                self.abort(list(self._unfinished.values()))
 
     @property
     def has_unfinished(self) -> bool:
@@ -151,10 +161,6 @@ class EngineLoop:
         for continuation in continuations:
             del self._unfinished[continuation.request_id]
             continuation.finished = True
-
-    def abort_all(self) -> None:
-        """Remove all requests from the engine."""
-        self.abort(list(self._unfinished.values()))
 
 
 @dataclass
@@ -279,13 +285,8 @@ class EngineGeneration(Generation):
 
     def roll_out(self, prompt_ids: Sequence[Sequence[int]], settings: RolloutSettings) -> list[Rollout]:
         self.times.seconds.clear()
-        loop = EngineLoop(self._engine)
-        try:
+        with EngineLoop(self._engine) as loop:
             rollouts = self._run(loop, [list(ids) for ids in prompt_ids], settings)
-        except BaseException:
-            with suppress(Exception):  # a dead engine cannot abort either; the first error is the one to report
-                loop.abort_all()
-            raise
         self.num_steps = loop.num_steps
         self.num_context_tokens = sum(rollout.num_context_tokens for rollout in rollouts)
         self.num_cached_tokens = sum(
