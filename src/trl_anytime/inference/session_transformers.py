@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache, DynamicCache, LogitsProcessorList, StoppingCriteria
 
-from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches
+from ..modeling.branch_decoding import BranchContext, Trunk, decode_branches, refuse_broken_logits
 from ..modeling.growing_cache import growing_cache, refill_cache
 from ..modeling.support import admit, branching_mismatch
 from ..modeling.tree_attention import enable_tree_attention, plain_attention
@@ -44,11 +44,7 @@ class _Draw:
         input_ids = torch.cat([input_ids.new_tensor([self._before]), input_ids], dim=1)
         given = self._given.get(input_ids.size(1))
         token = self._choose(input_ids, scores) if given is None else input_ids.new_tensor([given])
-        if token.item() < 0:
-            raise FloatingPointError(
-                "The model's logits are NaN or infinite. Check the weights: a learning rate that is too high or "
-                "float16 are common causes."
-            )
+        refuse_broken_logits(int(token.item() < 0), 1, "traces")
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 

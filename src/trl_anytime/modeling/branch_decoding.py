@@ -482,11 +482,7 @@ def decode_branches(
         finished = finished | ends
         # The one wait for the device of a token
         num_finished, num_broken = torch.stack([finished.sum(), (tokens < 0).sum()]).tolist()
-        if num_broken:
-            raise FloatingPointError(
-                f"The model's logits are NaN or infinite for {num_broken} of {len(tokens)} answers that are sampled. "
-                "Check the weights: a learning rate that is too high or float16 are common causes."
-            )
+        refuse_broken_logits(num_broken, len(tokens), "answers")
         if num_finished == len(finished) or step + 1 == max_new_tokens:
             break
         if num_finished > _FINISHED_SHARE * len(finished):
@@ -497,3 +493,25 @@ def decode_branches(
 
     branches = iter([row[:length] for row, length in zip(sampled.tolist(), lengths.tolist(), strict=True)])
     return [[next(branches) for _ in range(context.num_branches)] for context in contexts]
+
+
+def refuse_broken_logits(num_broken: int, num_rows: int, what: str) -> None:
+    """
+    Refuse logits that are no distribution.
+
+    Args:
+        num_broken (`int`):
+            Rows for which -1 was chosen in place of a token.
+        num_rows (`int`):
+            All rows.
+        what (`str`):
+            What is sampled, for the message.
+
+    Raises:
+        `FloatingPointError`: If there are such rows.
+    """
+    if num_broken:
+        raise FloatingPointError(
+            f"The model's logits are NaN or infinite for {num_broken} of {num_rows} {what} that are sampled. Check "
+            "the weights: a learning rate that is too high or float16 are common causes."
+        )

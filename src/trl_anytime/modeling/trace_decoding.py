@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from .branch_decoding import Trunk
+from .branch_decoding import Trunk, refuse_broken_logits
 from .growing_cache import growing_cache
 
 # Once more than this share of the rows has finished, decoding continues without them, which copies the cache of the
@@ -104,11 +104,7 @@ def decode_traces(
         has_stopped = has_stopped | torch.isin(tokens, stops)
         # The one wait for the device of a token
         num_stopped, num_broken = torch.stack([has_stopped.sum(), (tokens < 0).sum()]).tolist()
-        if num_broken:
-            raise FloatingPointError(
-                f"The model's logits are NaN or infinite for {num_broken} of {len(tokens)} traces that are sampled. "
-                "Check the weights: a learning rate that is too high or float16 are common causes."
-            )
+        refuse_broken_logits(num_broken, len(tokens), "traces")
         num_sampled = length + 1 - width
         is_last = num_sampled == max_new_tokens
         is_look = num_stopped > FINISHED_SHARE * len(rows) or num_sampled % look_every == 0 or is_last
