@@ -18,11 +18,10 @@ from .anytime_config import AnytimeConfig
 from .generate import AnytimeOutput, BudgetAnswer, context_length, find_config, is_transformers_model
 from .session_backends import SessionBackend, Trace, derived_seed
 from .session_requests import EngineSession, ServerSession
-from .session_state import SessionState
+from .session_state import MOST_SEED, SessionState
 from .session_transformers import TransformersSession
 
 _SETTINGS = ("markers", "sampling", "max_summary_length", "eos_token_ids")
-_MOST_SEED = 2**63 - 1
 
 
 class AnytimeSession:
@@ -90,8 +89,8 @@ class AnytimeSession:
         )
         (prompt_ids,) = config.prompt_ids(tokenizer, [prompt])
         if seed is None:
-            seed = secrets.randbelow(_MOST_SEED)
-        integer(0, _MOST_SEED)(seed, "seed")
+            seed = secrets.randbelow(MOST_SEED)
+        integer(0, MOST_SEED)(seed, "seed")
         self._open(model, tokenizer, config, prompt_ids, seed)
 
     def _open(

@@ -28,14 +28,14 @@ from ..outside.validation import (
 
 _FORMAT = 1
 _MOST_BYTES = 2**40
-_MOST_SEED = 2**63 - 1
+MOST_SEED = 2**63 - 1
 _ENTRY = "trl_anytime_session"  # of the metadata of the file
 _FIELDS = fields(
     format=integer(1),
     prompt_ids=list_of(TOKEN_ID, least=1, most=10**7),
     token_ids=list_of(TOKEN_ID, most=10**7),
     ahead=list_of(TOKEN_ID, most=10**4),
-    seed=integer(0, _MOST_SEED),
+    seed=integer(0, MOST_SEED),
     answers_here=integer(0),
     config=fields(format=integer(1)),  # AnytimeConfig checks the rest
     made_by=fields(

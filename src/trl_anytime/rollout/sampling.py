@@ -1,5 +1,6 @@
 """Settings of sampling, for all backends."""
 
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -73,3 +74,8 @@ class Sampling:
     def vllm(self) -> dict[str, Any]:
         """Return the settings for vLLM, for an engine and in requests."""
         return {**asdict(self), "top_k": max(self.top_k, 0)}
+
+
+def is_clipped(summary: Sequence[int], max_summary_length: int, eos_token_ids: Container[int]) -> bool:
+    """Return whether a summary is cut off at `max_summary_length` tokens without EOS."""
+    return len(summary) == max_summary_length and summary[-1] not in eos_token_ids

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..rewards.agreement import majority, read_answer, same_answer
 from .markers import ThinkingMarkers
+from .sampling import is_clipped
 
 # The default spacing makes this many checks of the largest budget
 _CHECKS_OF_BUDGET = 16
@@ -218,6 +219,6 @@ class StopWhenSettled:
     def _read(self, summary: list[int]) -> str | None:
         if self.markers.count_think_end(summary):  # training gives no reward to such a summary
             return None
-        clipped = len(summary) == self.max_summary_length and summary[-1] not in self.eos_token_ids
+        clipped = is_clipped(summary, self.max_summary_length, self.eos_token_ids)
         text = str(self.tokenizer.decode(summary, skip_special_tokens=True))
         return read_answer(text, self.markers.answer_bridge, clipped)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..method.budgets import thinking_cuts
 from .markers import ThinkingMarkers
+from .sampling import is_clipped
 from .settling import Check
 
 # Arguments of reward functions, one value per summary, besides TRL's
@@ -253,7 +254,7 @@ class Rollout:
     def clipped(self, max_summary_length: int, eos_token_ids: Container[int]) -> list[list[bool]]:
         """Return which summaries are cut off at `max_summary_length` tokens without EOS, M × A."""
         return [
-            [len(summary) == max_summary_length and summary[-1] not in eos_token_ids for summary in budget_summaries]
+            [is_clipped(summary, max_summary_length, eos_token_ids) for summary in budget_summaries]
             for budget_summaries in self.summaries
         ]
 
