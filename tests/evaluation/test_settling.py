@@ -12,7 +12,7 @@ from trl_anytime import Sampling
 from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet
 from trl_anytime.evaluation.results import results_of
-from trl_anytime.evaluation.settling import calibration, choose, frontier, settings_of, settling_table
+from trl_anytime.evaluation.settling import calibration, choose, settings_of, settling_table, unbeaten
 from trl_anytime.reporting.settling_plot import plot_settling
 
 BUDGETS = [10, 20, 30, 40]
@@ -145,7 +145,7 @@ def test_the_choice():
     points = [point(0.5, 0.01), point(0.3, 0.005), point(0.2, -0.01), point(0.1, 0.0), point(0.3, 0.005)]
     assert choose(points) == 1 and choose(points, 0.01) == 0 and choose(points[3:4]) == 0
     assert choose([point(-0.1, 0.0)]) is None and choose([]) is None
-    assert frontier(points) == [0, 1, 2, 4]
+    assert unbeaten(points) == [0, 1, 2, 4]
 
 
 def results(records, budgets=BUDGETS):

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from trl_anytime.evaluation.statistics import compare, estimates, resampled_means
+from trl_anytime.evaluation.statistics import ResampledCurve, compare, resampled_means
+
+
+def estimates(sets):
+    curve = ResampledCurve.of(sets)
+    return curve.at_budgets(), curve.average()
 
 
 def test_a_curve_without_uncertainty():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..outside.display import for_shell
+from ..outside.files import write_whole
 from .common import say
 from .loading import checksum_of_weights, load_model, load_tokenizer_and_config
 
@@ -134,7 +135,7 @@ class Measurement:
         results = results_of(evaluation.protocol, records, options.right_at, self._frontiers(evaluation, options))
         if self.baseline is not None:
             results["baseline"] = comparison(results, self.baseline)
-        write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_whole(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         save_samples(records, self.problem_sets, output / "samples.parquet", options.right_at)
         save_answers(records, self.problem_sets, output / "answers.parquet", options.right_at)
         draw([results] if self.baseline is None else [self.baseline, results], output)
@@ -158,13 +159,6 @@ def print_notes(results: dict[str, Any]) -> None:
 
     for said in filter(None, (*explain_zeros(results), limited_answers(results))):
         say(f"\n{said}", sys.stderr)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def draw(results: list[dict[str, Any]], output: Path) -> None:

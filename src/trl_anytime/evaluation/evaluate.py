@@ -157,6 +157,10 @@ class Evaluation:
         expected = sum(len(problems.questions) for problems in self.problem_sets) * self.num_samples
         return sorted(journal.records, key=sample_key) if len(journal.records) == expected else None
 
+    @cached_property
+    def _escapes(self) -> EscapeSearch:
+        return EscapeSearch(self.config.markers, self.tokenizer)
+
     def run(self, journal_path: Path) -> list[dict[str, Any]]:
         """
         Draw and grade all samples that the journal does not have yet.
@@ -238,7 +242,6 @@ class Evaluation:
             thinking = rollout.thinking
             facts = rollout.summary_facts(self.config.budgets, self.config.markers, self.tokenizer)
             clipped = rollout.clipped(self.config.max_summary_length, self.config.eos_token_ids)
-            escapes = EscapeSearch(self.config.markers, self.tokenizer)
             cuts = []
             for context in settings.contexts(thinking):
                 ids = rollout.summaries[context.budgets[0]]
@@ -250,7 +253,7 @@ class Evaluation:
                 are_formed = [told["well_formed"] for told in facts_here]
                 is_forced = self.config.markers.is_forced(context.bridge)
                 kinds = [
-                    (is_forced and escapes.kind(*summary)) or ""
+                    (is_forced and self._escapes.kind(*summary)) or ""
                     for summary in zip(ids, texts, clipped[context.budgets[0]], strict=True)
                 ]
                 cuts.append(

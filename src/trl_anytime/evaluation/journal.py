@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..outside.validation import (
     MEBIBYTE,
@@ -145,3 +148,33 @@ def _sample_of(protocol: Protocol) -> Check:
 def sample_key(record: dict[str, Any]) -> tuple[str, int, int]:
     """Return data set, question and number of a sample."""
     return record["dataset"], record["question"], record["sample"]
+
+
+def question_means(
+    records: Sequence[dict[str, Any]], values: Callable[[dict[str, Any]], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """
+    Return the mean of something over the samples of each question.
+
+    Args:
+        records (`Sequence[dict]`):
+            Samples.
+        values (`Callable`):
+            Function from a sample to an array of a fixed shape (…).
+
+    Returns:
+        `dict[str, np.ndarray]`: by data set, shape (Q, …), in the order of the questions.
+    """
+    by_set: dict[str, dict[int, list[np.ndarray]]] = {}
+    for record in records:
+        by_set.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(values(record))
+    return {
+        name: np.array([np.mean(samples, axis=0) for _, samples in sorted(by_question.items())])
+        for name, by_question in by_set.items()
+    }
+
+
+def mean_rewards(record: Mapping[str, Any], budgets: Sequence[int]) -> np.ndarray:
+    """Return the mean reward of a sample's summaries at each budget, shape (M,)."""
+    at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
+    return np.array([at[budget] for budget in budgets])

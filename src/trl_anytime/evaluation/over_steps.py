@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..outside.display import for_terminal
+from ..outside.files import write_whole
 from ..outside.tables import aligned
 from .statistics import Estimate
 
@@ -31,9 +32,7 @@ def save_curves(by_step: Mapping[int, dict[str, Any]], path: Path) -> None:
         for name, curve in results["curves"].items():
             for budget, estimate in zip(results["protocol"]["budgets"], curve["accuracy"], strict=True):
                 writer.writerow([step, name, budget, estimate["mean"], estimate["low"], estimate["high"]])
-    part = path.with_name(path.name + ".part")
-    part.write_text(text.getvalue())
-    part.replace(path)
+    write_whole(path, text.getvalue())
 
 
 def shown_budgets(budgets: list[int], most: int = _MOST_BUDGETS) -> list[int]:
@@ -70,15 +69,10 @@ def table_over_steps(by_step: Mapping[int, dict[str, Any]]) -> str:
             [
                 str(step),
                 *(f"{100 * curve['accuracy'][j]['mean']:.1f}" for j in places),
-                *(_cell(results["curves"][name]["anytime_average"]) for name in names),
+                *(Estimate(**results["curves"][name]["anytime_average"]).in_percent() for name in names),
                 f"{100 * curve['area']['mean']:.1f}",
                 "–" if index is None else f"{100 * index['mean']:.1f}",
                 str(curve["stability"]["flipped"]),
             ]
         )
     return aligned(rows, left=())
-
-
-def _cell(value: dict[str, float]) -> str:
-    estimate = Estimate(**value)
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

@@ -26,7 +26,7 @@ from ..outside.validation import (
 )
 from .areas import anytime_index, area_weights
 from .frontier import FRONTIER, Frontier
-from .journal import REWARD
+from .journal import REWARD, mean_rewards, question_means
 from .problems import ProblemSet
 from .protocol import NOT_COMPARED, Protocol, differences
 from .settling import calibration
@@ -56,15 +56,7 @@ LIMITS = ("timeouts", "dead_workers", "too_long", "scorer_errors", "bad_scores",
 
 def accuracies(records: list[dict[str, Any]], budgets: Sequence[int]) -> dict[str, np.ndarray]:
     """Return the mean reward of each question at each budget, shape (Q, M), by data set."""
-    sums: dict[str, dict[int, list[np.ndarray]]] = {}
-    for record in records:
-        at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
-        sample_scores = np.array([at[budget] for budget in budgets])
-        sums.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(sample_scores)
-    return {
-        name: np.array([np.mean(by_question[question], axis=0) for question in sorted(by_question)])
-        for name, by_question in sums.items()
-    }
+    return question_means(records, lambda record: mean_rewards(record, budgets))
 
 
 def curve_names(sets: Iterable[str]) -> list[str]:
@@ -333,8 +325,7 @@ def table(results: dict[str, Any]) -> str:
     budgets = results["protocol"]["budgets"]
 
     def cell(value: dict[str, float]) -> str:
-        estimate = Estimate(**value)
-        return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
+        return Estimate(**value).in_percent(width=5)
 
     samples = results["protocol"]["num_samples"]
 

@@ -16,6 +16,7 @@ import numpy as np
 from ..outside.tables import aligned
 from ..rewards.agreement import majority, read_answer
 from ..rollout.settling import Streak
+from .journal import question_means
 from .statistics import Estimate, quantile_estimate, resampled_means
 from .zeros import is_forced
 
@@ -120,14 +121,10 @@ def calibration(
         of the first one.
     """
     settings, every = settings_of(budgets, num_answers), _spacing(budgets)
-    by_set: dict[str, dict[int, list[np.ndarray]]] = {}
-    for record in records if settings else ():
-        replayed = _replay(record, budgets, settings, answer_bridge)
-        by_set.setdefault(record["dataset"], {}).setdefault(record["question"], []).append(replayed)
-    totals = {
-        name: _Totals(*np.moveaxis(np.array([np.mean(rows, axis=0) for _, rows in sorted(questions.items())]), 1, 0))
-        for name, questions in by_set.items()
-    }
+    replayed = question_means(
+        records if settings else (), lambda record: _replay(record, budgets, settings, answer_bridge)
+    )
+    totals = {name: _Totals(*np.moveaxis(means, 1, 0)) for name, means in replayed.items()}
     found = {}
     for group, names in groups.items():
         points = _points([totals[name] for name in names], settings, every) if settings else []
@@ -153,7 +150,7 @@ def choose(points: Sequence[Mapping[str, Any]], most_lost: float = MOST_LOST) ->
     return max(allowed, key=lambda i: points[i]["tokens_saved"]["mean"], default=None)
 
 
-def frontier(points: Sequence[Mapping[str, Any]]) -> list[int]:
+def unbeaten(points: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the numbers of the points that no other point beats in both tokens saved and accuracy lost."""
 
     def beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -243,10 +240,9 @@ def settling_table(results: dict[str, Any]) -> str:
         return ""
 
     def cell(value: dict[str, float]) -> str:
-        estimate = Estimate(**value)
-        return f"{100 * estimate.mean:5.1f} [{100 * estimate.low:5.1f}, {100 * estimate.high:5.1f}]"
+        return Estimate(**value).in_percent(width=5)
 
-    shown = frontier(group["points"])
+    shown = unbeaten(group["points"])
     rows = [
         [
             "checks",

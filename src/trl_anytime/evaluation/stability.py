@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .journal import mean_rewards
+
 RIGHT_AT = 0.5
 
 
@@ -115,5 +117,4 @@ def right_in_sample(record: Mapping[str, Any], budgets: Sequence[int], right_at:
     Returns:
         `np.ndarray`: shape (1, M), booleans.
     """
-    at = {budget: np.mean(cut["rewards"]) for cut in record["cuts"] for budget in cut["budgets"]}
-    return np.array([[at[budget] >= right_at for budget in budgets]])
+    return mean_rewards(record, budgets)[None] >= right_at

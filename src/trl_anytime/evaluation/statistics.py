@@ -33,6 +33,11 @@ class Estimate:
     low: float
     high: float
 
+    def in_percent(self, width: int = 0) -> str:
+        """Return the mean and the interval as text, each number with at least `width` characters."""
+        mean, low, high = (f"{100 * value:{width}.1f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -139,23 +144,6 @@ class ResampledCurve:
         """
         mean, values_B = float(function(self.means_M)), function(self.means_BM)
         return None if np.isnan(mean) else quantile_estimate(mean, values_B[~np.isnan(values_B)])
-
-
-def estimates(sets: list[np.ndarray], seed: int = 0) -> tuple[list[Estimate], Estimate]:
-    """
-    Estimate a curve and its average over budgets.
-
-    Args:
-        sets (`list[np.ndarray]`):
-            See [`ResampledCurve`].
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
-
-    Returns:
-        `tuple`: M estimates, and the estimate of their mean, which is the anytime average.
-    """
-    curve = ResampledCurve.of(sets, seed)
-    return curve.at_budgets(), curve.average()
 
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], seed: int = 0) -> tuple[list[Comparison], Comparison]:

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ..evaluation.settling import frontier
+from ..evaluation.settling import unbeaten
 from ..outside.display import for_plot
 
 
@@ -28,7 +28,7 @@ def plot_settling(settling: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
     for axes, (name, group) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         points = group["points"]
-        best = [points[i] for i in frontier(points)]
+        best = [points[i] for i in unbeaten(points)]
         for every, agreement in dict.fromkeys((point["every"], point["agreement"]) for point in best):
             own = [point for point in best if (point["every"], point["agreement"]) == (every, agreement)]
             label = f"agreement {agreement:g}" if every is None else f"every {every} tokens, agreement {agreement:g}"
