@@ -39,6 +39,7 @@ from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.cli import main as trl_anytime
 from trl_anytime.method.budgets import check_budgets
 from trl_anytime.rewards import TaskReward
+from trl_anytime.training.checkpoint import checkpoints_of
 
 BUDGETS = [16, 32, 64, 96]
 PROMPTS_PER_UPDATE, GROUP_SIZE = 8, 8
@@ -140,8 +141,8 @@ def supervised_fine_tune(base: Path, folder: Path, held_out: set[str], options: 
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that a `Trainer` has written to its end, which is `trainer_state.json`."""
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+    whole = [str(path) for _, path in checkpoints_of(folder) if (path / "trainer_state.json").exists()]
+    return whole[-1] if whole else None
 
 
 def train(started: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:

@@ -69,8 +69,10 @@ def _source_of_curves(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    checkpoints = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda file: (len(str(file)), file))
-    for file in (path / "results.json", path / "trainer_state.json", *reversed(checkpoints)):
+    from ..training.checkpoint import checkpoints_of
+
+    checkpoints = [folder / "trainer_state.json" for _, folder in reversed(checkpoints_of(path))]
+    for file in (path / "results.json", path / "trainer_state.json", *checkpoints):
         if file.is_file():
             return file
     raise ValueError(
