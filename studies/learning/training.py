@@ -121,27 +121,24 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     set_seed(job.seed)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32")
-    settings = dict(study.arms[job.arm])
-    for name in ("num_budgets", "budget_fractions"):
-        settings.pop(name, None)
-    updates = settings.pop("updates", study.training["updates"])
-    budgets = study.budgets(job.task, job.arm)
-    trainer = make_trainer(
-        study,
-        job,
-        model,
-        tokenizer,
-        output_dir,
-        max_steps=updates,
-        budgets=budgets,
-        learning_rate=job.learning_rate,
-        eval_strategy="steps",
-        eval_steps=study.training["eval_every"],
-        **settings,
-    )
+    trainer = make_trainer(study, job, model, tokenizer, output_dir, **arm_settings(study, job))
     record = run_arm(study, job, trainer)
     trainer.save_model()
     return record
+
+
+def arm_settings(study: Study, job: Job) -> dict[str, Any]:
+    """Return the settings of the trainer that an arm has of its own."""
+    arm = study.arms[job.arm]
+    of_study = ("num_budgets", "budget_fractions", "updates")  # what the others are made of
+    return {
+        "max_steps": arm.get("updates", study.training["updates"]),
+        "budgets": study.budgets(job.task, job.arm),
+        "learning_rate": job.learning_rate,
+        "eval_strategy": "steps",
+        "eval_steps": study.training["eval_every"],
+        **{name: value for name, value in arm.items() if name not in of_study},
+    }
 
 
 def run_arm(study: Study, job: Job, trainer: BRPOTrainer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from examples import arithmetic, smollm2
 from examples import warm_start as teaching
 from studies.learning.study import Job, Study
-from studies.learning.training import evaluation_record, run_arm
+from studies.learning.training import arm_settings, evaluation_record, run_arm
 from trl_anytime import BRPOConfig, BRPOTrainer
 from trl_anytime.rewards import TaskReward
 
@@ -138,22 +138,9 @@ def train(study: Study, job: Job, output_dir: Path) -> dict[str, Any]:
     assert job.requires is not None
     checkpoint = output_dir.parent / job.requires.name
     set_seed(job.seed)
-    settings = dict(study.arms[job.arm])
-    for name in ("num_budgets", "budget_fractions"):
-        settings.pop(name, None)
-    trainer = make_trainer(
-        study,
-        job,
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(checkpoint),
-        output_dir,
-        max_steps=settings.pop("updates", study.training["updates"]),
-        budgets=study.budgets(job.task, job.arm),
-        learning_rate=job.learning_rate,
-        eval_strategy="steps",
-        eval_steps=study.training["eval_every"],
-        **settings,
-    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    trainer = make_trainer(study, job, model, tokenizer, output_dir, **arm_settings(study, job))
     record = run_arm(study, job, trainer)
     trainer.save_model()
     return record
