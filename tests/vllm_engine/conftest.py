@@ -12,9 +12,13 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
+import pytest
 import torch  # after the environment variables
 import trl.generation.vllm_generation
 import vllm.model_executor.layers.utils
+from transformers import AutoTokenizer
+
+from trl_anytime import AnytimeConfig
 
 
 def plain_gemm(layer, *args, **kwargs):
@@ -30,3 +34,16 @@ vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm = plain_gemm
 trl.generation.vllm_generation.LLM = partial(
     trl.generation.vllm_generation.LLM, dtype="float32", block_size=32, enforce_eager=True
 )
+
+
+# For the modules that have a fixture `folder`, with a model and its anytime config
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return AnytimeConfig.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)

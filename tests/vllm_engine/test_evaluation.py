@@ -12,7 +12,7 @@ import torch
 from openai import OpenAI
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 
 from tests.support import ROOT
@@ -48,16 +48,6 @@ def folder(tmp_path_factory):
         for i in range(4):
             file.write(json.dumps({"problem": " ".join("0123456789"[: i + 1]), "answer": i}) + "\n")
     return folder
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return AnytimeConfig.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

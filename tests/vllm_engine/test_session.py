@@ -1,7 +1,6 @@
 """Sessions on real vLLM, its engine and its server: pauses, answers and resuming change no token."""
 
 import pytest
-from transformers import AutoTokenizer
 from vllm import LLM
 
 from tests.support.tiny import make_model, make_tokenizer
@@ -28,16 +27,6 @@ def folder(tmp_path_factory):
     markers = ThinkingMarkers("</think>", (5,), "so </think>", (9, 5), "answer", (8,))
     AnytimeConfig(markers, [64], [1.0], 5, Sampling(temperature=0), [2]).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return AnytimeConfig.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
