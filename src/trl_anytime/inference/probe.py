@@ -11,7 +11,7 @@ from ..outside.validation import TOKEN_ID, fields, list_of, or_null, string
 from ..rollout.encoding import encode
 from ..rollout.escapes import EscapeSearch
 from ..rollout.http_backend import CompletionClient
-from ..rollout.sampling import BUDGET_FIELD
+from ..rollout.sampling import BUDGET_FIELD, is_clipped
 from .anytime_config import AnytimeConfig
 
 QUESTION = (
@@ -122,7 +122,7 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
 def _escape(token_ids: list[int], config: AnytimeConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return how an answer resumes the reasoning, of which training would see the first tokens."""
     summary = token_ids[: config.max_summary_length]
-    clipped = len(summary) == config.max_summary_length and summary[-1] not in config.eos_token_ids
+    clipped = is_clipped(summary, config.max_summary_length, config.eos_token_ids)
     text = str(tokenizer.decode(summary, skip_special_tokens=True))
     return EscapeSearch(config.markers, tokenizer).kind(summary, text, clipped)
 
