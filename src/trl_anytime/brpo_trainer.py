@@ -607,8 +607,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     def _at_train_begin(self) -> None:
         if self._is_sharded and self._forward is forward_packed:
-            model, half_precision = self.accelerator.unwrap_model(self.model), self.args.bf16 or self.args.fp16
-            check_sharded(cast(torch.nn.Module, self.model_wrapped), model, half_precision)
+            check_sharded(cast(torch.nn.Module, self.model_wrapped), self.accelerator.unwrap_model(self.model))
         super()._at_train_begin()
         if self._adaptive_baseline is not None and self._checkpoint is not None:
             self._adaptive_baseline.load_state_dict(torch.load(self._checkpoint / _BASELINE, weights_only=True))

@@ -89,20 +89,20 @@ def choose_forward(model: Any, ref_model: Any, mode: str, is_sharded: bool, cost
     return forward_rows
 
 
-def check_sharded(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> None:
+def check_sharded(wrapped: torch.nn.Module, model: PreTrainedModel) -> None:
     """
     Refuse a sharded model whose packed rows do not give the result of separate rows.
 
     The model must be ready to train. This is a collective call.
 
     Args:
-        wrapped, model, half_precision:
+        wrapped, model:
             See [`sharded_packing_mismatch`].
 
     Raises:
         `ValueError`: If they differ. The message says what to set.
     """
-    reason = sharded_packing_mismatch(wrapped, model, half_precision)
+    reason = sharded_packing_mismatch(wrapped, model)
     if reason is not None:
         raise ValueError(
             f"{type(model).__name__} cannot train on packed rollouts: {reason}. Set `packing='rows'` to train on "
@@ -122,26 +122,49 @@ def unsupported_structure(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _tolerance(model: PreTrainedModel, logprobs: torch.Tensor, half_precision: bool = False) -> float:
+class _Precision:
     """
-    Return how far log-probabilities may differ through rounding alone.
+    The precision in which a model computes, seen in its forward passes.
 
-    In float32 a right layout is off by 1e-5 and a wrong one by 1e-3 or more. In half precision rounding grows with the
-    logits. SmolLM2-135M in bfloat16 has log-probabilities down to -40 over its vocabulary. There a right layout is off
-    by 0.2 to 0.7, as far as plain bfloat16 is from float32, and one with a token too few by 2.7 to 6.5.
+    Weights in float32 do not tell. Autocast may be around the forward pass, also that of a trainer which has trained
+    the model before.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             The model.
-        logprobs (`torch.Tensor`):
-            The log-probabilities that are compared with.
-        half_precision (`bool`, *optional*, defaults to `False`):
-            Whether a model with weights in float32 computes in half precision.
     """
-    if model.dtype == torch.float32 and not half_precision:
-        return 2e-4
-    dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
-    return 8 * torch.finfo(dtype).eps * logprobs.abs().max().item()
+
+    def __init__(self, model: PreTrainedModel):
+        self._seen = {model.dtype}
+        self._embedding = cast(nn.Module, model.get_input_embeddings())
+
+    def __enter__(self) -> "_Precision":
+        self._hook = self._embedding.register_forward_hook(self._look)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hook.remove()
+
+    def _look(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._seen.add(output.dtype)
+        if torch.is_autocast_enabled(output.device.type):
+            self._seen.add(torch.get_autocast_dtype(output.device.type))
+
+    def tolerance(self, logprobs: torch.Tensor) -> float:
+        """
+        Return how far log-probabilities may differ through rounding alone.
+
+        In float32 a right layout is off by 1e-5 and a wrong one by 1e-3 or more. In half precision rounding grows with
+        the logits. SmolLM2-135M in bfloat16 has log-probabilities down to -40 over its vocabulary. There a right
+        layout is off by 0.2 to 0.7, as far as plain bfloat16 is from float32, and one with a token too few by 2.7 to
+        6.5.
+
+        Args:
+            logprobs (`torch.Tensor`):
+                The log-probabilities that are compared with.
+        """
+        halves = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in self._seen]
+        return 8 * torch.finfo(halves[0]).eps * logprobs.abs().max().item() if halves else 2e-4
 
 
 def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torch.Tensor, torch.Generator]:
@@ -164,7 +187,7 @@ def _example(model: PreTrainedModel) -> tuple[PackedRollouts, torch.Tensor, torc
     return packed, row, words, generator
 
 
-def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, half_precision: bool) -> str | None:
+def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel) -> str | None:
     """
     Compare as [`packing_mismatch`] does, for a model whose forward pass gathers its parameters.
 
@@ -175,8 +198,6 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
             The model as it is trained. It gathers its parameters. With DeepSpeed it has another `config`.
         model ([`~transformers.PreTrainedModel`]):
             The same model, unwrapped.
-        half_precision (`bool`):
-            Whether the model computes in half precision.
 
     Returns:
         `str`, *optional*: why the model must not train on packed rollouts.
@@ -185,14 +206,14 @@ def sharded_packing_mismatch(wrapped: torch.nn.Module, model: PreTrainedModel, h
     training = wrapped.training
     wrapped.eval()  # dropout would differ between the two
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _Precision(model) as precision:
             tree, separate = (
                 forward(wrapped, packed, row, torch.ones_like(row), labels=row, fused_lm_head=True).log_probs.float()
                 for forward in (forward_packed, forward_rows)
             )
     finally:
         wrapped.train(training)
-    tolerance = _tolerance(model, separate, half_precision)
+    tolerance = precision.tolerance(separate)
     error = (tree - separate).abs().max().item()
     if error <= tolerance:  # false for NaN
         return None
@@ -236,13 +257,13 @@ def packing_mismatch(model: PreTrainedModel) -> str | None:
     hook = embedding.register_forward_hook(add_probe)
     model.eval()  # dropout would differ between the two
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _Precision(model) as precision:
             tree, tree_gradient = score(forward_packed)
             separate, separate_gradient = score(forward_rows)
     finally:
         hook.remove()
         model.train(training)
-    tolerance = _tolerance(model, separate)
+    tolerance = precision.tolerance(separate)
     error = (tree - separate).abs().max().item()
     gradient_error = ((tree_gradient - separate_gradient).abs().max() / separate_gradient.abs().max()).item()
     if error <= tolerance and gradient_error <= tolerance:  # false for NaN
@@ -274,7 +295,7 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), without_host_warnings():
+        with torch.no_grad(), without_host_warnings(), _Precision(model) as precision:
             cache = growing_cache()
             model(torch.tensor([trunk], device=model.device), past_key_values=cache, use_cache=True)
             start = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -293,7 +314,7 @@ def branching_mismatch(model: PreTrainedModel) -> str | None:
     finally:
         model.train(training)
     logprobs = separate.float().log_softmax(-1)
-    difference, tolerance = (decoded - logprobs).abs().max().item(), _tolerance(model, logprobs)
+    difference, tolerance = (decoded - logprobs).abs().max().item(), precision.tolerance(logprobs)
     if difference <= tolerance:  # false for NaN
         return None
     return (
