@@ -659,6 +659,7 @@ def test_parts_that_depend_on_settings(tmp_path):
         "plain": ({}, Launch()),
         "reference": ({"beta": 0.1}, Launch()),
         "few": ({"max_cached_tokens": 1}, Launch()),
+        "half": ({"bf16": True}, Launch()),
         "sharded": ({}, Launch(2, "fsdp")),
         "vllm": ({"use_vllm": True, "vllm_gpu_memory_utilization": 0.5}, Launch()),
         "asleep": ({"use_vllm": True, "vllm_enable_sleep_mode": True}, Launch()),
@@ -680,6 +681,8 @@ def test_parts_that_depend_on_settings(tmp_path):
     }
     assert plain.generating == {name: 8 * size for name, size in per_rollout.items()}
     assert found["few"].generating == per_rollout  # one rollout at least
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    assert found["half"].generating["cast weights"] == 2 * sum(p.numel() for p in matrices)
     assert found["reference"].always["reference model"] == plain.always["weights"]
     assert found["sharded"].always["weights"] == plain.always["weights"] // 2
     assert found["sharded"].training["gathered weights"] > 0

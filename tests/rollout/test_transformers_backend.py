@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessorList
 from trl.trainer.utils import add_fused_lm_head
 
@@ -295,7 +296,7 @@ def test_draws_are_those_of_multinomial():
     torch.manual_seed(1)
     expected = torch.multinomial(logits.softmax(-1), 1)[:, 0]
     torch.manual_seed(1)
-    assert torch.equal(_choose(LogitsProcessorList(), True, None, logits), expected)
+    assert torch.equal(_choose(LogitsProcessorList(), True, False, None, logits), expected)
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
@@ -313,6 +314,52 @@ def test_broken_logits_are_an_error_on_the_host(do_sample, phase, value):
     model.register_forward_hook(break_logits, with_kwargs=True)
     with pytest.raises(FloatingPointError, match=f"for 1 of .* {phase}"):
         cached(model, do_sample=do_sample).roll_out(PROMPTS[:2], make_settings(num_summaries=1, budgets=[12]))
+
+
+def test_broken_logits_may_be_left_to_the_caller():
+    model = make_tree_model()
+
+    def break_logits(model, args, output):
+        output.logits[:] = torch.nan
+        return output
+
+    model.register_forward_hook(break_logits)
+    (rollout,) = cached(model, remove_invalid_values=True).roll_out(PROMPTS[:1], make_settings(budgets=[4]))
+    assert rollout.thinking.token_ids == [0] * 4
+
+
+class CountCasts(TorchDispatchMode):
+    """Count the casts of each parameter."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self._names:
+            self.counts[self._names[args[0].data_ptr()]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_each_weight_once():
+    model = make_tree_model()
+    # As Accelerate does
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with CountCasts(model) as casts:
+        cached(model).roll_out(PROMPTS, make_settings())
+    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() == 2 and "embed" not in name]
+    assert casts.counts == dict.fromkeys(matrices, 1)
+    with CountCasts(model) as casts, torch.no_grad():
+        model(torch.tensor([PROMPTS[0]]))
+    assert casts.counts == dict.fromkeys(matrices, 1)  # none are left over
+
+
+def test_a_model_under_the_autocast_of_an_earlier_trainer(tmp_path):
+    model = make_tree_model(initializer_range=0.2)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    assert branching_mismatch(model) is None
+    assert isinstance(tiny_trainer(tmp_path, model=model).generation, TransformersGeneration)
 
 
 @pytest.mark.parametrize(("prompt", "bridge"), [([7, 20], 3), ([7, -1], 3), ([7], 25)])

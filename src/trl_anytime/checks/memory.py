@@ -126,6 +126,7 @@ _ADVICE = {
     "LM head": "Lower `per_device_train_batch_size` and raise `gradient_accumulation_steps` to match.",
     "keys and values": "Set `max_cached_tokens`, or `use_vllm: true`.",
     "logits": "Set `max_cached_tokens`, or `use_vllm: true`.",
+    "cast weights": "Train LoRA adapters with `use_peft: true`, or set `use_vllm: true`.",
     "scores": "Set `max_cached_tokens`, or `use_vllm: true`.",
     "vLLM": "Lower `vllm_gpu_memory_utilization`, or set `vllm_enable_sleep_mode: true`.",
 }
@@ -299,6 +300,12 @@ def estimate_memory(
             training["vLLM"] = engine
     elif not args.use_vllm:
         generating = generation_memory(config, args, prompt_length, max_bridge_length, compute_bytes)
+        if half_precision and launch.sharding not in _FULL_SHARD:
+            # Kept while tokens are decoded. Autocast keeps none of the frozen ones.
+            linear = {module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)}
+            generating["cast weights"] = 2 * sum(
+                weight.numel() for weight in linear if weight.requires_grad and weight.dtype == torch.float32
+            )
     return MemoryEstimate(always, training, generating)
 
 

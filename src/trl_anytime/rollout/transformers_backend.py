@@ -75,7 +75,7 @@ class TransformersGeneration(Generation):
         per_rollout = max(map(len, prompts)) + settings.budgets[-1] + settings.num_summaries * per_branch
         at_once = len(prompts) if self._max_cached_tokens is None else max(1, self._max_cached_tokens // per_rollout)
         rollouts: list[Rollout] = []
-        with self._hold_model() as model, torch.no_grad(), without_host_warnings():
+        with self._hold_model() as model, torch.no_grad(), _kept_casts(), without_host_warnings():
             _check_tokens(model, prompts, settings)
             parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
             if len(parts) == 1:
@@ -243,8 +243,11 @@ class TransformersGeneration(Generation):
 
     def _choice(self, model: PreTrainedModel) -> tuple[Callable[..., torch.Tensor], bool]:
         """Return the function that chooses next tokens, and whether it looks at the tokens so far."""
-        logits_processor, do_sample = prepared_sampling(model, self._generation_config)
-        return partial(_choose, logits_processor, do_sample), needs_history(logits_processor)
+        processors, do_sample = prepared_sampling(model, self._generation_config)
+        # It takes several passes over the vocabulary to find what `next_tokens` finds anyway
+        removes = logits_process.InfNanRemoveLogitsProcessor
+        kept = LogitsProcessorList(processor for processor in processors if not isinstance(processor, removes))
+        return partial(_choose, kept, do_sample, len(kept) < len(processors)), needs_history(kept)
 
 
 def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: RolloutSettings) -> None:
@@ -259,6 +262,21 @@ def _check_tokens(model: PreTrainedModel, prompts: list[list[int]], settings: Ro
                 f"{name} has token {wrong}, but the model has only {size} tokens. Use the model's own tokenizer, "
                 "or add embeddings with `model.resize_token_embeddings(len(tokenizer))`."
             )
+
+
+@contextmanager
+def _kept_casts() -> Iterator[None]:
+    """
+    Keep the weights that autocast has cast, up to the end of the context.
+
+    Accelerate turns autocast on and off around each call of the model, which would cast all weights for each token.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -283,15 +301,20 @@ def _length(token_ids: list[int], start: int, stop_ids: set[int], scan: EndScan)
 
 
 def _choose(
-    logits_processor: LogitsProcessorList, do_sample: bool, token_ids: torch.Tensor | None, logits: torch.Tensor
+    logits_processor: LogitsProcessorList,
+    do_sample: bool,
+    remove_invalid: bool,
+    token_ids: torch.Tensor | None,
+    logits: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Choose the next tokens as `generate()` does.
+    Choose the next tokens as `generate()` does. With `remove_invalid`, broken logits give some token instead of -1.
 
     See [`~trl_anytime.modeling.branch_decoding.decode_branches`] and
     [`~trl_anytime.modeling.trace_decoding.decode_traces`].
     """
-    return next_tokens(logits_processor(cast(torch.LongTensor, token_ids), logits.float()), do_sample)
+    tokens = next_tokens(logits_processor(cast(torch.LongTensor, token_ids), logits.float()), do_sample)
+    return tokens.clamp(min=0) if remove_invalid else tokens
 
 
 def next_tokens(scores: torch.Tensor, do_sample: bool, generator: torch.Generator | None = None) -> torch.Tensor:
