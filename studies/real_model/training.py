@@ -85,6 +85,7 @@ def make_trainer(
         "per_device_train_batch_size": training["num_generations"],
         "gradient_accumulation_steps": training["prompts_per_update"],
         "per_device_eval_batch_size": 64,
+        "num_generations_eval": 1,
         "eval_budgets": study.eval_budgets(job.task),
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
