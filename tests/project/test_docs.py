@@ -88,7 +88,7 @@ def blocks(language: str) -> list[Block]:
 
 
 def test_the_pages_are_read():
-    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/evaluation.md"} <= PAGES.keys()
+    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/evaluation.md", "docs/serving.md"} <= PAGES.keys()
     assert len(blocks("bash")) > 10 and len(blocks("python")) > 10
     words = {words[1] for block in blocks("bash") for words in block.commands() if words[0] == "trl-anytime"}
     assert words >= {"eval", "generate", "probe", "serve-command", "plot"}

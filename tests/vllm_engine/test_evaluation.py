@@ -244,10 +244,10 @@ def answered(model, tokenizer, config):
 
 
 def run_lm_eval(tmp_path, replaced):
-    """Run the line of docs/evaluation.md with other words. Return accuracy, and the answer to each question."""
+    """Run the line of docs/serving.md with other words. Return accuracy, and the answer to each question."""
     if "LM_EVAL" not in os.environ:
         pytest.skip("`make test-vllm` says where lm-eval is")
-    page = (ROOT / "docs/evaluation.md").read_text()
+    page = (ROOT / "docs/serving.md").read_text()
     (line,) = re.findall(r"^(lm_eval run .*?)^```", page, re.MULTILINE | re.DOTALL)
     for old, new in replaced.items():
         assert line.count(old) == 1
