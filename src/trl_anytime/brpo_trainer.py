@@ -268,7 +268,8 @@ class BRPOTrainer(ReliableGRPOTrainer):
         )
         self.generation = choose_backend(self, self._forward is forward_packed)
 
-        self._times.on_start = self.generation.times.on_start = StepLines.replace(self).show_phase
+        self._lines = StepLines.replace(self)
+        self._times.on_start = self.generation.times.on_start = self._lines.show_phase
         self.add_callback(StartReport(self, max(map(len, longest_prompts))))
         if args.alarms:
             self.add_callback(Alarms())
@@ -402,6 +403,7 @@ class BRPOTrainer(ReliableGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
+        self._lines.is_evaluating = mode == "eval"
         batch = self._new_batch(mode, inputs)
         if batch.references is None:
             return self._train_on(batch, mode, inputs)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from transformers import PrinterCallback, ProgressCallback
 
-from tests.support.tiny import graded_trainer, tiny_trainer
+from tests.support.tiny import graded_trainer, make_dataset, tiny_trainer
 from trl_anytime import BRPOTrainer
 from trl_anytime.training import progress
 from trl_anytime.training.progress import StepLines, log_line
@@ -102,6 +102,13 @@ def test_an_evaluation_is_a_line(tmp_path, capsys):
     metrics = trainer.evaluate()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if " | " in line)
     assert " ".join(f"{metrics[f'eval_anytime/reward@{budget}']:.2f}" for budget in (2, 4)) + " at 2 4" in line
+
+
+def test_phases_of_an_evaluation_are_of_no_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SILENCE", 0)
+    tiny_trainer(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=make_dataset(8)).train()
+    shown = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line.endswith(": thinking")]
+    assert shown[0] == "step 1/1" and set(shown[1:]) == {"evaluation"}
 
 
 class MyBar(ProgressCallback):

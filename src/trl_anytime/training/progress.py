@@ -29,11 +29,16 @@ class StepLines(ProgressCallback):
     Args:
         show_bar (`bool`):
             Whether there is a progress bar.
+
+    Attributes:
+        is_evaluating (`bool`):
+            Whether the phases are those of an evaluation. The trainer sets it.
     """
 
     def __init__(self, show_bar: bool) -> None:
         super().__init__()
         self._show_bar = show_bar
+        self.is_evaluating = False
         self._is_main = False
         self._step, self._last_step = 0, 0
         self._phase = ""
@@ -62,7 +67,8 @@ class StepLines(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description_str(phase)
         else:
-            self._break_silence(f"step {self._step + 1}/{self._last_step}: {phase}")
+            of = "evaluation" if self.is_evaluating else f"step {self._step + 1}/{self._last_step}"
+            self._break_silence(f"{of}: {phase}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._is_main = state.is_world_process_zero
