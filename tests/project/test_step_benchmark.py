@@ -11,14 +11,24 @@ from tests.support import ROOT
 PHASES = ("thinking", "summarising", "grading", "scoring", "updating")
 
 
-def test_whole_steps_by_phase(monkeypatch, capsys):
-    """No summary is right, so that nothing has an advantage: all but a token of each rollout is left out."""
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    """Run the benchmark in short, and return its results by trainer."""
     script = ROOT / "benchmarks" / "step.py"
     monkeypatch.syspath_prepend(str(script.parent))  # as a script's own folder is
     short = "--json --budgets 2 4 --prompt 3 --summary 3 --bridge 3 --num-summaries 2 --group-size 2 --repeats 1"
-    monkeypatch.setattr(sys, "argv", [str(script), *short.split(), "--reward-rate", "0"])
-    runpy.run_path(str(script), run_name="__main__")
-    results = {result["trainer"]: result for result in json.loads(capsys.readouterr().out)}
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(script), *short.split(), *words])
+        runpy.run_path(str(script), run_name="__main__")
+        return {result["trainer"]: result for result in json.loads(capsys.readouterr().out)}
+
+    return run
+
+
+def test_whole_steps_by_phase(measure):
+    """No summary is right, so that nothing has an advantage: all but a token of each rollout is left out."""
+    results = measure("--reward-rate", "0")
 
     assert list(results) == ["GRPO", "BRPO", "unpruned", "rows"]
     for name, result in results.items():
@@ -30,6 +40,12 @@ def test_whole_steps_by_phase(monkeypatch, capsys):
     # A trace of 4 tokens and 2 · 2 branches of 3 + 3
     assert results["BRPO"]["pruned_ratio"] == results["rows"]["pruned_ratio"] == round(1 - 1 / 28, 3)
     assert results["unpruned"]["pruned_ratio"] == results["GRPO"]["pruned_ratio"] == 0
+
+
+def test_summaries_that_agree_are_left_out(measure):
+    """A trace of 4 tokens stays, unless its rewards are those of the others. 2 · 2 branches of 3 + 3 tokens do not."""
+    results = measure("--agreement", "1", "--trainers", "BRPO")
+    assert results["BRPO"]["pruned_ratio"] >= round(24 / 28, 3)
 
 
 def test_what_pruning_leaves_out(monkeypatch, capsys):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..outside.display import for_terminal
+from ..outside.files import weight_files
 from .common import say
-from .loading import weights_of
 from .measurement import FILES, Measurement, print_notes, say_not_drawn
 
 TABLE, PICTURE = "checkpoints.csv", "checkpoints.png"
@@ -44,7 +44,7 @@ def find(run: Path, steps: Sequence[int] | None) -> list[tuple[int, Path]]:
         raise ValueError(f"{run} has no checkpoint of step {missing[0]}. Set --steps to some of {there}.")
     found = [(step, folder) for step, folder in found if steps is None or step in steps]
     for step, folder in found:
-        if is_unfinished(folder) or not weights_of(folder):
+        if is_unfinished(folder) or not weight_files(folder):
             raise ValueError(
                 f"{folder} has no whole weights. It is being saved, or has only the shards of a training. Wait or "
                 f"merge them, or leave out {step} by --steps."

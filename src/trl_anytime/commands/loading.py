@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from ..inference.anytime_config import AnytimeConfig
 
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -65,16 +64,12 @@ def _holder(model: str, run: Path | None, names: Sequence[str]) -> str:
     ]
 
 
-def weights_of(folder: Path) -> list[Path]:
-    """Return the files with weights in a model's folder."""
-    return sorted({file for pattern in _WEIGHTS for file in folder.glob(pattern) if file.is_file()})
-
-
 def checksum_of_weights(model: str) -> str | None:
     """Return a checksum of the weights in a model's folder, or `None` for a model of the Hub."""
+    from ..outside.files import weight_files
     from ..training.checkpoint import checksum
 
-    return " ".join(f"{file.name}:{checksum(file):08x}" for file in weights_of(Path(model))) or None
+    return " ".join(f"{file.name}:{checksum(file):08x}" for file in weight_files(Path(model))) or None
 
 
 def make_client(options: argparse.Namespace) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..outside.files import weight_files
 from ..rollout.http_backend import CompletionClient
 from .anytime_config import AnytimeConfig
 from .session_backends import SessionBackend, Show, Trace, derived_seed
@@ -236,7 +237,7 @@ def _weights_on_disk(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
