@@ -5,6 +5,7 @@ import runpy
 import sys
 
 import pytest
+import yaml
 
 from tests.support import ROOT
 
@@ -48,9 +49,17 @@ def test_summaries_that_agree_are_left_out(measure):
     assert results["BRPO"]["pruned_ratio"] >= round(24 / 28, 3)
 
 
-def test_what_pruning_leaves_out(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words", [["--sft_steps", "2", "--prompts", "2"], ["--study", "tiny.yaml", "--task", "pointers"]]
+)
+def test_what_pruning_leaves_out(words, monkeypatch, capsys, tmp_path):
     """Hardly a reward after two steps of warm start, so that nearly all is left out, and the gradients agree."""
-    monkeypatch.setattr(sys, "argv", ["pruning", "--sft_steps", "2", "--updates", "1", "--prompts", "2"])
+    study = yaml.safe_load((ROOT / "studies" / "learning" / "configs" / "main.yaml").read_text())
+    study["tasks"]["pointers"]["warm_start_steps"] = 2
+    study["training"] |= {"prompts_per_update": 2, "warm_start_problems": 2, "eval_problems": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pruning", "--updates", "1", *words])
     runpy.run_module("benchmarks.pruning", run_name="__main__")
     update, left_out, _, _, norm, norm_without = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert update == "1" and float(left_out) > 50 and norm == norm_without
