@@ -54,7 +54,7 @@ def test_metadata_of_the_wheel(wheel):
     targets = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", metadata.get_payload())
     assert all(target.startswith("https://") for _, target in targets)
     raw = address.replace("github.com", "raw.githubusercontent.com")
-    assert f"{raw}/main/docs/images/quickstart.png" in [target for picture, target in targets if picture]
+    assert f"{raw}/main/docs/images/demo.png" in [target for picture, target in targets if picture]
     assert f"{address}/blob/main/docs/index.md" in [target for picture, target in targets if not picture]
 
 

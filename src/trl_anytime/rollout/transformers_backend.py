@@ -308,7 +308,7 @@ def _choose(
     logits: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Choose the next tokens as `generate()` does. With `remove_invalid`, broken logits give some token instead of -1.
+    Choose the next tokens as `generate()` does; broken logits give -1.
 
     See [`~trl_anytime.modeling.branch_decoding.decode_branches`] and
     [`~trl_anytime.modeling.trace_decoding.decode_traces`].
