@@ -1,5 +1,5 @@
 """
-The tables and figures of docs/results_tables.md, from the results of `tuning`, `main`, `objective` and `noise`:
+The tables and figures of docs/results_tables.md, from the results of the studies in `configs/`:
 
     python -m studies.learning.analysis studies/learning/results docs/results_tables.md
 
@@ -60,8 +60,8 @@ NAMES = {
     "ar_uniform_decayed": "AR-uniform, rate to zero",
     "uniform_final_decayed": "AR-uniform, summaries as GRPO's, rate to zero",
 }
-# Of the study `objective`, in the order of its table
-OBJECTIVE_NAMES = {
+# Of the studies `objective` and `variants`, in the order of their tables
+VARIANT_NAMES = {
     "objective": "weight P/A",
     "weight_0.25": "weight 0.25",
     "objective_2_summaries": "weight P/A, A = 2",
@@ -74,12 +74,14 @@ OBJECTIVE_NAMES = {
     "pairs_objective": "weight P/A, G = 2, V",
     "pairs_objective_adaptive": "weight P/A, G = 2, adaptive",
 }
-# Arms of `main` that those with groups of eight are compared with, and those with groups of two
+# What those with groups of eight are compared with, and those with groups of two
 COMPARED = ("grpo", "ar_uniform", "uniform_final")
 COMPARED_PAIRS = {
-    "pairs_objective": ("grpo", "pairs_brpo", "pairs_final_brpo"),
-    "pairs_objective_adaptive": ("grpo", "pairs_adaptive", "pairs_final_adaptive"),
+    "pairs_objective": ("grpo", "pairs_brpo"),
+    "pairs_objective_adaptive": ("grpo", "pairs_brpo"),
 }
+# The studies whose runs begin at the same warm starts, so that they can be paired
+FROM_THE_SAME = {"main": ("tuning", "main", "objective", "noise"), "variants": ("variants",)}
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
     "uniform_final_adaptive": "uniform_final",
@@ -109,14 +111,16 @@ _T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2
 
 class Results:
     """
-    The records of the studies, by what they are about.
+    The records of studies that have the same warm starts, by what they are about.
 
     Args:
         folder (`Path`):
             Where the results of the studies lie, named after them. Those that are not there have no records.
+        studies (`Sequence[str]`, defaults to those of `main`'s warm starts):
+            Their names.
 
     Attributes:
-        runs (`dict`): studies `main` and `objective`, by cell, arm and seed.
+        runs (`dict`): by cell, arm and seed.
         tuning (`list`): runs of the tuning study.
         measures (`dict`): main study, by cell and arm (`""` for the warm start), one for each seed.
         noise (`dict`): measurements of the study `noise`, by cell.
@@ -126,13 +130,13 @@ class Results:
         `ValueError`: If two studies disagree about a warm start, or have a run of the same name.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, studies: Sequence[str] = FROM_THE_SAME["main"]):
         self.warm_starts: dict[tuple[Cell, int], Record] = {}
         self.tuning: list[Record] = []
         self.runs: dict[Cell, dict[str, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
         self.measures: dict[Cell, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         self.noise: dict[Cell, list[Record]] = defaultdict(list)
-        for study in ("tuning", "main", "objective", "noise"):
+        for study in studies:
             path = folder / f"{study}.jsonl"
             for line in path.read_text().splitlines() if path.exists() else ():
                 record = json.loads(line)
@@ -336,29 +340,27 @@ def arms_table(results: Results, cell: Cell) -> str:
     return markdown([*head, "anytime minus GRPO", "minus its reference"], rows)
 
 
-def objective_table(results: Results, cell: Cell) -> str:
+def variants_table(results: Results, cell: Cell) -> str:
     """
-    Arms of the study `objective` beside those of `main`: accuracy and cost, and differences paired by seed.
+    Arms of `objective` or `variants` beside those of COMPARED: accuracy and cost, and differences paired by seed.
 
-    Each has the differences of anytime accuracy from three arms after as many updates, and from GRPO after as much CPU
-    time. An arm without a run has no figures.
+    Each has the differences of anytime accuracy from those arms after as many updates, and from GRPO after as much CPU
+    time. Those with groups of two are compared with AR-uniform with groups of two.
     """
     n, rows = results.updates(cell), []
-    for arm in (*COMPARED, "pairs_brpo", "pairs_adaptive", *OBJECTIVE_NAMES):
-        name, runs = OBJECTIVE_NAMES.get(arm) or NAMES[arm], results.runs[cell][arm]
-        if not runs:
-            rows.append([name, "0", *[""] * 9])
-            continue
+    for arm in _variants(results, cell):
+        runs = results.runs[cell][arm]
         after = np.array([results.at(record, "update", n) for record in runs.values()])
         last = [record["evaluations"][-1] for record in runs.values()]
         seconds, tokens = ([point[axis] / point["update"] for point in last] for axis in ("cpu_seconds", "tokens"))
-        references = COMPARED_PAIRS.get(arm, COMPARED if arm in OBJECTIVE_NAMES else ("grpo",))
-        minus = [differences(results, cell, arm, "update", reference) for reference in references]
+        minus = [
+            differences(results, cell, arm, "update", reference) for reference in COMPARED_PAIRS.get(arm, COMPARED)
+        ]
         minus.insert(1, differences(results, cell, arm, "seconds"))
-        cells = ["" if arm == "grpo" or not len(delta) else text(delta.mean(axis=1), signed=True) for delta in minus]
+        cells = [text(delta.mean(axis=1), signed=True) if delta.any() else "" for delta in minus]
         rows.append(
             [
-                name,
+                _name(arm),
                 str(len(runs)),
                 text(after.mean(axis=1)),
                 text(after[:, 1]),
@@ -373,21 +375,42 @@ def objective_table(results: Results, cell: Cell) -> str:
     return markdown([*head, "minus GRPO", "at equal time", "minus AR-uniform", "minus one summary trained"], rows)
 
 
-def objective_curves_table(results: Results, cell: Cell) -> str:
-    """Accuracy by budget of the same arms, at equal updates, and below each its differences from those of `main`."""
+def variants_curves_table(results: Results, cell: Cell) -> str:
+    """Accuracy by budget of the same arms, at equal updates, and below each its differences from two of COMPARED."""
     first = next(iter(results.runs[cell]["grpo"].values()))
     n, rows = results.updates(cell), []
-    for arm in (*COMPARED, *OBJECTIVE_NAMES):
-        name, runs = OBJECTIVE_NAMES.get(arm) or NAMES[arm], results.runs[cell][arm]
-        if runs:
-            after = np.array([results.at(record, "update", n) for record in runs.values()])
-            rows.append([name, "", str(len(runs)), *(text(column) for column in after.T)])
-        for reference in (COMPARED_PAIRS.get(arm, COMPARED)[:2]) if arm in OBJECTIVE_NAMES else ():
+    for arm in _variants(results, cell):
+        after = np.array([results.at(record, "update", n) for record in results.runs[cell][arm].values()])
+        rows.append([_name(arm), "", str(len(after)), *(text(column) for column in after.T)])
+        for reference in (COMPARED_PAIRS.get(arm, COMPARED)[:2]) if arm in VARIANT_NAMES else ():
             delta = differences(results, cell, arm, "update", reference)
             if len(delta):
                 columns = [text(column, signed=True) for column in delta.T]
-                rows.append([name, NAMES[reference], str(len(delta)), *columns])
+                rows.append([_name(arm), _name(reference), str(len(delta)), *columns])
     return markdown(["", "minus", "n", *map(str, grid(results, first))], rows)
+
+
+def _variants(results: Results, cell: Cell) -> list[str]:
+    """The arms of a table that have runs: what is compared with first."""
+    return [arm for arm in (*COMPARED, "pairs_brpo", *VARIANT_NAMES) if results.runs[cell][arm]]
+
+
+def _name(arm: str) -> str:
+    return VARIANT_NAMES.get(arm) or NAMES[arm]
+
+
+def pooled_table(all_results: Sequence[Results], cell: Cell) -> str:
+    """The differences by budget of the arms that several sets of warm starts have, over all of these."""
+    rows = []
+    grpo = next(iter(all_results[0].runs[cell]["grpo"].values()))
+    for arm in VARIANT_NAMES:
+        for reference in COMPARED:
+            deltas = [differences(results, cell, arm, "update", reference) for results in all_results]
+            if all(len(delta) for delta in deltas):
+                delta = np.concatenate(deltas)
+                columns = [text(column, signed=True) for column in (delta.mean(axis=1), *delta.T)]
+                rows.append([_name(arm), _name(reference), str(len(delta)), *columns])
+    return markdown(["", "minus", "n", "anytime", *map(str, grid(all_results[0], grpo))], rows)
 
 
 def noise_table(results: Results) -> str:
@@ -631,8 +654,9 @@ def training_figure(results: Results, cell: Cell, path: Path) -> None:
     figure.savefig(path, dpi=70)
 
 
-def write_page(results: Results, page: Path) -> None:
-    """Put all tables into the page, and the figures beside it."""
+def write_page(folder: Path, page: Path) -> None:
+    """Put all tables of the results in a folder into the page, and the figures beside it."""
+    results, variants = (Results(folder, studies) for studies in FROM_THE_SAME.values())
     makers: dict[str, Callable[[], str]] = {
         "tuning": lambda: tuning_table(results),
         "adaptive": lambda: adaptive_table(results),
@@ -650,8 +674,8 @@ def write_page(results: Results, page: Path) -> None:
             ("reach", reach_table),
             ("arms", arms_table),
             ("decayed", decayed_table),
-            ("objective", objective_table),
-            ("objective curves", objective_curves_table),
+            ("objective", variants_table),
+            ("objective curves", variants_curves_table),
             ("variance", variance_table),
             ("variance 8 budgets", lambda r, c: variance_table(r, c, num_budgets=8, priors=["uniform"])),
             ("variance pairs", lambda r, c: variance_table(r, c, group_size=2, priors=["uniform"])),
@@ -659,6 +683,11 @@ def write_page(results: Results, page: Path) -> None:
             ("goals", goals_table),
         ):
             makers[f"{name} {'/'.join(cell)}"] = lambda table=table, cell=cell: table(results, cell)
+    for cell in [cell for cell, runs in variants.runs.items() if runs["grpo"]]:
+        of_cell = "/".join(cell)
+        makers[f"variants {of_cell}"] = lambda cell=cell: variants_table(variants, cell)
+        makers[f"variants curves {of_cell}"] = lambda cell=cell: variants_curves_table(variants, cell)
+        makers[f"pooled {of_cell}"] = lambda cell=cell: pooled_table((results, variants), cell)
 
     def filled(match: re.Match) -> str:
         name = match.group(1)
@@ -674,7 +703,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="folder with main.jsonl and the others")
     parser.add_argument("page", type=Path, help="Markdown page")
     options = parser.parse_args()
-    write_page(Results(options.results), options.page)
+    write_page(options.results, options.page)
 
 
 if __name__ == "__main__":

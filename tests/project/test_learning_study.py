@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import product
 
 import pytest
 import yaml
@@ -12,7 +13,6 @@ from studies.learning.tasks import TASKS, RegisterProblem, make_register_thinkin
 from tests.support import ROOT
 
 MAIN = ROOT / "studies" / "learning" / "configs" / "main.yaml"
-OBJECTIVE = MAIN.with_name("objective.yaml")
 NOISE_PARTS = ("none", "v2_others", "brpo_others", "adaptive", "answers", "all")
 MINIATURE = {
     "tasks": {"pointers": {"full_budget": 16, "warm_start_steps": 2}},
@@ -166,8 +166,8 @@ WARM = {
 }
 
 
-def test_the_objective_beside_the_main_study_by_hand(tmp_path):
-    """A study that goes on: two of three seeds of one arm are there, one of another, none of the others."""
+def test_variants_by_hand(tmp_path):
+    """Two of three seeds of one arm are there, one of another, none of the others."""
     main = [run_record(seed, "grpo", [0.4, 0.6], tokens=10) for seed in (0, 1, 2)]
     main += [run_record(seed, "ar_uniform", [0.6, 0.7 + 0.05 * seed], tokens=15) for seed in (0, 1, 2)]
     main += [run_record(0, "pairs_brpo", [0.5, 0.5], tokens=15)]
@@ -176,16 +176,14 @@ def test_the_objective_beside_the_main_study_by_hand(tmp_path):
     objective += [run_record(0, "pairs_objective", [0.3, 0.65], tokens=20)]
     write(tmp_path, "objective", [WARM, *objective])
     results = analysis.Results(tmp_path)
-    rows = {row[""]: row for row in rows_of(analysis.objective_table(results, ("t", "f")))}
-    assert {name: row["n"] for name, row in rows.items() if row["n"] != "0"} == {
+    rows = {row[""]: row for row in rows_of(analysis.variants_table(results, ("t", "f")))}
+    assert {name: row["n"] for name, row in rows.items()} == {
         "GRPO": "3",
         "AR-uniform": "3",
         "AR-uniform, G = 2, V": "1",
         "weight P/A": "2",
         "weight P/A, G = 2, V": "1",
     }
-    assert set(analysis.OBJECTIVE_NAMES.values()) <= set(rows)  # those without a run, too
-    assert set(rows["likelihood"].values()) == {"likelihood", "0", ""}
     # 20 tokens and half a CPU second for each update
     weighted = rows["weight P/A"]
     assert (weighted["anytime"], weighted["tokens per update"], weighted["CPU seconds per update"]) == (
@@ -198,11 +196,13 @@ def test_the_objective_beside_the_main_study_by_hand(tmp_path):
     pairs = rows["weight P/A, G = 2, V"]
     assert (pairs["minus GRPO"], pairs["minus AR-uniform"]) == ("+0.050", "+0.150")
     assert rows["AR-uniform"]["minus GRPO"] == "**+0.150** ± 0.124"  # 0.1, 0.15, 0.2: 4.303 · 0.05 / √3
+    assert (rows["GRPO"]["minus GRPO"], rows["AR-uniform"]["minus AR-uniform"]) == ("", "")
 
-    curves = rows_of(analysis.objective_curves_table(results, ("t", "f")))
+    curves = rows_of(analysis.variants_curves_table(results, ("t", "f")))
     assert [(row[""], row["minus"], row["n"]) for row in curves] == [
         ("GRPO", "", "3"),
         ("AR-uniform", "", "3"),
+        ("AR-uniform, G = 2, V", "", "1"),
         ("weight P/A", "", "2"),
         ("weight P/A", "GRPO", "2"),
         ("weight P/A", "AR-uniform", "2"),
@@ -210,6 +210,21 @@ def test_the_objective_beside_the_main_study_by_hand(tmp_path):
         ("weight P/A, G = 2, V", "GRPO", "1"),
         ("weight P/A, G = 2, V", "AR-uniform, G = 2, V", "1"),
     ]
+
+
+def test_differences_over_two_sets_of_warm_starts_by_hand(tmp_path):
+    write(tmp_path, "main", [WARM, *(run_record(seed, "grpo", [0.4, 0.6], tokens=10) for seed in (0, 1))])
+    write(tmp_path, "objective", [WARM, *(run_record(seed, "objective", [0.7, 0.8], tokens=20) for seed in (0, 1))])
+    # Another warm start of the same name, as on another processor
+    other = {**WARM, "accuracy": [0.3] * 6}
+    runs = [run_record(seed, "grpo", [0.4, 0.5], tokens=10) for seed in (5, 6)]
+    runs += [run_record(seed, "objective", [0.7, 0.7 + 0.1 * (seed - 5)], tokens=20) for seed in (5, 6)]
+    runs += [run_record(5, "likelihood", [0.7, 0.9], tokens=20)]  # which the first set does not have
+    write(tmp_path, "variants", [other, *runs])
+    both = [analysis.Results(tmp_path, studies) for studies in analysis.FROM_THE_SAME.values()]
+    (row,) = rows_of(analysis.pooled_table(both, ("t", "f")))
+    # 0.2, 0.2, 0.2, 0.3: 3.182 · 0.05 / 2
+    assert (row[""], row["minus"], row["n"], row["anytime"]) == ("weight P/A", "GRPO", "4", "**+0.225** ± 0.080")
 
 
 def test_studies_that_cannot_be_paired(tmp_path):
@@ -267,18 +282,21 @@ def test_the_main_study_is_complete():
         assert job.requires is None or job.requires in study.jobs()
 
 
-def test_the_study_of_the_objective_is_complete():
-    """Every arm has a name and five seeds on both tasks, and begins and learns as those of the main study."""
-    study, main = Study.load(OBJECTIVE), Study.load(MAIN)
-    runs = [(job.arm, job.task, job.seed) for job in study.jobs() if job.kind == "train"]
-    assert sorted(runs) == sorted(
-        (arm, task, seed) for arm in analysis.OBJECTIVE_NAMES for task in study.tasks for seed in range(5)
-    )
+@pytest.mark.parametrize(
+    ("name", "arms", "seeds", "warm_starts"),
+    [
+        ("objective", {"objective", "likelihood"}, range(5), range(100, 105)),
+        ("variants", {*analysis.COMPARED, "pairs_brpo", *analysis.VARIANT_NAMES}, range(5, 10), range(105, 110)),
+    ],
+)
+def test_the_studies_of_variants_are_complete(name, arms, seeds, warm_starts):
+    """Every arm has five seeds on both tasks, and begins and learns as those of the main study."""
+    study, main = Study.load(MAIN.with_name(f"{name}.yaml")), Study.load(MAIN)
+    runs = [job for job in study.jobs() if job.kind == "train"]
+    assert sorted((job.arm, job.task, job.seed) for job in runs) == sorted(product(arms, study.tasks, seeds))
+    assert {(job.seed, job.warm_start_seed) for job in runs} == set(zip(seeds, warm_starts, strict=True))
     assert (study.tasks, study.families, study.learning_rates) == (main.tasks, main.families, main.learning_rates)
-    assert study.warm_start_seeds == main.warm_start_seeds
-    assert {name: study.arms[name] for name in ("grpo", "ar_uniform")} == {
-        name: main.arms[name] for name in ("grpo", "ar_uniform")
-    }
+    assert all(study.arms[arm] == main.arms[arm] for arm in set(study.arms) & set(main.arms))
 
 
 def test_the_study_of_noise_begins_as_the_main_study():
@@ -339,7 +357,8 @@ def test_every_job_has_a_line(finished):
 def test_the_page_is_filled(finished, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    (results / "main.jsonl").write_text(finished.read_text())
+    for study in ("main", "variants"):
+        (results / f"{study}.jsonl").write_text(finished.read_text())
     page = tmp_path / "page.md"
     cell = (
         "curves",
@@ -349,6 +368,9 @@ def test_the_page_is_filled(finished, tmp_path):
         "decayed",
         "objective",
         "objective curves",
+        "variants",
+        "variants curves",
+        "pooled",
         "variance",
         "variance 8 budgets",
         "correlation",
@@ -356,14 +378,14 @@ def test_the_page_is_filled(finished, tmp_path):
     )
     names = ["tuning", "adaptive", "gradient", "noise", "variance goal", *(f"{name} pointers/llama" for name in cell)]
     page.write_text("\n".join(f"Before.\n<!-- table: {name} -->\nold\n<!-- end -->\nAfter." for name in names))
-    analysis.write_page(analysis.Results(results), page)
+    analysis.write_page(results, page)
     text = page.read_text()
     assert "old" not in text and text.count("Before.\n") == text.count("\nAfter.") == len(names)
     assert "| GRPO | 1 | 0.000 |" in text  # two updates of a random model: one seed, nothing right
     assert (tmp_path / "images" / "learning_pointers_llama.png").exists()
     page.write_text("<!-- table: no such --><!-- end -->")
     with pytest.raises(ValueError, match="'no such'"):
-        analysis.write_page(analysis.Results(results), page)
+        analysis.write_page(results, page)
 
 
 @pytest.mark.slow
