@@ -11,6 +11,7 @@ was interrupted goes on when the command is repeated.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -115,6 +116,7 @@ def timed(stage: str, output: Path) -> Iterator[None]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # of kibibytes
         costs["gibibytes"] = round(max(costs["gibibytes"], peak), 2)
         write(file, costs)
+        gc.collect()  # trainers hold themselves in cycles, and with them weights and optimiser, in the next stage too
 
 
 def supervised_fine_tune(base: Path, folder: Path, held_out: set[str], options: argparse.Namespace) -> None:
