@@ -34,9 +34,10 @@ test-oldest: $(VENV)-oldest/.installed
 		--ignore=tests/training/test_checkpoint.py --ignore=tests/training/test_faults.py \
 		--ignore=tests/training/test_sharding.py -m "not slow"
 
-# With a real vLLM engine, on the CPU, and lm-eval as a client
-test-vllm: $(VENV)-vllm/.installed $(VENV)-lm-eval/.installed
-	LM_EVAL=$(abspath $(VENV)-lm-eval/bin/lm_eval) $(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
+# With a real vLLM engine, on the CPU, lm-eval as a client, and the demo's model
+test-vllm: $(VENV)-vllm/.installed $(VENV)-lm-eval/.installed outputs/smollm2/config.json
+	LM_EVAL=$(abspath $(VENV)-lm-eval/bin/lm_eval) SMOLLM2=$(abspath outputs/smollm2) \
+		$(VENV)-vllm/bin/python -m pytest --no-skips tests/vllm_engine
 
 # What needs a GPU, in at most nine minutes, with the environment that is there. GPU="--minutes 5" gives it options.
 gpu:
@@ -108,6 +109,9 @@ $(VENV)-vllm/.installed: pyproject.toml Makefile constraints.txt tests/vllm_engi
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm_engine/requirements.txt
 	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+outputs/smollm2/config.json: | $(VENV)/.installed-demo
+	$(BIN)/python examples/smollm2.py outputs/smollm2
 
 # Without torch, which it does not need to ask a server
 $(VENV)-lm-eval/.installed: Makefile tests/vllm_engine/lm_eval.txt

