@@ -966,8 +966,11 @@ def test_other_rollouts_are_refused(tmp_path, name):
 
 
 def test_arguments_in_the_order_of_trl(tmp_path):
-    with pytest.raises(ValueError, match="`BRPOConfig`.*function.*reward_funcs="):
-        BRPOTrainer(make_model(), parity_reward, make_config(tmp_path))
+    for arguments in ([make_config(tmp_path)], [make_config(tmp_path), make_dataset()]):
+        with pytest.raises(ValueError, match="`BRPOConfig`.*function.*reward_funcs="):
+            BRPOTrainer(make_model(), parity_reward, *arguments)
+    with pytest.raises(ValueError, match="`train_dataset`.*`reward_funcs="):
+        BRPOTrainer(make_model(), make_config(tmp_path), make_dataset(), parity_reward)
     config = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(ValueError, match="`GRPOConfig`.*`trl_anytime.BRPOConfig`"):
         BRPOTrainer(make_model(), config, make_dataset())

@@ -200,14 +200,14 @@ class BRPOTrainer(ReliableGRPOTrainer):
         model: "str | PreTrainedModel",
         args: BRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        *,
+        *others: Any,  # to name the remedy for TRL's order
         reward_funcs: Any = None,
         **kwargs: Any,
     ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = BRPOConfig(f"{model_name.split('/')[-1]}-BRPO")
-        check_arguments(args, train_dataset, kwargs)
+        check_arguments(args, train_dataset, others, kwargs)
         check_reward_funcs(args, reward_funcs, kwargs.get("eval_dataset"))
         reward_funcs = MathReward() if reward_funcs is None else reward_funcs
         reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]

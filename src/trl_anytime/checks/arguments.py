@@ -29,7 +29,7 @@ _REWARD_ARGUMENTS = (
 )
 
 
-def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+def check_arguments(args: Any, train_dataset: Any, others: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """
     Refuse arguments that the trainer cannot work with.
 
@@ -42,6 +42,11 @@ def check_arguments(args: Any, train_dataset: Any, kwargs: dict[str, Any]) -> No
         raise ValueError(
             f"The second argument must be `args`, a `BRPOConfig`, got {type(args).__name__}. Pass reward functions "
             "by keyword: `BRPOTrainer(model, args, train_dataset, reward_funcs=...)`."
+        )
+    if others:
+        raise ValueError(
+            f"Only `model`, `args` and `train_dataset` can be given by position, got {len(others)} more. Pass the "
+            "others by keyword, such as `reward_funcs=...`."
         )
     for name in ("tools", "rollout_func", "environment_factory"):
         if kwargs.get(name):
