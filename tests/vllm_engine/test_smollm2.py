@@ -59,11 +59,12 @@ def test_a_server_agrees_with_transformers(folder, config, tokenizer, server):
     assert len(set(texts)) > 2  # they depend on question and budget
 
 
-def test_the_commands_on_a_server(folder, server, capsys):
+def test_the_commands_on_a_server(folder, server, capsys, caplog):
     model, served = str(folder), ["--base-url", server]
-    assert main(["probe", model, *served, "--budgets", "8,24", "--json"]) == 0
-    probed = json.loads(capsys.readouterr().out)
-    assert [row["thinking_tokens"] for row in probed["results"]] == [8, 24]
+    for words, thought in ((["--budgets", "8,24"], [8, 24]), ([], [24])):  # by default not beyond the config's last
+        assert main(["probe", model, *served, *words, "--json"]) == 0
+        probed = json.loads(capsys.readouterr().out)
+        assert [row["thinking_tokens"] for row in probed["results"]] == thought
 
     problems = ["--dataset", str(folder / "problems.jsonl"), "--instruction", "", "--temperature", "0"]
     for name, backend in (("local", ["--device", "cpu", "--dtype", "float32"]), ("served", served)):
@@ -76,6 +77,9 @@ def test_the_commands_on_a_server(folder, server, capsys):
         assert main(["generate", model, QUESTIONS[0], "--temperature", "0", *backend]) == 0
     printed = capsys.readouterr().out
     assert printed and printed[: len(printed) // 2] == printed[len(printed) // 2 :]
+    assert not [
+        record for record in caplog.records if record.name == "asyncio"
+    ]  # where a stream was not read to its end
 
 
 def test_training_with_a_colocate_engine(folder, tmp_path):

@@ -17,7 +17,11 @@ def add_to(commands: Commands) -> None:
         "  trl-anytime probe outputs/model --base-url http://localhost:8000 --budget-field thinking_token_budget",
     )
     add_model(command, with_backend=False, base_url_required=True)
-    command.add_argument("--budgets", type=parse_budgets, default=[32, 128, 512], help="default: 32,128,512")
+    command.add_argument(
+        "--budgets",
+        type=parse_budgets,
+        help="default: 32,128,512, none of them beyond the last budget of the anytime config",
+    )
     command.add_argument(
         "--budget-field",
         metavar="FIELD",
@@ -34,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     field = options.budget_field or OWN_FIELD
     budgets, options.budgets = options.budgets, None  # keep those of the config
     tokenizer, config = load_tokenizer_and_config(options)
+    if budgets is None:  # what the model was trained at fits into its context
+        budgets = sorted({min(budget, config.budgets[-1]) for budget in (32, 128, 512)})
     results = probe(make_client(options), config, tokenizer, budgets, field, options.question or QUESTION)
     wrong = verdict(results, field)
     if options.json:

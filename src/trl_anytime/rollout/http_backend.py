@@ -201,8 +201,6 @@ class CompletionClient:
                 raise ConnectionError(f"{self.base_url} broke off: more than {max_tokens} tokens came")
             if tokens:
                 yield tokens
-            if reason is not None and on_cached is None:  # nothing more will come
-                break
         if reason not in ("stop", "length"):
             raise ConnectionError(f"{self.base_url} broke off ({reason!r}).")
 
