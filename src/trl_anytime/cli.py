@@ -38,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = make_parser().parse_args(arguments)
-            if not sys.stderr.isatty():
-                _hide_progress_bars()
+            if arguments is None and not sys.stderr.isatty():
+                # Of other libraries, which read it when they are imported. Ours hide themselves.
+                os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of other libraries
                 return options.run(options)
@@ -66,15 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             os._exit(INTERRUPTED)
         return INTERRUPTED
-
-
-def _hide_progress_bars() -> None:
-    """Hide the progress bars of libraries. Ours hide themselves in a pipe."""
-    import datasets
-    from transformers.utils import logging
-
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":
