@@ -160,16 +160,13 @@ def make_tokenizer(task: Task) -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per word. Its template opens the thinking, as DeepSeek-R1-Distill's does."""
     markers = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     words = [*markers, "user", "assistant", ANSWER_BRIDGE, *task.words]
-    # Any other word counts as this marker. A token of its own would make the model larger.
-    unknown = "<|im_start|>"
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # As in Qwen3's tokenizer, the thinking markers are single tokens but not special: they show when decoding.
     tokenizer.add_tokens([AddedToken(marker, special=False) for marker in ("<think>", "</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|im_start|>",  # never generated, and padding is masked wherever it is added
-        unk_token=unknown,
         eos_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
     )

@@ -21,7 +21,7 @@ from trl_anytime.evaluation.results import load_results
 from trl_anytime.rewards import MathReward, TaskReward
 from trl_anytime.rewards.tasks.plain import EXECUTING
 from trl_anytime.rewards.tasks.source import REFUSED
-from trl_anytime.train import train
+from trl_anytime.train import make_trainer, train
 
 TASK = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 TRAIN, EVALUATION = f"{TASK}&size=40&seed=0", f"{TASK}&size=20&seed=1"
@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     with pytest.warns(UserWarning, match="problems to train on, which are evaluated"):
-        train(*parse_recipe(["--config", str(folder / "recipe.yaml")]))
+        train(make_trainer(*parse_recipe(["--config", str(folder / "recipe.yaml")])))
     return folder / "out"
 
 
@@ -137,7 +137,7 @@ def test_the_run_begins_with_no_step_if_answers_do_not_fit(folder, tmp_path):
         ]
     )
     with pytest.raises(ValueError, match="`max_summary_length`"):
-        train(*settings)
+        make_trainer(*settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -228,6 +228,6 @@ def test_a_recipe_by_likelihood_without_an_evaluation(folder, tmp_path):
         ["--config", str(folder / "recipe.yaml"), "--summary_reward", "likelihood", "--output_dir", str(tmp_path)]
     )
     data_args.eval_dataset_name = None
-    train(data_args, args, model_args)
+    train(make_trainer(data_args, args, model_args))
     card = (tmp_path / "README.md").read_text()
     assert "likelihood of the reference answer" in card

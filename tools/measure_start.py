@@ -1,7 +1,7 @@
 """
-How long the installed package takes to start: the fastest of five fresh processes each, and their share of TRL's import.
+How long the installed package takes to start: the fastest of five fresh processes each.
 
-Machines differ, so the limits are shares. Ends with 1 beyond a limit.
+Machines differ, so the limits are shares of TRL's own import. Ends with 1 beyond a limit.
 
     make wheel
 """

@@ -233,6 +233,9 @@ class BRPOConfig(GRPOConfig):
             Fixed to `"none"`: advantages are not divided by a standard deviation.
         vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
             See [`~trl.GRPOConfig`]. The sequence-level modes are refused.
+        logging_steps (`float`, *optional*, defaults to `1`):
+            Optimiser steps between logs, or their share of the run if below 1. TRL logs every tenth, which would leave
+            a short run without any.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS
@@ -415,6 +418,10 @@ class BRPOConfig(GRPOConfig):
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
         metadata={"help": "'token_truncate' or 'token_mask'. The sequence-level modes are refused."},
+    )
+    logging_steps: float = field(
+        default=1,
+        metadata={"help": "Optimiser steps between logs, or their share of the run if below 1."},
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from . import __version__
 from .commands import doctor, eval, generate, plot, probe, serve_command, train
 from .commands.common import BAD_INPUT, EXIT_CODES, INTERRUPTED, PIPE_CLOSED, SERVER_FAILED, Commands, say
 from .outside.command_line import CommandParser, PrintCompletion
+from .outside.progress import hide_host_bars_in_pipe
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             options = make_parser().parse_args(arguments)
-            if arguments is None and not sys.stderr.isatty():
-                # Of other libraries, which read it when they are imported. Ours hide themselves.
-                os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+            if options.command != "train":  # that does so itself, and its help needs no library
+                hide_host_bars_in_pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of other libraries
                 return options.run(options)

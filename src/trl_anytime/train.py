@@ -19,6 +19,7 @@ its card.
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from accelerate import PartialState
 from transformers import AutoTokenizer
@@ -36,13 +37,17 @@ from .data.recipe import (
     without_shared,
 )
 from .data.tasks import check_lengths
+from .outside.command_line import BAD_INPUT, SERVER_FAILED
 from .outside.display import for_terminal
+from .outside.model_files import load_files
+from .outside.progress import hide_host_bars_in_pipe
 from .rewards.task import ENTRY_COLUMN
+from .training.checkpoint import UnfitCheckpoint
 
 
-def train(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> None:
+def make_trainer(data_args: DataArguments, training_args: BRPOConfig, model_args: ModelConfig) -> BRPOTrainer:
     """
-    Train, evaluate and save a model by a recipe.
+    Make the trainer of a recipe, with its problems.
 
     Args:
         data_args ([`DataArguments`]):
@@ -51,10 +56,16 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
             Settings of the training.
         model_args (`ModelConfig`):
             Settings of the model and its adapters.
+
+    Raises:
+        `ValueError`: If settings, problems or model do not fit. The message says what to do.
+        `ConnectionError`: If the Hub does not answer.
     """
     model_name = str(model_args.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = load_files(
+        "tokenizer",
         model_name,
+        AutoTokenizer.from_pretrained,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
@@ -78,7 +89,7 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
     if eval_dataset is not None:
         train_dataset = without_shared(train_dataset, eval_dataset)
 
-    trainer = BRPOTrainer(
+    return BRPOTrainer(
         model_name,
         training_args,
         train_dataset,
@@ -88,13 +99,24 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    if eval_dataset is not None and not training_args.resume_from_checkpoint:
+
+
+def train(trainer: BRPOTrainer) -> None:
+    """
+    Train, evaluate and save a model.
+
+    Args:
+        trainer ([`BRPOTrainer`]):
+            What [`make_trainer`] returned.
+    """
+    training_args, has_evaluation = trainer.args, trainer.eval_dataset is not None
+    if has_evaluation and not training_args.resume_from_checkpoint:
         trainer.evaluate()  # the card shows the curve before training
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if eval_dataset is not None:
+    if has_evaluation:
         trainer.save_metrics("eval", trainer.evaluate())
         trainer.create_model_card()  # again, with this evaluation
     if training_args.push_to_hub:
@@ -104,13 +126,23 @@ def train(data_args: DataArguments, training_args: BRPOConfig, model_args: Model
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Train by the settings on the command line. A wrong setting prints one line and exits with code 2."""
+    """Train by the settings on the command line. What does not fit prints one line and exits with code 2."""
+    hide_host_bars_in_pipe()
     try:
-        settings = parse_recipe(sys.argv[1:] if words is None else words)
-    except ValueError as error:
-        print(for_terminal(f"trl_anytime.train: {error}"), file=sys.stderr)
-        sys.exit(2)
-    train(*settings)
+        trainer = make_trainer(*parse_recipe(sys.argv[1:] if words is None else words))
+    except ConnectionError as error:
+        _exit(error, SERVER_FAILED)
+    except (ValueError, OSError) as error:
+        _exit(error, BAD_INPUT)
+    try:
+        train(trainer)
+    except UnfitCheckpoint as error:
+        _exit(error, BAD_INPUT)
+
+
+def _exit(error: Exception, code: int) -> NoReturn:
+    print(for_terminal(f"trl_anytime.train: {error}"), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

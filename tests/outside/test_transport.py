@@ -1,6 +1,7 @@
 """Requests to servers that drip, flood, redirect or lie, over real sockets."""
 
 import asyncio
+import gc
 import gzip
 import json
 import sys
@@ -232,6 +233,27 @@ def test_a_stream_needs_tokens_to_go_on():
             with pytest.raises(ConnectionError, match=expected):
                 received.extend(client.stream([1], 30, [2], GREEDY))
     # 30 tokens at one in 0.05 s take longer than the 0.5 s that each of them has
+
+
+@pytest.mark.parametrize("read", [1, 3])
+def test_a_stream_that_is_left_early(caplog, recwarn, read):
+    """As by a rule that ends the thinking. asyncio would complain of generators that are not closed in their turn."""
+    event = json.dumps({"choices": [{"token_ids": [1], "finish_reason": None}]}).encode()
+
+    def tokens(handler):
+        if handler.command == "GET":
+            handler.send(json.dumps(MODELS).encode())
+        else:
+            drip(handler, OK + b"\r\n", b"data: " + event + b"\n\n")
+
+    with listening(tokens) as (url, _):
+        for _ in range(5):
+            stream = CompletionClient(url).stream([1], 30, [2], GREEDY)
+            assert [next(stream) for _ in range(read)] == [[1]] * read
+            stream.close()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

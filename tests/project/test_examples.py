@@ -18,11 +18,12 @@ import trl_anytime
 from tests.support import DATA, ROOT
 from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import byte_tokenizer, make_tokenizer
+from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
 from trl_anytime.method.advantages import summary_weights, thinking_advantages
 from trl_anytime.method.budgets import exponential_budgets, trapezoid_prior
 from trl_anytime.rewards import MathReward
-from trl_anytime.train import train
+from trl_anytime.train import main, make_trainer, train
 
 EXAMPLES = ROOT / "examples"
 RECIPES = Path(trl_anytime.__file__).parent / "recipes"
@@ -323,7 +324,7 @@ def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
     }
     words = [word for key, value in shrunk.items() for word in (f"--{key}", *str(value).split())]
     data_args, args, model_args = parse_recipe(["--config", name, *words])
-    train(data_args, args, model_args)
+    train(make_trainer(data_args, args, model_args))
     assert (weights(tmp_path) - weights(tiny_distilled)).abs().max() > 0
 
 
@@ -363,17 +364,42 @@ def weights(path: str | Path) -> torch.Tensor:
 
 
 def test_train_and_resume(tiny_model, tmp_path):
-    train(*parse_recipe(arguments(tiny_model, tmp_path)))
+    train(make_trainer(*parse_recipe(arguments(tiny_model, tmp_path))))
     assert {"reward", "anytime/reward@8", "anytime/reward@16"} <= logged(tmp_path / "checkpoint-2")[0].keys()
     assert "BRPO" in (tmp_path / "README.md").read_text()
     after_two = weights(tmp_path)
     assert (after_two - weights(tiny_model)).abs().max() > 1e-4
 
     resumed = arguments(tiny_model, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-2"))
-    train(*parse_recipe([*resumed, "--max_steps", "4"]))
+    train(make_trainer(*parse_recipe([*resumed, "--max_steps", "4"])))
     assert [log["step"] for log in logged(tmp_path / "checkpoint-4")] == [1, 2, 3, 4]
     assert logged(tmp_path / "checkpoint-4")[:2] == logged(tmp_path / "checkpoint-2")[:2]
     assert (weights(tmp_path) - after_two).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"model_name_or_path": "nowhere/model"}, "nowhere/model"),
+        ({"dataset_name": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"answer_column": "truth"}, "`answer_column`"),
+        ({"dataset_name": "bad.jsonl", "on_bad_gold": "raise"}, "`on_bad_gold`"),
+        ({"chat_template_path": "chatml_thinks"}, "chatml_think"),
+        ({"truncation_bridge": "so"}, "truncation_bridge"),
+        ({"num_generations": "3"}, "num_generations"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, settings, named):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"problem": "1", "answer": "1"}\n{"problem": "2", "answer": null}\n')
+    words = arguments(tiny_model, tmp_path / "model", *(f"--{name}={value}" for name, value in settings.items()))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == BAD_INPUT
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl_anytime.train: ")]
+    assert named in line
 
 
 def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
@@ -381,7 +407,7 @@ def test_train_with_lora_and_evaluation(tiny_model, tmp_path):
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("\n".join(json.dumps(problem) for problem in problems))
     lora = ["--use_peft", "--lora_r", "4", "--eval_dataset_name", str(held_out), "--eval_budgets", "4", "16"]
-    train(*parse_recipe(arguments(tiny_model, tmp_path / "model", *lora)))
+    train(make_trainer(*parse_recipe(arguments(tiny_model, tmp_path / "model", *lora))))
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
     results = json.loads((tmp_path / "model" / "eval_results.json").read_text())
     assert {"eval_anytime/reward@4", "eval_anytime/reward@16", "eval_anytime/auc"} <= results.keys()

@@ -5,9 +5,9 @@ import os
 from itertools import pairwise
 from typing import Any, TextIO
 
+from ..outside.command_line import BAD_INPUT, FAILED, INTERRUPTED, PIPE_CLOSED, SERVER_FAILED
 from ..outside.display import for_terminal
 
-FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 130, 141
 EXIT_CODES = f"""exit codes:
   0  done
   {FAILED}  a check failed (doctor, probe)
@@ -85,8 +85,10 @@ def add_model(
     server.add_argument(
         "--timeout", type=float, default=600.0, help="most seconds for a whole answer (default: %(default)g)"
     )
+    # A check is for a server that runs. What takes hours waits until one does again.
+    patience = 10.0 if base_url_required else 900.0
     server.add_argument(
-        "--patience", type=float, default=900.0, help="most seconds of retrying one request (default: %(default)g)"
+        "--patience", type=float, default=patience, help="most seconds of retrying one request (default: %(default)g)"
     )
     if base_url_required:
         return

@@ -1,7 +1,7 @@
 """Load what a command's options name: tokenizer and anytime config, model, engine, a server's client."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ def load_tokenizer_and_config(options: argparse.Namespace, run: Path | None = No
     from transformers import AutoTokenizer
 
     from ..inference.anytime_config import ANYTIME_CONFIG_NAME, AnytimeConfig
+    from ..outside.model_files import load_files
 
-    tokenizer = _loaded("tokenizer", _holder(options.model, run, _TOKENIZER), AutoTokenizer.from_pretrained)
+    tokenizer = load_files("tokenizer", _holder(options.model, run, _TOKENIZER), AutoTokenizer.from_pretrained)
     config = AnytimeConfig.from_pretrained(
         _holder(options.model, run, (ANYTIME_CONFIG_NAME,)),
         tokenizer,
@@ -109,8 +110,10 @@ def load_model(options: argparse.Namespace) -> Any:
         )
     from transformers import AutoModelForCausalLM
 
+    from ..outside.model_files import load_files
+
     device = _device(options.device)
-    model = _loaded("weights", options.model, AutoModelForCausalLM.from_pretrained, dtype=options.dtype)
+    model = load_files("weights", options.model, AutoModelForCausalLM.from_pretrained, dtype=options.dtype)
     return model.to(device)
 
 
@@ -146,18 +149,3 @@ def _device(name: str | None) -> str:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {device} cannot be used ({reason}). Leave it out, or set --device cpu.") from error
     return device
-
-
-def _loaded(what: str, model: str, load: Callable[..., Any], **kwargs: Any) -> Any:
-    """Load a model's files with transformers. An error has one line."""
-    from ..outside.validation import check_folder
-
-    if Path(model).is_dir():
-        check_folder(Path(model))
-    try:
-        return load(model, **kwargs)
-    except ConnectionError:
-        raise
-    except Exception as error:  # a damaged file may raise anything in its reader
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"The {what} of {model} cannot be loaded: {said[:500]}") from error

@@ -32,9 +32,11 @@ def run(options: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(options.words):
         say(options.help_of_train())
         return 0
+    import logging
     import subprocess
 
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from ..data.recipe import launch_words, refuse_word
 
@@ -44,10 +46,14 @@ def run(options: argparse.Namespace) -> int:
     parsed, unknown = parser.parse_known_args([*launch, "-m", "trl_anytime.train", *settings])
     if unknown:
         refuse_word(unknown[0], (option.lstrip("-") for option in parser._option_string_actions))
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # it would list the defaults it takes
     try:
         launch_command(parsed)
     except subprocess.CalledProcessError as error:  # the training has printed its error
         return error.returncode
+    except ChildFailedError as error:  # of several processes
+        _, failure = error.get_first_failure()
+        return failure.exitcode
     return 0
 
 

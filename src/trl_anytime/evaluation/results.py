@@ -312,7 +312,7 @@ def _problem_of(problem_sets: Sequence[ProblemSet]) -> Callable[[dict[str, Any]]
 
 def _flipped(stability: dict[str, Any]) -> str:
     """Say how many questions are right and later wrong, and what this costs at the last budget."""
-    return f"{stability['flipped']} questions, {-100 * stability['at'][-1]['lost']:.1f}"
+    return f"{stability['flipped']} questions, {-100 * stability['at'][-1]['lost']:z.1f}"
 
 
 def table(results: dict[str, Any]) -> str:

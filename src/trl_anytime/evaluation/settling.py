@@ -233,10 +233,14 @@ def _points(sets: Sequence[_Totals], settings: Sequence[_Setting], every: int | 
 
 
 def settling_table(results: dict[str, Any]) -> str:
-    """Return the points that no other beats as text, of all data sets together, and what is chosen."""
+    """
+    Return the points that no other beats as text, of all data sets together, and what is chosen.
+
+    Without a right answer there is nothing to lose, and nothing to say.
+    """
     settling = results["settling"]
-    (*_, group) = settling["groups"].values()
-    if not group["points"]:
+    (*_, (name, group)) = settling["groups"].items()
+    if not group["points"] or results["curves"][name]["accuracy"][-1]["mean"] == 0:
         return ""
 
     def cell(value: dict[str, float]) -> str:

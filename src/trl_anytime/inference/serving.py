@@ -207,8 +207,8 @@ def deployment(
     notes = [
         f"A request without a budget gets {budget} tokens, or fewer if its max_tokens leaves no room for the answer. "
         "A budget of 0 means no thinking.",
-        "The server enforces the budget by the logits processor of this package (pip install trl-anytime). Without "
-        "the package, leave out --logits-processors and send the two requests by token ids. `CompletionClient` and "
+        "The server enforces the budget by the logits processor of this package, which must be installed beside vLLM. "
+        "Without it, leave out --logits-processors and send the two requests by token ids. `CompletionClient` and "
         "`trl-anytime eval --base-url` do so on any vLLM server.",
         "vLLM's own thinking_token_budget is not the same. It adds no answer bridge after a trace that ended by "
         "itself. It misses the end of such a trace if --reasoning-config forces more than the end marker.",

@@ -8,7 +8,10 @@ from typing import Any, NoReturn
 
 from .display import did_you_mean
 
-_NEAREST: Any = {"most": 1, "cutoff": 0.6}
+# Exit codes
+FAILED, BAD_INPUT, SERVER_FAILED, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 130, 141
+
+_NEAREST: Any = {"most": 2, "cutoff": 0.6}
 _CHOICES = re.compile(r"invalid choice: '(.*?)' \(choose from (.*?)\)")
 
 
@@ -35,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
             choices = re.split(r", ", found[2].replace("'", ""))
             message += f".{did_you_mean(found[1], choices, **_NEAREST)}".rstrip(".")
         ending = "" if message.endswith(("?", "!")) else "."
-        self.exit(2, f"{self.prog}: {message}{ending} `{self.prog} --help` lists what there is.\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {message}{ending} `{self.prog} --help` lists what there is.\n")
 
 
 class PrintCompletion(argparse.Action):

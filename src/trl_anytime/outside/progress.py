@@ -83,3 +83,14 @@ class _Lines:
             left = spent / (done - self._before) * (self._total - done)
             line += f", about {tqdm.format_interval(left)} left"
         print(line, file=self._file, flush=True)
+
+
+def hide_host_bars_in_pipe() -> None:
+    """Hide the progress bars of datasets and transformers unless stderr is a terminal. Ours hide themselves."""
+    if sys.stderr.isatty():
+        return
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
+from queue import SimpleQueue
 from ssl import SSLContext
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -140,11 +141,18 @@ class Server:
             answer may have been shown.
             `ValueError`: If the server refuses the request.
         """
+        parts: SimpleQueue[T | None] = SimpleQueue()  # `None` ends it
         try:
             with start_blocking_portal() as portal:
-                parts = self._parts(path, body, parse)
-                while (part := portal.call(anext, parts, None)) is not None:
-                    yield part
+                reading = portal.start_task_soon(self._read, path, body, parse, parts.put)
+                reading.add_done_callback(lambda _: parts.put(None))
+                try:
+                    while (part := parts.get()) is not None:
+                        yield part
+                    reading.result()
+                finally:
+                    # Of a stream that is left early. Cancelled inside, every generator below ends in its turn.
+                    reading.cancel()
         except APIStatusError as error:
             raise self._refusal(path, error) from error
         except (APIError, httpx2.HTTPError, OSError, ValueError, RecursionError) as error:
@@ -156,21 +164,15 @@ class Server:
                 return (await client.get(path, cast_to=httpx2.Response)).content
             return (await client.post(path, cast_to=httpx2.Response, body=body)).content
 
-    async def _parts(self, path: str, body: dict[str, Any], parse: Callable[[Any], T]) -> AsyncIterator[T]:
-        async with self._client() as client:
-            async with self._deadline():
-                events = await client.post(
-                    path, cast_to=object, body=body, stream=True, stream_cls=AsyncStream[object]
-                )
-            part: T | None = None
-            while True:
-                async with self._deadline():  # events without content do not extend it
-                    async for event in events:
-                        if part := parse(event):
-                            break
-                    else:
-                        return
-                yield part
+    async def _read(
+        self, path: str, body: dict[str, Any], parse: Callable[[Any], T], put: Callable[[T], object]
+    ) -> None:
+        async with self._client() as client, self._deadline() as deadline:
+            events = await client.post(path, cast_to=object, body=body, stream=True, stream_cls=AsyncStream[object])
+            async for event in events:
+                if part := parse(event):  # events without content do not extend the time
+                    put(part)
+                    deadline.reschedule(asyncio.get_running_loop().time() + self._timeout)
 
     def _client(self) -> AsyncOpenAI:
         http = DefaultAsyncHttpxClient(
@@ -185,10 +187,10 @@ class Server:
         )
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    async def _deadline(self) -> AsyncIterator[asyncio.Timeout]:
         try:
-            async with asyncio.timeout(self._timeout):
-                yield
+            async with asyncio.timeout(self._timeout) as deadline:
+                yield deadline
         except TimeoutError:
             raise TimeoutError(f"no complete answer within {self._timeout:g} seconds") from None
 

@@ -16,6 +16,7 @@ from trl.data_utils import is_conversational
 
 from ..brpo_config import BRPOConfig
 from ..inference.anytime_config import AnytimeConfig
+from ..inference.serving import reasoning_parser
 from ..outside.versions import installed_versions
 from ..rewards import AnswerReward, TaskReward
 from ..rewards.tasks.source import library_licence, library_version
@@ -102,6 +103,8 @@ class CardFacts:
             Title, id (arXiv) and citation (BibTeX) of the method.
         license (`str`, *optional*):
             Licence of the weights. `None` if it is not stated.
+        reasoning_parser (`str`, *optional*):
+            See [`~trl_anytime.inference.serving.reasoning_parser`].
     """
 
     name: str
@@ -125,6 +128,7 @@ class CardFacts:
     versions: dict[str, str]
     paper: dict[str, str]
     license: str | None = None
+    reasoning_parser: str | None = None
 
     @property
     def location(self) -> str:
@@ -238,6 +242,7 @@ def card_facts(
         },
         paper=paper,
         license=args.card_license,
+        reasoning_parser=reasoning_parser(anytime_config, trainer.processing_class),
     )
 
 

@@ -147,7 +147,7 @@ def build_card(facts: CardFacts, pictures: Container[str] = ()) -> ModelCard:
     )
     config = facts.anytime_config
     served = "merged" if facts.adapter else facts.location
-    server = deployment(served, config, config.budgets[-1])
+    server = deployment(served, config, config.budgets[-1], parser=facts.reasoning_parser)
     *most, last = map(str, config.budgets)
     return ModelCard.from_template(
         data,

@@ -36,6 +36,11 @@ _CHECK_SETTINGS = fields(
 )
 _CHECK_FILES = mapping_of(fields(bytes=integer(0, 2**63), crc32=integer(0, 2**32)))
 
+
+class UnfitCheckpoint(ValueError):
+    """A checkpoint that a run cannot go on from. The message says why, and what to do."""
+
+
 # Must not change: these shape rollouts and advantages, or decide which prompts come next
 _FIXED = (
     "loss_type",

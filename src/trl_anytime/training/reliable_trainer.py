@@ -211,7 +211,7 @@ class ReliableGRPOTrainer(GRPOTrainer):
         folder, saved, warnings, reason = broadcast_object_list([folder, saved, warnings, reason])
         self._resumed = saved
         if reason is not None:
-            raise ValueError(reason)
+            raise checkpoint.UnfitCheckpoint(reason)
         for warning in warnings:
             logger.warning(warning)
         return folder
