@@ -233,15 +233,13 @@ def _read_settings(
         if torch.accelerator.is_available():
             raise
         settings = read_recipe(path, {**changes, "use_cpu": "true"}, launch.num_processes)
-        found.findings.append(
-            Finding(
-                "settings",
-                WARNING if is_elsewhere else ERROR,
-                f"This machine cannot train with these settings: {_first_line(error)}",
-                "Train on a GPU that can, or set `bf16: false`. `--gpu-memory` says that the run is for another "
-                "machine.",
-            )
-        )
+        level, advice = ERROR, "Train on a GPU that can, or set `bf16: false`."
+        if is_elsewhere:
+            level = WARNING
+        else:
+            advice += " `--gpu-memory` says that the run is for another machine."
+        message = f"This machine cannot train with these settings: {_first_line(error)}"
+        found.findings.append(Finding("settings", level, message, advice))
         return settings
 
 

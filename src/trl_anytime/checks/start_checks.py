@@ -100,8 +100,8 @@ def template_findings(
         warn(
             f"The prompt does not open the thinking, and {end!r} is several tokens. A model that was not taught to "
             "write it never ends a trace.",
-            "Warm-start the model by SFT, and set `chat_template_path` to a template that opens the thinking "
-            "(docs/data.md). Or train a model that was taught to think.",
+            "Teach the model to think: set `chat_template_path` to a template that opens the thinking, and warm-start "
+            "it by SFT (docs/from_a_chat_model.md). Or train one that was taught.",
         )
     if markers.in_text and (
         (args.use_vllm and args.vllm_mode == "server") or args.use_transformers_continuous_batching

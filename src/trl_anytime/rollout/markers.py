@@ -177,7 +177,8 @@ def find_markers(
     if think_end is None:
         raise ValueError(
             "Neither the prompt nor the tokenizer has a thinking marker such as '</think>', so there is no thinking "
-            "to cut. Train a reasoning model, or set `think_end` to the text that ends the thinking."
+            "to cut. Train a reasoning model, or teach this one to think (docs/from_a_chat_model.md). If it thinks "
+            "with other markers, set `think_end` to the text that ends the thinking."
         )
     think_start = find_think_start(think_end, prompt, template_of(tokenizer))
     if thinking_state(prompt, generation_prompt, think_start, think_end) == "closed":
