@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from toy_task import BRPO_SETTINGS, end_of_chain_reward, load, show_progress
 
 from trl_anytime import BRPOConfig, BRPOTrainer
+from trl_anytime.outside.progress import hide_host_bars_in_pipe
 
 BUDGETS = [10, 20, 30, 40]
 EVAL_BUDGETS = [4, 6, 8, 10, 15, 20, 30, 40]
@@ -118,4 +119,5 @@ if __name__ == "__main__":
     parser.add_argument("--eval_problems", type=int, default=1000, help="held-out problems")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own
+    hide_host_bars_in_pipe()
     main(parser.parse_args())

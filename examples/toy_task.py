@@ -8,7 +8,9 @@ thinking, so the shortest thinking here is `hf fb bd de e.`.
 """
 
 import random
+import sys
 from collections.abc import Callable, Container, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
+
+from trl_anytime.outside.progress import progress
 
 SFT_BATCH_SIZE = 32
 # Closes a trace that was cut (BRPOConfig.truncation_bridge), then asks for the answer (answer_bridge).
@@ -259,10 +264,24 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix({key: logs[key] for key in ("loss", "reward") if key in logs})
 
 
+class ProgressLines(TrainerCallback):
+    """A line a minute, with the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._lines = ExitStack()
+        self._count = self._lines.enter_context(progress("training", "step", state.max_steps, state.global_step))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._count()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._lines.close()
+
+
 def show_progress(trainer: Trainer) -> None:
-    """Replace the trainer's progress bar by [`ProgressBar`]."""
+    """Show a short bar in a terminal, and lines in a pipe, in place of what the trainer shows."""
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressBar)
+    trainer.add_callback(ProgressBar if sys.stderr.isatty() else ProgressLines)
 
 
 def supervised_fine_tune(

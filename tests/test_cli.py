@@ -225,6 +225,9 @@ def test_folders_are_sources(finished, tmp_path, drawn, capsys):
     assert main(["plot", str(tmp_path)]) == 0
     assert drawn.history[-1]["step"] == 10
     assert main(["plot", str(tmp_path), "--labels", "one"]) == BAD_INPUT
+    capsys.readouterr()
+    assert main(["plot", str(finished), str(tmp_path)]) == BAD_INPUT
+    assert "training run" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main(["plot", str(tmp_path / "empty")]) == BAD_INPUT
     assert str(tmp_path / "empty") in capsys.readouterr().err

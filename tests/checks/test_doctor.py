@@ -121,7 +121,7 @@ def mentions(text: str, expected: str | list[str]) -> bool:
 
 
 def test_a_healthy_recipe(folder, capsys):
-    assert cli.main(["doctor", str(folder / "recipe.yaml"), "--gpu-memory", "1", "--json"]) == 0
+    assert cli.main(["doctor", "--config", str(folder / "recipe.yaml"), "--gpu-memory", "1", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     checks = [
         "settings",
@@ -192,6 +192,7 @@ def test_files_that_hold_no_recipe(tmp_path, capsys, content, named):
     if content is not None:
         (tmp_path / "recipe.yaml").write_text(content)
     assert cli.main(["doctor", str(tmp_path / "recipe.yaml")]) == 2
+    assert cli.main(["doctor"]) == cli.main(["doctor", "a", "--config", "a"]) == 2
     error = capsys.readouterr().err
     assert [name for name in named if name not in error] == []
 

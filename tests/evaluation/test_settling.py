@@ -11,7 +11,7 @@ from tests.support.tiny import make_tokenizer
 from trl_anytime import Sampling
 from trl_anytime.evaluation.evaluate import Evaluation
 from trl_anytime.evaluation.problems import ProblemSet
-from trl_anytime.evaluation.results import results_of
+from trl_anytime.evaluation.results import results_of, table
 from trl_anytime.evaluation.settling import calibration, choose, settings_of, settling_table, unbeaten
 from trl_anytime.reporting.settling_plot import plot_settling
 
@@ -162,5 +162,9 @@ def test_what_is_printed(tmp_path):
     assert header.split()[:3] == ["checks", "every", "agreement"] and rows[0].split()[:3] == ["*2", "10", "1"]
     assert "--stop-when settled --checks 2 --check-every 10" in advice and "0.5" in advice
     assert "--stop-when" not in settling_table(results(RECORDS))
+    wrong = deepcopy(steady)
+    for cut in (cut for record in wrong for cut in record["cuts"]):
+        cut["rewards"] = [0.0] * len(cut["rewards"])
+    assert settling_table(results(wrong)) == "" and "-0.0" not in table(results(wrong))
     plot_settling(found["settling"], tmp_path / "settling.png")
     assert (tmp_path / "settling.png").stat().st_size > 0

@@ -95,6 +95,12 @@ def test_a_thinking_that_ended_by_itself_is_fine():
     assert result.detail and result.detail in results_table([result])
 
 
+def test_a_trace_without_an_end():
+    tokenizer = make_tokenizer()
+    by_eos, cut = (judge(ids, 4, CONFIG, tokenizer).markers for ids in ([ONE, EOS], [ONE] * 2))
+    assert "EOS" in by_eos and "EOS" not in cut
+
+
 def test_answers_that_resume_the_reasoning():
     """Behind a cut alone: with a second end, or without an answer in the 4 tokens that training allows."""
     tokenizer = make_tokenizer()

@@ -15,7 +15,8 @@ def add_to(commands: Commands) -> None:
         "  trl-anytime doctor mine.yaml --accelerate-config fsdp2\n"
         "  trl-anytime doctor mine.yaml --set budgets='1000 2000' --set model_name_or_path=outputs/sft --json",
     )
-    command.add_argument("config", type=Path, help="file or name of a recipe, as for `train --config`")
+    command.add_argument("recipe", type=Path, nargs="?", help="file or name of a recipe, as for `train --config`")
+    command.add_argument("--config", type=Path, metavar="RECIPE", help="the same, written as for `train`")
     command.add_argument(
         "--set",
         dest="changes",
@@ -44,8 +45,10 @@ def run(options: argparse.Namespace) -> int:
     from ..checks.doctor import check_recipe, read_launch
     from ..checks.finding import as_json, as_text
 
+    if (options.recipe is None) == (options.config is None):
+        raise ValueError("Give one recipe: a file, or the name of one.")
     report = check_recipe(
-        options.config,
+        options.recipe or options.config,
         dict(options.changes),
         read_launch(options.accelerate_config, options.processes, options.sharding),
         None if options.gpu_memory is None else int(options.gpu_memory * 2**30),

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     first = options.sources[0]
     evaluated = load_evaluated(first) if first.is_dir() and not (first / "results.json").is_file() else {}
     sources = [] if evaluated else [_source_of_curves(path) for path in options.sources]
-    is_training = not evaluated and sources[0].name == "trainer_state.json"
+    is_training = any(source.name == "trainer_state.json" for source in sources)
     if options.questions and (not alone or evaluated or is_training):
         raise ValueError("--questions draws one evaluation. Give one results.json or its folder, without --labels.")
     if (evaluated or is_training) and not alone:

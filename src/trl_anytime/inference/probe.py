@@ -85,7 +85,9 @@ def judge(token_ids: list[int], budget: int, config: AnytimeConfig, tokenizer: P
     end = markers.end_of_thinking(token_ids)
     if end is None:
         outcome = "ignored" if len(token_ids) > budget else "not reached"
-        return ProbeResult(budget, len(token_ids), outcome, False, "the trace never ended")
+        ended_by_eos = token_ids[-1:] and token_ids[-1] in config.eos_token_ids
+        found = "the trace ended with EOS, not with its marker" if ended_by_eos else "the trace never ended"
+        return ProbeResult(budget, len(token_ids), outcome, False, found)
 
     # Start of the bridge, if it is the trained one
     before_end = markers.truncation_bridge_ids.index(markers.think_end_ids[0])

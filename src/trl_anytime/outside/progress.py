@@ -86,7 +86,7 @@ class _Lines:
 
 
 def hide_host_bars_in_pipe() -> None:
-    """Hide the progress bars of datasets and transformers unless stderr is a terminal. Ours hide themselves."""
+    """Hide the bars of datasets and transformers unless stderr is a terminal. Ours hide themselves."""
     if sys.stderr.isatty():
         return
     import datasets
