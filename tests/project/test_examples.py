@@ -23,6 +23,7 @@ from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
 from trl_anytime.method.advantages import summary_weights, thinking_advantages
 from trl_anytime.method.budgets import exponential_budgets, trapezoid_prior
 from trl_anytime.rewards import MathReward
+from trl_anytime.rollout.encoding import encode
 from trl_anytime.train import main, make_trainer, train
 
 EXAMPLES = ROOT / "examples"
@@ -165,11 +166,12 @@ def test_problems_and_prompt():
 
 
 def test_words_that_the_toy_task_does_not_know(tmp_path):
-    """They count as one of the known tokens, for which the model has an embedding, also after a round trip."""
+    """The model would answer them with nonsense. They are refused, also after a round trip."""
     toy_task.make_tokenizer(toy_task.POINTERS).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    words = tokenizer.convert_ids_to_tokens(tokenizer("What is hf ?")["input_ids"])
-    assert words == ["<|im_start|>", "<|im_start|>", "hf", "<|im_start|>"]
+    with pytest.raises(ValueError, match="What is hf"):
+        encode(tokenizer, "What is hf ?")
+    assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "hf h")) == ["hf", "h"]
 
 
 def test_thinking_is_a_walk_that_leads_to_its_answer():

@@ -24,7 +24,7 @@ from tests.support import ROOT
 from tests.support.cards import curve_tables, metrics_of_headings
 from tests.support.tiny import graded_trainer, make_config, make_dataset, make_model, make_tokenizer, parity_reward
 from trl_anytime import AnytimeConfig
-from trl_anytime.inference.serving import deployment
+from trl_anytime.inference.serving import deployment, reasoning_parser
 from trl_anytime.reporting.card_facts import CardFacts, DataSet, links_to_trackers
 from trl_anytime.reporting.learning_curves import before_and_after, evaluations, training_curves
 from trl_anytime.reporting.model_card import (
@@ -575,8 +575,9 @@ def test_the_code_of_the_card_runs(trained, tmp_path, monkeypatch, capsys):
         tokens = torch.tensor([[6, 8, 9, 3]])
         with torch.no_grad():
             torch.testing.assert_close(merged(tokens).logits, trained[0].model(tokens).logits, rtol=1e-4, atol=1e-5)
-    server = deployment("merged" if "merged" in serve else ".", config, 9)
-    assert serve == server.command_line()
+    parser = reasoning_parser(config, names["tokenizer"])
+    server = deployment("merged" if "merged" in serve else ".", config, 9, parser=parser)
+    assert serve == server.command_line() and "--reasoning-parser" in serve
     body = json.loads(request.split("<<'END'\n")[1].removesuffix("\nEND"))
     assert body == {**server.requests[0].body, "messages": [{"role": "user", "content": "1 2"}]}
     assert body["vllm_xargs"] == {"thinking_budget": 9}
