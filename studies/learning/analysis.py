@@ -81,7 +81,7 @@ COMPARED_PAIRS = {
     "pairs_objective_adaptive": ("grpo", "pairs_brpo"),
 }
 # The studies whose runs begin at the same warm starts, so that they can be paired
-FROM_THE_SAME = {"main": ("tuning", "main", "objective", "noise"), "variants": ("variants",)}
+FROM_THE_SAME = {"main": ("tuning", "main", "objective"), "variants": ("variants", "noise")}
 # What an arm is compared with, beside GRPO
 REFERENCES = {name: "ar_uniform" for name in NAMES if name.startswith("uniform_")} | {
     "uniform_final_adaptive": "uniform_final",
@@ -661,7 +661,7 @@ def write_page(folder: Path, page: Path) -> None:
         "tuning": lambda: tuning_table(results),
         "adaptive": lambda: adaptive_table(results),
         "gradient": lambda: gradient_table(results),
-        "noise": lambda: noise_table(results),
+        "noise": lambda: noise_table(variants),
         "variance goal": lambda: variance_goal_table(results),
     }
     images = page.parent / "images"

@@ -251,7 +251,7 @@ def test_noise_by_hand(tmp_path):
         }
 
     write(tmp_path, "noise", [WARM, measured(0, 1.0), measured(1, 2.0), measured(2, 4.0)])
-    sampled, dense = rows_of(analysis.noise_table(analysis.Results(tmp_path)))
+    sampled, dense = rows_of(analysis.noise_table(analysis.Results(tmp_path, analysis.FROM_THE_SAME["variants"])))
     assert (sampled["budgets"], sampled["n"], sampled["packed tokens"], sampled["all"]) == (
         "4", "3", "50", "2.00 (1.00–4.00)",
     )  # fmt: skip
@@ -299,10 +299,10 @@ def test_the_studies_of_variants_are_complete(name, arms, seeds, warm_starts):
     assert all(study.arms[arm] == main.arms[arm] for arm in set(study.arms) & set(main.arms))
 
 
-def test_the_study_of_noise_begins_as_the_main_study():
-    study, main = Study.load(MAIN.with_name("noise.yaml")), Study.load(MAIN)
-    assert (study.tasks, study.families) == (main.tasks, main.families)
-    assert set(study.warm_start_seeds) <= set(main.warm_start_seeds)
+def test_the_study_of_noise_begins_as_the_variants():
+    study, variants = (Study.load(MAIN.with_name(f"{name}.yaml")) for name in ("noise", "variants"))
+    assert (study.tasks, study.families) == (variants.tasks, variants.families)
+    assert {job.requires for job in study.jobs()} <= {None, *variants.jobs()}
     assert study.training["measure"]["likelihood_budgets"] == [4, 14]
 
 
