@@ -9,7 +9,7 @@ PARALLEL = --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 # Where every optional package is there, --no-skips fails a test that skips for another reason than the machine's hardware
 
-.PHONY: quickstart demo test test-all test-oldest test-vllm test-main gpu lint docs wheel pins clean
+.PHONY: quickstart demo test test-all coverage test-oldest test-vllm test-main gpu lint docs wheel pins clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,10 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips -m "not slow"
 
 test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PARALLEL) --no-skips
+
+# The same with the coverage, for a third more time
+coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips --cov=trl_anytime --cov-report=term:skip-covered
 
 # TRL 1.15 computes its LM head by a Triton kernel, which needs Triton's interpreter where there is no GPU. The examples,

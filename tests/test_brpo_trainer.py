@@ -175,6 +175,7 @@ def test_summaries_continue_their_own_cut(tmp_path):
     assert len({tuple(rollout.thinking.token_ids) for rollout in batch.rollouts}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulated", "steps"), [(4, 4), (2, 4), (4, 2)])
 def test_rollouts_of_like_length_share_a_micro_batch(tmp_path, monkeypatch, accumulated, steps):
     """Sorted within each optimiser step, and with the gradients of TRL's own order."""

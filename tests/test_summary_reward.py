@@ -134,6 +134,7 @@ def test_the_thinking_earns_what_lies_ahead(tmp_path):
     torch.testing.assert_close(output["advantages"][:, 0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_the_answers(tmp_path, kind, settings):

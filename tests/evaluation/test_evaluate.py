@@ -233,6 +233,7 @@ def test_a_run_goes_on_where_it_stopped(folder, finished, kept):
     assert len(set(traces)) == len(traces)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed(folder):
     """The real thing: a process that is killed in the middle."""
     command = [sys.executable, "-m", "trl_anytime.cli", *arguments(folder, "killed", "--samples", 300)]

@@ -118,6 +118,7 @@ print(json.dumps(traces))
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on(model, tokenizer, endless, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -141,6 +142,7 @@ def test_a_new_process_goes_on(model, tokenizer, endless, tmp_path):
     assert json.loads(found.stdout) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma2", MAMBA])
 def test_other_caches(tokenizer, endless, model_type):
     model = make_model(model_type, **({"sliding_window": 8} if model_type == "gemma2" else {})).eval()

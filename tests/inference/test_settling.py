@@ -89,7 +89,7 @@ def is_exact(free, stopped, config, tokenizer, rule):
         (Sampling(temperature=0.5), Settling(checks=1, every=4, answers=2)),
     ],
 )
-@pytest.mark.parametrize("max_cached_tokens", [None, 150])
+@pytest.mark.parametrize("max_cached_tokens", [None, pytest.param(150, marks=pytest.mark.slow)])
 def test_the_thinking_is_that_without_the_rule(model, tokenizer, config, sampling, rule, max_cached_tokens):
     """Whole batches, and parts of two or three traces."""
     settings = {"sampling": sampling, "max_cached_tokens": max_cached_tokens}

@@ -164,6 +164,7 @@ def test_a_checkpoint_carries_it_on(tmp_path):
     assert resumed._adaptive_baseline.rows[0] == _FORGETTING * learned["rows"][0] + 8
 
 
+@pytest.mark.slow
 def test_both_ranks_learn_the_same(ranks, tmp_path):
     """Each group is split across the ranks; 32 traces in a batch are enough to predict the third."""
     batch = {"num_generations": 8, "per_device_train_batch_size": 16, "steps_per_generation": 1, "num_iterations": 1}

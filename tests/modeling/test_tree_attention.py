@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from tests.support.families import FAMILIES
+from tests.support.families import EVERY_FAMILY, FAMILIES
 from tests.support.tiny import make_model
 from trl_anytime.method.packing import PackedRollouts
 from trl_anytime.modeling.separate_rows import forward_rows
@@ -100,7 +100,7 @@ CHECKPOINTING = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_packed_equals_separate_rows(family, lora, checkpointing):

@@ -79,6 +79,7 @@ def times(kinds):
     return dict(total)
 
 
+@pytest.mark.slow
 def test_the_pretended_device_is_strict(recorded):
     assert recorded["mixed devices"] is True
     here = "support/on_pretended_gpu.py counted"
@@ -92,6 +93,7 @@ def test_the_pretended_device_is_strict(recorded):
     assert recorded["equal to the host"] < 1e-5
 
 
+@pytest.mark.slow
 def test_packing(recorded):
     for name in ("packing", "packing, 4 rollouts"):
         assert recorded[name] == {
@@ -102,6 +104,7 @@ def test_packing(recorded):
         }
 
 
+@pytest.mark.slow
 def test_forward_and_backward(recorded):
     """The layout asks for its sizes, in two waits. Layers and rollouts add none, and nothing leaves half precision."""
     meant = {place: number for place, number in MEANT["micro-batch"].items() if "tree_attention" in place}
@@ -112,6 +115,7 @@ def test_forward_and_backward(recorded):
         assert facts["with_gradient"] == 1
 
 
+@pytest.mark.slow
 def test_generation(recorded):
     """A token waits once, in all layers and for all trunks."""
     for name in ("generation", "generation, 4 layers", "generation, 4 prompts", "generation, 24 tokens and 9"):

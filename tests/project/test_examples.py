@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3
 import trl_anytime
 from tests.support import DATA, ROOT
 from tests.support.cards import curve_tables, metrics_of_headings
+from tests.support.speeds import slow_but_for
 from tests.support.tiny import byte_tokenizer, make_tokenizer
 from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.data.recipe import DataArguments, load_prompts, parse_recipe
@@ -45,6 +46,7 @@ ARMS = {
 }
 OBJECTIVE = ("8k_anytime_uniform_objective", "16k_anytime_uniform_objective")
 RELATIVES = ("elastic_reasoning", "mrt", "reo_rl")
+QUICK_RECIPES = ("8k_grpo", "8k_anytime_uniform")
 SUMMARY_POLICIES = {"brpo": "decoupled", "grpo": "final"}  # the released names -> ours
 
 
@@ -298,7 +300,7 @@ def arguments(model: str, output_dir: Path, *more: str) -> list[str]:
     return [*words, *more]
 
 
-@pytest.mark.parametrize("name", [*ARMS, "16k_anytime_uniform", *RELATIVES, *OBJECTIVE])
+@pytest.mark.parametrize("name", slow_but_for([*ARMS, "16k_anytime_uniform", *RELATIVES, *OBJECTIVE], QUICK_RECIPES))
 def test_dry_run_of_a_recipe(tiny_distilled, tmp_path, name):
     """One generation batch and its two optimizer steps, every budget divided by 500 or by a smaller first one."""
     config = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
@@ -426,6 +428,7 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_launches(tiny_distilled, tmp_path, launch):
     """Of a recipe that is given by its name."""

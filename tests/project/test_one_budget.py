@@ -22,6 +22,7 @@ def trained_weights(folder, **settings):
     return after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"prior": "base"}, {"baseline": "v2"}, {"summary_policy": "final"}], ids=lambda s: next(iter(s))
 )

@@ -100,6 +100,7 @@ def test_the_pins_are_versions_alone():
     assert PINNED["torch"] == OLDEST["torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "ending"),
     [
@@ -129,6 +130,7 @@ def loaded_by(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

@@ -49,6 +49,7 @@ def test_summaries_that_agree_are_left_out(measure):
     assert results["BRPO"]["pruned_ratio"] >= round(24 / 28, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["--sft_steps", "2", "--prompts", "2"], ["--study", "tiny.yaml", "--task", "pointers"]]
 )

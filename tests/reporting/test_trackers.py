@@ -61,6 +61,7 @@ def assert_picture(file):
 
 
 @needs("tensorboard")
+@pytest.mark.slow
 def test_tensorboard(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -89,6 +90,7 @@ def test_tensorboard(tracked):
 
 
 @needs("wandb")
+@pytest.mark.slow
 def test_wandb(tracked):
     (run,) = tracked.glob("wandb/offline-run-*/files")
     pictures = list(run.glob("media/images/curves/*.png"))
@@ -102,6 +104,7 @@ def test_wandb(tracked):
 
 
 @needs("trackio")
+@pytest.mark.slow
 def test_trackio(tracked):
     logs = json.loads((tracked / "result.json").read_text())["trackio"]
     pictures = [(name, log) for log in logs for name in log if name.startswith("curves/")]
@@ -125,6 +128,7 @@ def assert_same_rows(table, expected):
 
 
 @pytest.mark.skipif(not INSTALLED, reason="no tracker is installed")
+@pytest.mark.slow
 def test_trackers_change_nothing(tracked):
     results = json.loads((tracked / "result.json").read_text())
     assert results["tracked"]["log"] == results["untracked"]["log"]

@@ -76,6 +76,7 @@ def pids(made: WorkerPool) -> list[int]:
     return [worker.process.pid for worker in made._workers]
 
 
+@pytest.mark.slow
 def test_a_fault_costs_one_answer(workers):
     pairs, expected = [], []
     faults = iter(FAULTS)
@@ -93,6 +94,7 @@ def test_a_fault_costs_one_answer(workers):
     assert len(pids(workers)) <= SETTINGS.workers
 
 
+@pytest.mark.slow
 def test_all_workers_hang_and_the_pool_goes_on(workers):
     hanging = [("2", f"fault_{{sleep}}+{letter}") for letter in "abcd"]
     assert workers.grade([*hanging, *ORDINARY]) == ["timeout"] * 4 + ORDINARY_OUTCOMES
@@ -373,6 +375,7 @@ pool.get_pool(settings).grade([("2", "fault_{FAULT}+x")])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["sleep", "stuckinC"])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_its_parent(tmp_path, fault, signum):
@@ -416,6 +419,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_with_hostile_answers_on_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS_SCRIPT.format(out=str(tmp_path)))

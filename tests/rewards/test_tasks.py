@@ -193,6 +193,7 @@ def rows(library):
     return read_rows(CHAIN_SUM).rows.to_list()
 
 
+@pytest.mark.slow
 def test_every_task(library):
     """Two problems of each: its own answers, written in boxes, score 1 in other processes than made them."""
     problems = json.loads(output_of("tests.support.every_task"))
@@ -234,6 +235,7 @@ def test_refused_tasks_have_their_reason(library):
             open_task(TaskSource(task))
 
 
+@pytest.mark.slow
 def test_the_tasks_that_execute_answers_are_known(library):
     assert {*output_of("tests.support.executing").split()} == EXECUTING
 
@@ -280,6 +282,7 @@ def test_word_answers_of_a_scorer_that_fails(library):
     assert (rewards, counts) == ([1.0, 0.0], {"graded": 2, "scorer_errors": 1})
 
 
+@pytest.mark.slow
 def test_time_is_counted(library):
     """Also where the scorer swallows every exception."""
     rows = [read_rows(f"reasoning_gym:{task}?size=1").rows[0] for task in ("countdown", "simple_integration")]

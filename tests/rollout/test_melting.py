@@ -89,6 +89,7 @@ def trained(taught, tokenizer, tmp_path_factory, request):
     return trainer, rollouts[0], folder
 
 
+@pytest.mark.slow
 def test_training_rewards_what_was_taught(trained):
     trainer, rollouts, _ = trained
     log = trainer.state.log_history[0]

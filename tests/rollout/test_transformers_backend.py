@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from trl.trainer.utils import add_fused_lm_head
 
 from tests.support.anytime import make_markers
-from tests.support.families import FAMILIES
+from tests.support.families import EVERY_FAMILY, FAMILIES
 from tests.support.tiny import make_model, tiny_trainer
 from trl_anytime.modeling.branch_decoding import BranchLayout, Trunk
 from trl_anytime.modeling.support import branching_mismatch
@@ -67,7 +67,7 @@ def usual_token(model, position):
     return Counter(ids[position] for ids in traces if len(ids) > position).most_common()[-1][0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_greedy_rollouts_are_those_of_generate(family):
     model = make_tree_model(family)
     settings = make_settings((usual_token(model, 5),))
@@ -140,6 +140,7 @@ def generated_summaries(model, rollout, count, **sampling):
     return Counter(tuple(ids[:1] if ids[0] == EOS else ids) for ids in summaries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 def test_sampled_summaries_follow_the_distribution_of_generate(sampling):
     model = make_tree_model()

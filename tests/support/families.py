@@ -1,5 +1,7 @@
 """Settings of one small random model of each family; windows are shorter than the rows."""
 
+from .speeds import slow_but_for
+
 FAMILIES = {
     "qwen2": {},
     "qwen3": {},
@@ -42,3 +44,5 @@ FAMILIES = {
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},  # attention sinks
 }
+# One of each kind: plain, with windows, with latent attention and experts, with sinks
+EVERY_FAMILY = slow_but_for(FAMILIES, {"qwen3", "gemma3_text", "deepseek_v3", "gpt_oss"})

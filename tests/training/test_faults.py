@@ -27,6 +27,7 @@ TWO = {
 SOON = 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "rank", "plain"),
     [
@@ -129,6 +130,7 @@ def test_nan_that_meets_sampling_first(ranks, tmp_path, kind, scored):
     assert "['<|im_start|> user" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "plain"), [(1, False), (2, False), (2, True)])
 def test_a_gradient_that_is_nan(ranks, tmp_path, world_size, plain):
     settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1, "plain": plain}

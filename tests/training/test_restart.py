@@ -55,6 +55,7 @@ def test_sigterm_where_nothing_is_saved(ranks, tmp_path):
     assert ended[0].code == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(ranks, straight, tmp_path):
     """In the third step: its rollouts are those of the first, and the checkpoint holds them."""
     ended = ranks.run("train", tmp_path, kill=("loss", 0, 3))
