@@ -25,4 +25,5 @@ def test_the_commands_of_a_card(tmp_path, monkeypatch):
     answer = json.loads(done.stdout)
     # At most 9 tokens of thinking, then the bridges, then at most 4 tokens and EOS
     assert answer["usage"]["completion_tokens"] <= 9 + 3 + 4 + 1
-    assert re.search("</think> *answer", answer["choices"][0]["message"]["content"])
+    message = answer["choices"][0]["message"]  # split by the reasoning parser
+    assert message["reasoning"] and re.match(" *answer", message["content"])
