@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.support.anytime import make_markers
 from tests.support.tiny import byte_tokenizer
@@ -45,3 +47,13 @@ def test_tokens_behind_the_bridge():
     joint = tokenizer("Answer\n42")["input_ids"]
     bridge = list(markers_of(tokenizer, "Answer\n").answer_bridge_ids)
     assert bridge + encode_reference("42", tokenizer, markers_of(tokenizer, "Answer\n"), end)[0] == [*joint, end]
+
+
+def test_a_tokenizer_of_words_that_knows_none_of_both_together():
+    words = Tokenizer(models.WordLevel({"so": 0, "answer": 1, "7": 2}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert encode_reference("7", tokenizer, markers_of(tokenizer, "answer"), 0) == ([2, 0], True)
+    assert encode_reference(" 7", tokenizer, markers_of(tokenizer, "answer"), 0) == ([2, 0], False)
+    with pytest.raises(ValueError, match="'8'"):
+        encode_reference("8", tokenizer, markers_of(tokenizer, "answer"), 0)

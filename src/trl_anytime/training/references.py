@@ -14,6 +14,7 @@ from ..method.packing import PackedRollouts
 from ..rewards.base import ANSWER_COLUMNS
 from ..rewards.verifier.gold_answers import column_values, find_column, gold_alternatives
 from ..rollout.backend import Generation, RolloutSettings
+from ..rollout.encoding import encode
 from ..rollout.markers import ThinkingMarkers
 from ..rollout.types import Rollout
 
@@ -66,11 +67,17 @@ def encode_reference(
     Returns:
         `tuple`: the token ids, and whether the answer's first token would melt into the bridge in one text. Then the
         answer is encoded by itself.
+
+    Raises:
+        `ValueError`: If the tokenizer cannot encode the answer.
     """
     bridge = list(markers.answer_bridge_ids)
-    joint = tokenizer(markers.answer_bridge + text, add_special_tokens=False)["input_ids"]
+    try:
+        joint = encode(tokenizer, markers.answer_bridge + text)
+    except ValueError:  # of words alone, such a tokenizer may know none of both together
+        joint = []
     melts = joint[: len(bridge)] != bridge
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if melts else joint[len(bridge) :]
+    ids = encode(tokenizer, text) if melts else joint[len(bridge) :]
     return [*ids, eos_token_id], melts
 
 
