@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
-# Without the tests marked as slow: six minutes on two cores
+# Without the tests marked as slow: 17 minutes of CPU time on a slow machine
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips -m "not slow"
 
