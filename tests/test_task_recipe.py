@@ -23,6 +23,8 @@ from trl_anytime.rewards.tasks.plain import EXECUTING
 from trl_anytime.rewards.tasks.source import REFUSED
 from trl_anytime.train import make_trainer, train
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 TASK = "reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1"
 TRAIN, EVALUATION = f"{TASK}&size=40&seed=0", f"{TASK}&size=20&seed=1"
 OPENED = (

@@ -16,6 +16,8 @@ from trl_anytime.commands import measurement
 from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.evaluation.results import load_results
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 SAVED = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True, "max_steps": 3}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

@@ -17,6 +17,8 @@ from trl_anytime.cli import main
 from trl_anytime.commands.common import BAD_INPUT
 from trl_anytime.rollout.markers import ThinkingMarkers
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 MOST_SECONDS = 100
 QUESTION = [{"role": "user", "content": "1 2 3"}]
 

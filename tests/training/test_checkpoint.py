@@ -10,6 +10,8 @@ import pytest
 
 from trl_anytime.training.checkpoint import MANIFEST, last_whole, manifest, remove_unfinished, rotate
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 # A generation batch lasts four steps
 RUN = {"max_steps": 5, "eval_strategy": "no", "save_total_limit": None}
 

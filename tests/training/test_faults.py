@@ -13,6 +13,8 @@ import pytest
 from tests.support import ROOT
 from tests.support.ranks import torchrun
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 slow = pytest.mark.slow
 
 TWO = {

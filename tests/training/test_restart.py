@@ -7,6 +7,8 @@ import pytest
 
 from trl_anytime.training.checkpoint import manifest
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 slow = pytest.mark.slow
 
 TWO = {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4}

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.slow  # processes, or a training of its own
+
 # 4 rollouts per rank and groups of 8: each group is split across both ranks
 SPLIT = {"world_size": 2, "num_generations": 8, "prompts": 8, "steps_per_generation": 1, "num_iterations": 1}
 SPLIT |= {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
