@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
-# Without the tests marked as slow: 17 minutes of CPU time on a slow machine
+# Without the tests marked as slow: seven minutes on two slow cores
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips -m "not slow"
 
