@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips
 
-# The same with the coverage, for a third more time
+# The same with the coverage, which costs CPU time
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PARALLEL) --no-skips --cov=trl_anytime --cov-report=term:skip-covered
 

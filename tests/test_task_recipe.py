@@ -103,7 +103,6 @@ def test_a_recipe_is_checked(folder):
     assert any(re.match(r"(8|16) sampled\b", message) for message in sampled)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "check", "named"),
     [
@@ -166,7 +165,6 @@ def test_an_evaluation(trained, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.slow
 def test_the_page(folder, tmp_path, monkeypatch):
     """Its trainer takes a step, its table has the tasks that are refused, and its list those that execute answers."""
     page = (ROOT / "docs" / "data.md").read_text()

@@ -10,7 +10,6 @@ from . import __version__
 from .commands import doctor, eval, generate, plot, probe, serve_command, train
 from .commands.common import BAD_INPUT, EXIT_CODES, INTERRUPTED, PIPE_CLOSED, SERVER_FAILED, Commands, say
 from .outside.command_line import CommandParser, PrintCompletion
-from .outside.progress import hide_host_bars_in_pipe
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             options = make_parser().parse_args(arguments)
             if options.command != "train":  # that does so itself, and its help needs no library
+                from .outside.progress import hide_host_bars_in_pipe
+
                 hide_host_bars_in_pipe()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of other libraries

@@ -143,7 +143,6 @@ def test_weights_that_were_saved_again_are_refused(run, evaluated, capsys, tmp_p
     assert "weights" in line and "checkpoint-2" in line and "--output" in line
 
 
-@pytest.mark.slow
 def test_adapters(tmp_path, run, loaded):
     """LoRA checkpoints on a base model whose tokenizer they take."""
     make_model().save_pretrained(tmp_path / "base")

@@ -94,7 +94,6 @@ def terminal():
 ANSWER = r"--- answer after (\d+) thinking tokens\r\n(.*)\r\n--- thinking goes on"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("leave", ["q\n", "\x04"], ids=["q", "Ctrl-D"])
 def test_enter_answers_and_thinking_goes_on(terminal, folder, leave):
     at = terminal("generate", folder, "1 2 3", "--interactive", "--device", "cpu", "--max-summary-length", 3)

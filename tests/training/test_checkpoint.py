@@ -152,7 +152,6 @@ def test_a_clock_that_goes_back(ranks, saved, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("extra", ["rank_state_1.pth", "rank_state_7.pth"])
 def test_a_rank_file_too_many_is_no_reason_to_drop_rollouts(ranks, saved, tmp_path, extra):
     """The manifest says how many ranks there were: in step 4 the rollouts of step 3 are used."""
@@ -164,7 +163,6 @@ def test_a_rank_file_too_many_is_no_reason_to_drop_rollouts(ranks, saved, tmp_pa
     assert ended[0].result["weights"] == straight[0].result["weights"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_run_that_had_finished(ranks, tmp_path, plain):
     """No step more, whether the limit is in steps or epochs, and the weights are those of the checkpoint."""
@@ -193,7 +191,6 @@ TRAINED_BESIDE_ADAPTERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAINED_BESIDE_ADAPTERS)
 def test_embeddings_that_are_trained_beside_adapters(ranks, tmp_path, kind):
     """Their own checkpoint is resumed bit for bit; another base model is refused."""

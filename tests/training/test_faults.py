@@ -15,8 +15,6 @@ from tests.support.ranks import torchrun
 
 pytestmark = pytest.mark.slow  # processes, or a training of its own
 
-slow = pytest.mark.slow
-
 TWO = {
     "world_size": 2,
     "per_device_train_batch_size": 2,
@@ -29,20 +27,19 @@ TWO = {
 SOON = 20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "rank", "plain"),
     [
-        pytest.param("dataset", 1, False, marks=slow),
-        pytest.param("train begin", 0, False, marks=slow),
-        pytest.param("data", 0, False, marks=slow),
-        pytest.param("generation", 0, False, marks=slow),
+        ("dataset", 1, False),
+        ("train begin", 0, False),
+        ("data", 0, False),
+        ("generation", 0, False),
         ("generation", 1, False),
-        pytest.param("grading", 1, False, marks=slow),
-        pytest.param("loss", 1, False, marks=slow),
+        ("grading", 1, False),
+        ("loss", 1, False),
         ("backward", 1, False),
-        pytest.param("saving", 0, False, marks=slow),
-        pytest.param("generation", 1, True, marks=slow),
+        ("saving", 0, False),
+        ("generation", 1, True),
         ("backward", 1, True),
     ],
 )
@@ -72,7 +69,6 @@ def test_an_exit_without_a_code_is_a_fault_on_one_rank(ranks, tmp_path):
     assert "in leave" in ended[0].output  # where the exit was
 
 
-@slow
 @pytest.mark.parametrize("code", [0, None, 3])
 def test_an_exit_on_one_rank_ends_both(ranks, tmp_path, code):
     ended = ranks.run("exits", tmp_path, place="loss", rank=1, code=code, **TWO)
@@ -80,7 +76,6 @@ def test_an_exit_on_one_rank_ends_both(ranks, tmp_path, code):
     assert "Rank 1 failed" in ended[0].output and "in leave" in ended[0].output
 
 
-@slow
 def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     """Rank 0 waits for good in a collective of its own, as with NCCL: the watch ends it."""
     ended = ranks.run("fault_while_waiting", tmp_path, world_size=2)
@@ -89,7 +84,6 @@ def test_a_rank_that_is_stopped_in_a_collective_is_ended(ranks, tmp_path):
     assert "Planned: while rank 0 waits" in ended[0].output
 
 
-@slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_full_disk(ranks, tmp_path, world_size):
     """Writing fails at the third checkpoint: the second is whole, and the third is known not to be."""
@@ -132,7 +126,6 @@ def test_nan_that_meets_sampling_first(ranks, tmp_path, kind, scored):
     assert "['<|im_start|> user" in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "plain"), [(1, False), (2, False), (2, True)])
 def test_a_gradient_that_is_nan(ranks, tmp_path, world_size, plain):
     settings = {"world_size": world_size, "save_strategy": "no", "max_steps": 3, "logging_steps": 1, "plain": plain}
@@ -168,7 +161,6 @@ def test_out_of_memory_says_what_helps(ranks, tmp_path, place, settings):
     assert ended[0].output.count("`per_device_train_batch_size`") == 1  # the advice of one phase
 
 
-@slow
 def test_soak_for_sixty_steps(tmp_path):
     """The benchmark itself, in short: nothing grows, no process is left."""
     command = [sys.executable, "-m", "benchmarks.soak", str(tmp_path), "--steps", "60", "--every", "2"]
@@ -196,7 +188,6 @@ def test_a_reward_that_exits_on_one_rank(ranks, tmp_path, plain):
         assert re.search(r"ValueError: .*\bStep 0\b.*`leaves`.*sys\.exit\(0\)", rank.output)
 
 
-@slow
 def test_an_exception_under_torchrun(tmp_path):
     """As users start it: the launcher must not wait either."""
     fault = {"place": "backward", "save_strategy": "no", "per_device_train_batch_size": 2}

@@ -9,8 +9,6 @@ from trl_anytime.training.checkpoint import manifest
 
 pytestmark = pytest.mark.slow  # processes, or a training of its own
 
-slow = pytest.mark.slow
-
 TWO = {"world_size": 2, "per_device_train_batch_size": 2, "num_generations": 4}
 KINDS = {
     "one rank": {},
@@ -57,7 +55,6 @@ def test_sigterm_where_nothing_is_saved(ranks, tmp_path):
     assert ended[0].code == -signal.SIGTERM
 
 
-@pytest.mark.slow
 def test_killed_and_resumed(ranks, straight, tmp_path):
     """In the third step: its rollouts are those of the first, and the checkpoint holds them."""
     ended = ranks.run("train", tmp_path, kill=("loss", 0, 3))
@@ -65,7 +62,6 @@ def test_killed_and_resumed(ranks, straight, tmp_path):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@slow
 @pytest.mark.parametrize(
     ("kind", "place", "count"),
     [
@@ -105,7 +101,6 @@ def test_killed_at_a_place(ranks, straight, tmp_path, kind, place, count):
         assert_continues(ranks, tmp_path, straight, kind)
 
 
-@slow
 @pytest.mark.parametrize(
     "file",
     [
@@ -123,7 +118,6 @@ def test_killed_while_saving(ranks, straight, tmp_path, file):
     assert_continues(ranks, tmp_path, straight, "one rank")
 
 
-@slow
 def test_killed_again_and_again(ranks, straight, tmp_path):
     """Each run gets a little further, and dies while it saves or soon after."""
     for step in (2, 4, 5, 6, 7):
@@ -137,17 +131,17 @@ def test_killed_again_and_again(ranks, straight, tmp_path):
     ("kind", "rank", "place", "count", "step", "due"),
     [
         ("one rank", 0, "generation", 2, 5, False),
-        pytest.param("one rank", 0, "evaluation", 1, 6, False, marks=slow),
-        pytest.param("two ranks", 1, "grading", 3, 6, False, marks=slow),
-        pytest.param("one rank", 0, "loss", 6, 6, True, marks=slow),
+        ("one rank", 0, "evaluation", 1, 6, False),
+        ("two ranks", 1, "grading", 3, 6, False),
+        ("one rank", 0, "loss", 6, 6, True),
         # The last step, after two losses of an evaluation
-        pytest.param("one rank", 0, "loss", 12, 10, True, marks=slow),
-        pytest.param("GRPO", 0, "generation", 2, 5, False, marks=slow),
-        pytest.param("GRPO, two ranks", 1, "loss", 6, 6, True, marks=slow),
-        pytest.param("epochs", 0, "loss", 8, 8, True, marks=slow),
-        pytest.param("epochs", 0, "loss", 5, 5, False, marks=slow),
-        pytest.param("epochs", 0, "loss", 22, 18, True, marks=slow),
-        pytest.param("two ranks, epochs", 1, "loss", 8, 8, True, marks=slow),
+        ("one rank", 0, "loss", 12, 10, True),
+        ("GRPO", 0, "generation", 2, 5, False),
+        ("GRPO, two ranks", 1, "loss", 6, 6, True),
+        ("epochs", 0, "loss", 8, 8, True),
+        ("epochs", 0, "loss", 5, 5, False),
+        ("epochs", 0, "loss", 22, 18, True),
+        ("two ranks, epochs", 1, "loss", 8, 8, True),
     ],
 )
 def test_sigterm_saves_and_exits(ranks, straight, tmp_path, kind, rank, place, count, step, due):

@@ -46,11 +46,9 @@ OF_MICRO_BATCHES = ("entropy", "clip_ratio/")
     ("micro_batches", "method"),
     [
         (1, {}),
-        pytest.param(2, {}, marks=pytest.mark.slow),
-        pytest.param(1, {"plain": True, "loss_type": "dapo"}, marks=pytest.mark.slow),
-        pytest.param(
-            2, {"plain": True, "loss_type": "grpo", "mask_truncated_completions": True}, marks=pytest.mark.slow
-        ),
+        (2, {}),
+        (1, {"plain": True, "loss_type": "dapo"}),
+        (2, {"plain": True, "loss_type": "grpo", "mask_truncated_completions": True}),
     ],
     ids=["BRPO", "BRPO, two micro-batches", "GRPO by tokens", "GRPO, truncated masked, two micro-batches"],
 )
@@ -84,7 +82,6 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path, num_generations, micro_batc
     assert len(evaluations) == 2
 
 
-@pytest.mark.slow
 def test_ranks_with_nothing_in_common(ranks, tmp_path):
     both = ranks.run(
         "uneven", tmp_path, world_size=2, num_generations=8, save_strategy="no", max_steps=4, logging_steps=1

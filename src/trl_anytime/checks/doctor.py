@@ -233,10 +233,9 @@ def _read_settings(
         if torch.accelerator.is_available():
             raise
         settings = read_recipe(path, {**changes, "use_cpu": "true"}, launch.num_processes)
-        level, advice = ERROR, "Train on a GPU that can, or set `bf16: false`."
-        if is_elsewhere:
-            level = WARNING
-        else:
+        level = WARNING if is_elsewhere else ERROR
+        advice = "Train on a GPU that can, or set `bf16: false`."
+        if not is_elsewhere:
             advice += " `--gpu-memory` says that the run is for another machine."
         message = f"This machine cannot train with these settings: {_first_line(error)}"
         found.findings.append(Finding("settings", level, message, advice))

@@ -167,12 +167,14 @@ class Server:
     async def _read(
         self, path: str, body: dict[str, Any], parse: Callable[[Any], T], put: Callable[[T], object]
     ) -> None:
+        now = asyncio.get_running_loop().time
         async with self._client() as client, self._deadline() as deadline:
             events = await client.post(path, cast_to=object, body=body, stream=True, stream_cls=AsyncStream[object])
+            deadline.reschedule(now() + self._timeout)
             async for event in events:
                 if part := parse(event):  # events without content do not extend the time
                     put(part)
-                    deadline.reschedule(asyncio.get_running_loop().time() + self._timeout)
+                    deadline.reschedule(now() + self._timeout)
 
     def _client(self) -> AsyncOpenAI:
         http = DefaultAsyncHttpxClient(
